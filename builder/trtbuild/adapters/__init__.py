@@ -1,0 +1,1 @@
+"""One module per vendor: the only places that know a hub, a server or a container tool by name."""

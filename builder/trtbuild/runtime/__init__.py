@@ -1,0 +1,1 @@
+"""The embedded engine: a library that loads an engine directory and answers requests."""

@@ -1,0 +1,88 @@
+"""The child's side of a heavy step: read one request, report progress, answer once.
+
+The parent (`trtbuild.process`) starts ``python -m trtbuild.<step> REQUEST.json``. The child writes one JSON object a
+line to its standard output: ``{"progress": [done, total, what]}`` any number of times, then ``{"result": {...}}`` or
+``{"error": {...}}``. Everything else that is printed goes to standard error, which the parent keeps as the log.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from trtbuild.errors import RecipeError, TrtbuildError
+
+Progress = Callable[[int, int, str], None]
+Run = Callable[[dict[str, Any], Progress], dict[str, Any]]
+
+_PR_SET_PDEATHSIG = 1
+_MIN_INTERVAL_S = 0.2
+
+
+def serve(run: Run) -> None:
+    """Run one step in this process and end it with exit code 0 (answered) or 1 (died)."""
+    channel = _own_stdout()
+    _die_with_parent()
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    started = time.monotonic()
+    try:
+        result = run(request, _progress_writer(channel))
+    except TrtbuildError as error:
+        _send(channel, {"error": _describe(error)})
+        return
+    usage = {"seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": peak_memory_bytes()}
+    _send(channel, {"result": result, "usage": usage})
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set of this process so far, in bytes (Linux counts it in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _own_stdout() -> TextIO:
+    """Keep the protocol's channel for ourselves: libraries that print then write to the log."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return channel
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process when the parent dies, so that no orphan writes into a staging directory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "linux" and libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) == 0 and os.getppid() == 1:
+        # The parent was gone before we asked; inside a container pid 1 may be the parent itself.
+        if os.environ.get("TRTBUILD_PARENT_PID") != "1":
+            os._exit(1)
+
+
+def _progress_writer(channel: TextIO) -> Progress:
+    last = [0.0]
+
+    def progress(done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if done < total and now - last[0] < _MIN_INTERVAL_S:
+            return
+        last[0] = now
+        _send(channel, {"progress": [done, total, what]})
+
+    return progress
+
+
+def _describe(error: TrtbuildError) -> dict[str, Any]:
+    described: dict[str, Any] = {"class": type(error).__name__, "message": error.message, "hint": error.hint}
+    if isinstance(error, RecipeError):
+        described["problems"] = [[problem.path, problem.message, problem.hint] for problem in error.problems]
+    return described
+
+
+def _send(channel: TextIO, message: dict[str, Any]) -> None:
+    channel.write(json.dumps(message) + "\n")
+    channel.flush()
