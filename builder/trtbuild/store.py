@@ -1,0 +1,182 @@
+"""The artifact store: content-addressed directories that are written once.
+
+``<store>/<kind>/<key>/`` holds ``content/``, ``log.txt`` and, written last, ``manifest.json``. A step works in
+``<store>/staging/``; publishing is one rename, so that a run killed at any instant leaves nothing that looks finished.
+A lock file for each key lets one process build it while another waits and then reuses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from trtbuild.errors import ArtifactError, HostError
+from trtbuild.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    DigestCache,
+    canonical_json,
+    compare_tree,
+    digest_entries,
+    entries_from_json,
+    entries_json,
+    list_tree,
+    read_json,
+    write_atomic,
+)
+
+CONTENT = "content"
+LOG = "log.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """One finished artifact: `digest` names its bytes, `record` is what the step reported."""
+
+    kind: str
+    key: str
+    path: Path
+    digest: str
+    record: Mapping[str, Any]
+
+    @property
+    def content(self) -> Path:
+        """The directory with the artifact's files."""
+        return self.path / CONTENT
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """Where one step writes: files into `content`, its tools' output into `log`."""
+
+    path: Path
+
+    @property
+    def content(self) -> Path:
+        """The directory that becomes the artifact."""
+        return self.path / CONTENT
+
+    @property
+    def log(self) -> Path:
+        """The log that stays beside the artifact."""
+        return self.path / LOG
+
+
+class Store:
+    """A store at one directory.
+
+    Raises:
+        HostError: the directory cannot be made or written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            (root / "staging").mkdir(parents=True, exist_ok=True)
+            (root / "locks").mkdir(exist_ok=True)
+        except OSError as error:
+            raise HostError(
+                f"the store {root} cannot be written ({error.strerror})", "set `store:` to a writable directory"
+            ) from None
+        self.digests = DigestCache(root / "digests")
+
+    def find(self, kind: str, key: str) -> Artifact | None:
+        """The finished artifact with this key, with every file checked; None where there is none.
+
+        A damaged artifact is moved aside (``<store>/damaged/``), so that it is built again and never reused.
+        """
+        path = self.root / kind / key
+        if not (path / MANIFEST).is_file():
+            return None
+        try:
+            manifest = read_json(path / MANIFEST)
+            entries = entries_from_json(manifest["files"])
+            sound = manifest["key"] == key and not compare_tree(path / CONTENT, entries, self.digests)
+        except (ArtifactError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            self._set_aside(path)
+            return None
+        return Artifact(kind=kind, key=key, path=path, digest=manifest["digest"], record=manifest["record"])
+
+    @contextlib.contextmanager
+    def lock(self, kind: str, key: str, *, waiting: Callable[[], None]) -> Iterator[None]:
+        """Hold the right to build one key; `waiting` is called once if another process holds it.
+
+        The kernel releases the lock when its holder dies.
+        """
+        lock = FileLock(self.root / "locks" / f"{kind}-{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def stage(self, kind: str, key: str) -> Staging:
+        """An empty staging directory for one key; what a killed run left there is removed. Call under `lock`."""
+        staging = Staging(self.root / "staging" / f"{kind}-{key}")
+        remove_tree(staging.path)
+        staging.content.mkdir(parents=True)
+        return staging
+
+    def publish(self, staging: Staging, kind: str, key: str, record: Mapping[str, Any]) -> Artifact:
+        """Turn a staging directory into the artifact: digests, manifest, one rename. Call under `lock`."""
+        entries = list_tree(staging.content, self.digests)
+        for entry in entries:
+            _settle(staging.content / entry.path)
+        digest = digest_entries(entries)
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": kind,
+            "key": key,
+            "digest": digest,
+            "record": record,
+            "files": entries_json(entries),
+        }
+        write_atomic(staging.path / MANIFEST, canonical_json(manifest))
+        path = self.root / kind / key
+        path.parent.mkdir(exist_ok=True)
+        staging.path.rename(path)
+        _sync_directory(path.parent)
+        for entry in entries:
+            self.digests.relearn(path / CONTENT / entry.path, entry.sha256)
+        return Artifact(kind=kind, key=key, path=path, digest=digest, record=record)
+
+    def _set_aside(self, path: Path) -> None:
+        damaged = self.root / "damaged"
+        damaged.mkdir(exist_ok=True)
+        path.rename(damaged / f"{path.parent.name}-{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory of ours, read-only files included; no error where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def _settle(path: Path) -> None:
+    """Write a file's bytes to the disk and make it read-only: an artifact is never edited."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o222)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
