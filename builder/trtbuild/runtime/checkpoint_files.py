@@ -1,0 +1,134 @@
+"""The files of a checkpoint directory: what they say about quantization, and their tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from trtbuild.errors import ArtifactError, CompatibilityError
+
+FP8 = "FP8"
+INT4_AWQ = "W4A16_AWQ"
+REBUILD = "build the package again"
+_NOT_QUANTIZED = (None, "NO_QUANT")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationFacts:
+    """What a checkpoint says about its own quantization."""
+
+    algorithm: str | None = None  # FP8, W4A16_AWQ or None
+    group_size: int | None = None
+    kv_cache: str | None = None  # FP8 or None
+    exclude: tuple[str, ...] = ()
+
+
+def read_quantization(directory: Path) -> QuantizationFacts:
+    """Return what hf_quant_config.json, else config.json, says; both of ModelOpt's shapes are understood.
+
+    Raises:
+        ArtifactError: A file is missing or is not JSON.
+        CompatibilityError: The quantization is not one that the embedded engine computes; names the known.
+    """
+    nested = directory / "hf_quant_config.json"
+    if nested.exists():
+        section = read_json(nested).get("quantization") or {}
+        kv_cache, exclude = section.get("kv_cache_quant_algo"), section.get("exclude_modules")
+    else:
+        section = read_json(directory / "config.json").get("quantization_config") or {}
+        method = section.get("quant_method", "modelopt")
+        if not str(method).startswith("modelopt"):
+            raise CompatibilityError(
+                f"{directory}: quantized with {method!r}; the embedded engine reads ModelOpt's checkpoints",
+                "build from the checkpoint that is not quantized",
+            )
+        scheme = section.get("kv_cache_scheme")
+        kv_cache, exclude = ("FP8" if scheme == {"type": "float", "num_bits": 8, "dynamic": False} else None), None
+        if scheme and kv_cache is None:
+            kv_cache = str(scheme)
+        exclude = section.get("ignore")
+    return _known(directory, section.get("quant_algo"), section.get("group_size"), kv_cache, exclude)
+
+
+def _known(directory: Path, algorithm: Any, group: Any, kv_cache: Any, exclude: Any) -> QuantizationFacts:
+    if algorithm not in (*_NOT_QUANTIZED, FP8, INT4_AWQ):
+        raise CompatibilityError(
+            f"{directory}: quant_algo {algorithm!r} is not one that the embedded engine computes ({FP8}, {INT4_AWQ})",
+            "compress with format: none, fp8 or int4_awq, or serve it with another runtime",
+        )
+    if kv_cache not in (None, FP8):
+        raise CompatibilityError(
+            f"{directory}: kv_cache_quant_algo {kv_cache!r} is not one that the embedded engine computes ({FP8})",
+            "compress with kv_cache: none or fp8",
+        )
+    return QuantizationFacts(
+        algorithm=None if algorithm in _NOT_QUANTIZED else algorithm,
+        group_size=group,
+        kv_cache=kv_cache,
+        exclude=tuple(exclude or ()),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in file `path`; an ArtifactError says what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})", REBUILD) from error
+    except ValueError as error:
+        raise ArtifactError(f"{path}: is not JSON ({error})", REBUILD) from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path}: is not a JSON object", REBUILD)
+    return content
+
+
+class TensorFiles:
+    """The tensors of all safetensors files of a directory, mapped into memory when first read."""
+
+    def __init__(self, directory: Path) -> None:
+        self._handles: list[Any] = []
+        self._handle_of: dict[str, Any] = {}
+        paths = sorted(directory.glob("*.safetensors"))
+        if not paths:
+            raise ArtifactError(f"{directory}: no *.safetensors file", REBUILD)
+        for path in paths:
+            try:
+                handle = safe_open(path, framework="pt")
+                names = list(handle.keys())  # type: ignore[no-untyped-call]
+            except (SafetensorError, OSError) as error:
+                raise ArtifactError(f"{path}: damaged safetensors file: {error}", REBUILD) from error
+            repeated = [name for name in names if name in self._handle_of]
+            if repeated:
+                raise ArtifactError(f"{path}: holds tensor {repeated[0]} that another file holds too")
+            self._handle_of.update(dict.fromkeys(names, handle))
+        self.names = sorted(self._handle_of)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Tensor `name`, backed by the mapped file."""
+        return self._handle_of[name].get_tensor(name)
+
+    def dtype(self, name: str) -> str:
+        """The safetensors type of tensor `name`, such as "F8_E4M3"."""
+        return str(self._handle_of[name].get_slice(name).get_dtype())
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of tensor `name` as its file has it."""
+        return list(self._handle_of[name].get_slice(name).get_shape())
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """The files and, for every place in the model, the tensor of the files that belongs there."""
+
+    files: TensorFiles
+    disk_name: dict[str, str]
+
+    def take(self, place: str) -> torch.Tensor | None:
+        """The tensor for `place`, once; None if the files have none."""
+        name = self.disk_name.pop(place, None)
+        return None if name is None else self.files.tensor(name)
