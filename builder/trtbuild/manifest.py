@@ -85,7 +85,7 @@ class DigestCache:
             return known
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if _stamp(path) == stamp:
+        if _stamp(path) == stamp and time.time_ns() - stamp[-1] > _STAMP_GRACE_S * 1e9:
             self._remember(stamp, digest)
         return digest
 
@@ -109,7 +109,7 @@ class DigestCache:
 
     def _remember(self, stamp: tuple[int, ...], digest: str) -> None:
         entry = self._entry(stamp)
-        if entry is None or time.time_ns() - stamp[-1] < _STAMP_GRACE_S * 1e9:
+        if entry is None:
             return
         entry.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(entry, digest)

@@ -65,6 +65,7 @@ class ModelFacts:
     has_chat_template: bool
     remote_code: bool
     quantization: Quantization | None
+    linear_parameters: int
     linear_input_sizes: tuple[int, ...]
     files: tuple[SourceFile, ...]
 
@@ -112,7 +113,8 @@ def read_facts(files: CheckpointFiles) -> ModelFacts:
         or "chat_template" in _small_json(files, sizes, "tokenizer_config.json"),
         remote_code="auto_map" in config,
         quantization=_quantization(files, sizes, config),
-        linear_input_sizes=_linear_input_sizes(tensors),
+        linear_parameters=sum(_parameters(tensor) for tensor in tensors if _is_linear(tensor)),
+        linear_input_sizes=tuple(sorted({tensor.shape[-1] for tensor in tensors if _is_linear(tensor)})),
         files=tuple(_identities(files, sizes, headers)),
         **numbers,
     )
@@ -227,10 +229,10 @@ def _parameters(tensor: TensorInfo) -> int:
     return tensor.elements * 2 if tensor.dtype == "U8" and tensor.name.endswith(".weight") else tensor.elements
 
 
-def _linear_input_sizes(tensors: Iterable[TensorInfo]) -> tuple[int, ...]:
-    """Distinct input sizes of the matrices inside decoder layers: what an INT4 group has to divide."""
-    inside = (tensor for tensor in tensors if ".layers." in tensor.name and tensor.name.endswith(("weight", "_proj")))
-    return tuple(sorted({tensor.shape[-1] for tensor in inside if len(tensor.shape) in {2, 3}}))
+def _is_linear(tensor: TensorInfo) -> bool:
+    """Whether this is a matrix inside a decoder layer (or a stack of them): what a format quantizes."""
+    inside = ".layers." in tensor.name or tensor.name.startswith("layers.")
+    return inside and len(tensor.shape) in {2, 3} and tensor.name.endswith(("weight", "_proj"))
 
 
 def _quantization(files: CheckpointFiles, sizes: Mapping[str, int], config: Mapping[str, Any]) -> Quantization | None:

@@ -44,6 +44,7 @@ def run_worker(module: str, request: Mapping[str, Any], *, log: Path, on_progres
 
     Args:
         module: a module that calls `trtbuild.worker.serve`.
+        request: what the step is to do, as JSON.
         log: receives everything the child prints.
         on_progress: called with (done, total, what).
 

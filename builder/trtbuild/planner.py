@@ -1,0 +1,162 @@
+"""`make_plan`: from a recipe, model facts and tool versions to a complete plan. Pure, like everything it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trtbuild.errors import CompatibilityError, RecipeError
+from trtbuild.model import ModelFacts
+from trtbuild.plan import Plan, Source, Step
+from trtbuild.recipe_file import LoadedRecipe
+from trtbuild.refusals import model_refusals, recipe_refusals
+from trtbuild.settings import EVALUATION_LENGTH, Settings, resolve
+
+_FORMAT_BITS = {"none": 16.0, "fp8": 8.0, "int4_awq": 4.0}
+_SCALE_BITS = 16
+_KV_BYTES = {"none": 4, "fp8": 1}  # the embedded engine computes in float32 on a CPU
+
+
+def make_plan(
+    loaded: LoadedRecipe, facts: ModelFacts, source: Source, tools: Mapping[str, Mapping[str, str | None]]
+) -> Plan:
+    """The plan of one recipe for one model.
+
+    Args:
+        loaded: the recipe as written.
+        facts: what the checkpoint's files say.
+        source: where the checkpoint lies.
+        tools: for each kind of step, the versions that decide its bytes.
+
+    Raises:
+        RecipeError: every mistake in the recipe, together.
+        CompatibilityError: every demand that this runtime, model or version of trtbuild cannot meet, together.
+    """
+    settings = Settings(loaded.recipe, loaded.document, loaded.overridden)
+    resolve(settings, facts)
+    if settings.problems:
+        raise RecipeError(settings.problems)
+    refused = [*recipe_refusals(loaded.recipe), *model_refusals(facts, loaded.recipe)]
+    if refused:
+        raise CompatibilityError("\n".join(str(problem) for problem in refused))
+    return Plan(
+        source=source,
+        facts=facts,
+        values=tuple(settings.values),
+        steps=_steps(settings, tools),
+        gates={
+            name: settings[f"quality.{name}"]
+            for name in ("max_perplexity_ratio", "max_kl_divergence", "min_top1_agreement")
+        },
+        estimates=_estimates(settings, facts),
+        warnings=_warnings(settings, facts),
+    )
+
+
+def _steps(settings: Settings, tools: Mapping[str, Mapping[str, str | None]]) -> tuple[Step, ...]:
+    compress = _compress_parameters(settings)
+    compressed = _is_compressed(settings)
+    engine = _engine_parameters(settings)
+    numerics = {name: engine[name] for name in ("device", "compute_dtype", "weights")}
+    evaluate = numerics | {
+        "kv_cache_dtype": engine["kv_cache"]["dtype"],
+        "tokens": settings["quality.tokens"],
+        "length": min(EVALUATION_LENGTH, settings["runtime.max_seq_len"]),
+    }
+    return (
+        Step("fetch", {}, (), {}),
+        Step("compress", compress, ("fetch",), tools["compress" if compressed else "copy"], _compress_files(settings)),
+        Step("engine", engine, ("compress",), tools["engine"]),
+        Step("repository", _repository_parameters(settings), (), tools["repository"]),
+        Step("deploy", _deploy_parameters(settings), (), tools["deploy"]),
+        # Limits of the engine do not change a logit: the evaluation follows the checkpoint and the numerics alone.
+        Step("evaluate", evaluate, ("fetch", "compress"), tools["evaluate"], _files(data=settings["quality.data"])),
+    )
+
+
+def _is_compressed(settings: Settings) -> bool:
+    return any(settings[f"compress.{name}"] != "none" for name in ("format", "kv_cache", "sparsity"))
+
+
+def _compress_parameters(settings: Settings) -> dict[str, Any]:
+    names = ("format", "group_size", "kv_cache", "sparsity", "sparsity_method", "exclude")
+    parameters = {name: settings[f"compress.{name}"] for name in names}
+    parameters["exclude"] = list(parameters["exclude"])
+    parameters["trust_remote_code"] = settings["model.trust_remote_code"]
+    if _is_compressed(settings):
+        parameters["device"] = settings["runtime.device"]
+        calibration = ("column", "count", "length", "seed")
+        parameters["calibration"] = {name: settings[f"compress.calibration.{name}"] for name in calibration}
+    return parameters
+
+
+def _compress_files(settings: Settings) -> dict[str, str]:
+    data = settings["compress.calibration.data"] if _is_compressed(settings) else None
+    return _files(data=data, tokenizer=settings["model.tokenizer"])
+
+
+def _files(**paths: str | None) -> dict[str, str]:
+    return {role: path for role, path in paths.items() if path is not None}
+
+
+def _engine_parameters(settings: Settings) -> dict[str, Any]:
+    """The contents of ``engine.json``."""
+    names = (
+        *("max_batch_size", "max_num_tokens", "max_seq_len", "capacity_scheduler_policy", "enable_chunked_prefill"),
+        *("device", "compute_dtype", "weights"),
+    )
+    cache = ("tokens_per_block", "max_tokens", "free_gpu_memory_fraction", "enable_block_reuse")
+    kv_cache = {name: settings[f"runtime.kv_cache.{name}"] for name in cache}
+    kv_cache["dtype"] = "fp8" if settings["compress.kv_cache"] == "fp8" else "auto"
+    return {
+        "schema_version": 1,
+        "runtime": settings["runtime.kind"],
+        "kv_cache": kv_cache,
+        "trust_remote_code": settings["model.trust_remote_code"],
+    } | {name: settings[f"runtime.{name}"] for name in names}
+
+
+def _repository_parameters(settings: Settings) -> dict[str, Any]:
+    names = ("layout", "model_name", "streaming", "max_input_tokens", "max_output_tokens", "default_max_tokens")
+    return {name: settings[f"serving.{name}"] for name in names} | {
+        "runtime": settings["runtime.kind"],
+        "max_seq_len": settings["runtime.max_seq_len"],
+        "trust_remote_code": settings["model.trust_remote_code"],
+    }
+
+
+def _deploy_parameters(settings: Settings) -> dict[str, Any]:
+    return {
+        "image": settings["deploy.image"],
+        "labels": dict(settings["deploy.labels"]),
+        "files": list(settings["deploy.files"]),
+        "model_name": settings["serving.model_name"],
+        "runtime": settings["runtime.kind"],
+    }
+
+
+def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
+    """Sizes in bytes that follow from the facts: the checkpoint's file, and the KV cache."""
+    bits = _FORMAT_BITS[settings["compress.format"]]
+    if settings["compress.group_size"] is not None:
+        bits += _SCALE_BITS * 2 / settings["compress.group_size"]  # one float32 scale a group
+    rest = facts.parameters - facts.linear_parameters
+    per_token = facts.kv_bytes_per_token(_KV_BYTES[settings["compress.kv_cache"]])
+    estimates = {
+        "checkpoint_bytes": int(facts.linear_parameters * bits / 8) + 2 * rest,
+        "kv_bytes_per_token": per_token,
+    }
+    if settings["runtime.kv_cache.max_tokens"] is not None:
+        estimates["kv_cache_bytes"] = per_token * settings["runtime.kv_cache.max_tokens"]
+    return estimates
+
+
+def _warnings(settings: Settings, facts: ModelFacts) -> tuple[str, ...]:
+    warnings = []
+    if settings["compress.sparsity"] == "2:4":
+        warnings.append(
+            "2:4 without fine-tuning costs quality, most in small models: see the perplexity ratio measured"
+        )
+    if not facts.has_chat_template:
+        warnings.append("the checkpoint has no chat template: requests with `messages` will be refused")
+    return tuple(warnings)

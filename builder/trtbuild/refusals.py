@@ -1,0 +1,82 @@
+"""What a recipe may say, or a model may be, that this version of trtbuild cannot execute: refused, never ignored."""
+
+from __future__ import annotations
+
+from trtbuild import compat
+from trtbuild.errors import Problem
+from trtbuild.model import ModelFacts
+from trtbuild.recipe import Recipe
+
+_NOT_HERE = "cannot be done by this version of trtbuild"
+_ONE_DEVICE = "the embedded runtime runs on one device"
+
+
+def recipe_refusals(recipe: Recipe) -> list[Problem]:
+    """Every demand of the recipe that cannot be met, with the value to use instead."""
+    runtime = recipe.runtime
+    demands = [
+        ("runtime.kind", runtime.kind, "embedded", _NOT_HERE),
+        ("runtime.version", runtime.version, None, "the embedded runtime has trtbuild's own version"),
+        ("runtime.tensor_parallel_size", runtime.tensor_parallel_size, 1, _ONE_DEVICE),
+        ("runtime.pipeline_parallel_size", runtime.pipeline_parallel_size, 1, _ONE_DEVICE),
+        ("runtime.extra", dict(runtime.extra), {}, "the embedded runtime has no further keys"),
+        ("model.adapters", recipe.model.adapters, (), _NOT_HERE),
+        ("speculative.method", recipe.speculative.method, "none", _NOT_HERE),
+        ("speculative.draft", recipe.speculative.draft, None, "of no use without a speculative.method"),
+        ("serving.layout", recipe.serving.layout, "llm", _NOT_HERE),
+        ("compress.max_memory", recipe.compress.max_memory, None, "this version of trtbuild holds the model in memory"),
+        ("target.count", recipe.target.count if (recipe.target.count or 0) > 1 else 1, 1, _ONE_DEVICE),
+    ]
+    return [
+        Problem(path, f"{_show(value)}: {why}", f"use {_show(only)}" if only else "remove it")
+        for path, value, only, why in demands
+        if value != only
+    ]
+
+
+def _show(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (tuple, dict)) else str(value)
+
+
+def model_refusals(facts: ModelFacts, recipe: Recipe) -> list[Problem]:
+    """What about the model itself cannot be compressed or served."""
+    problems = []
+    if facts.remote_code and not recipe.model.trust_remote_code:
+        message = "the checkpoint carries Python code (auto_map in config.json)"
+        problems.append(Problem("model.path", message, "read it, then set model.trust_remote_code: true"))
+    if facts.quantization is not None:
+        message = f"the checkpoint is already quantized ({_describe(facts)})"
+        problems.append(
+            Problem("model.path", message, "give the original bf16 or fp16 checkpoint; trtbuild quantizes it")
+        )
+    if not facts.has_tokenizer and recipe.model.tokenizer is None:
+        problems.append(
+            Problem("model.path", "the checkpoint has no tokenizer", "add its files or set model.tokenizer")
+        )
+    reason = compat.refusal(facts.model_type)
+    known = compat.causal_lm_class(facts.model_type)
+    if reason is not None:
+        problems.append(
+            Problem("model.path", f"{facts.architecture} ({facts.model_type}): {reason}", "use another model")
+        )
+    elif known is None and not facts.remote_code:
+        near = compat.nearest_model_types(facts.model_type)
+        hint = f"did you mean {', '.join(near)}?" if near else "use a decoder-only model that Transformers knows"
+        problems.append(
+            Problem("model.path", f"Transformers knows no causal language model of type {facts.model_type!r}", hint)
+        )
+    elif known is not None and known != facts.architecture:
+        message = f"{facts.architecture} is not the causal language model of type {facts.model_type}, which is {known}"
+        problems.append(Problem("model.path", message, f"give a checkpoint whose architectures name {known}"))
+    return problems
+
+
+def _describe(facts: ModelFacts) -> str:
+    quantization = facts.quantization
+    if quantization is None:
+        return ""
+    wanted = ("quant_algo", "bits", "group_size", "kv_cache_quant_algo", "format")
+    shown = [
+        f"{name}={quantization.parameters[name]}" for name in wanted if quantization.parameters.get(name) is not None
+    ]
+    return ", ".join([quantization.method, *shown])

@@ -1,0 +1,69 @@
+"""Versions of the tools that decide a step's bytes, read from package metadata without importing the tools."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from trtbuild.errors import HostError
+from trtbuild.render import data_dir
+
+# Bump a revision when the same inputs, parameters and tools would give other bytes, and only then.
+COMPRESS_REVISION = 1
+COPY_REVISION = 1
+ENGINE_REVISION = 1
+EVALUATE_REVISION = 1
+REPOSITORY_REVISION = 1
+DEPLOY_REVISION = 1
+
+_HINT = "install torch first, alone, then `pip install 'trtbuild[build]'` (see README)"
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def tool_versions() -> dict[str, Mapping[str, str | None]]:
+    """For each kind of step, what decides its bytes besides inputs and parameters."""
+    libraries = {name: version_of(name) for name in ("torch", "transformers", "nvidia-modelopt", "safetensors")}
+    plain = {name: libraries[name] for name in ("torch", "safetensors")}
+    evaluate = {name: libraries[name] for name in ("torch", "transformers")}
+    return {
+        "compress": libraries | {"revision": str(COMPRESS_REVISION)},
+        "copy": plain | {"revision": str(COPY_REVISION)},
+        "engine": {"revision": str(ENGINE_REVISION)},
+        "repository": {
+            "revision": str(REPOSITORY_REVISION),
+            "files": _digest_shipped(data_dir("templates") / "llm", data_dir("model_repo") / "llm"),
+        },
+        "deploy": {"revision": str(DEPLOY_REVISION), "files": _digest_shipped(data_dir("templates") / "deploy")},
+        "evaluate": evaluate | {"revision": str(EVALUATE_REVISION)},
+    }
+
+
+def require(step: str, tools: Mapping[str, str | None]) -> None:
+    """Refuse to start a step whose tools are not installed.
+
+    Raises:
+        HostError: naming every missing package.
+    """
+    missing = [name for name, version in tools.items() if version is None]
+    if missing:
+        raise HostError(f"the step {step} needs {', '.join(missing)}, not installed in this environment", _HINT)
+
+
+def _digest_shipped(*directories: Path) -> str:
+    """One digest over the names and bytes of shipped files, without what Python leaves beside them."""
+    digest = hashlib.sha256()
+    for directory in directories:
+        for path in sorted(directory.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                digest.update(f"{path.relative_to(directory).as_posix()} {content}\n".encode())
+    return digest.hexdigest()[:16]
