@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,17 @@ class LoadedRecipe:
     path: Path
     text: str
     overridden: frozenset[str]
+
+    def effective_text(self) -> str:
+        """The recipe that this build followed: the file as written, or the document with ``--set`` applied."""
+        if not self.overridden:
+            return self.text
+        stream = io.StringIO()
+        stream.write(f"# {self.path.name} with --set {', '.join(sorted(self.overridden))}\n")
+        yaml = YAML(typ="safe", pure=True)
+        yaml.default_flow_style = False
+        yaml.dump(dict(self.document), stream)
+        return stream.getvalue()
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:

@@ -14,7 +14,7 @@ _ONE_DEVICE = "the embedded runtime runs on one device"
 def recipe_refusals(recipe: Recipe) -> list[Problem]:
     """Every demand of the recipe that cannot be met, with the value to use instead."""
     runtime = recipe.runtime
-    demands = [
+    demands: list[tuple[str, object, object, str]] = [
         ("runtime.kind", runtime.kind, "embedded", _NOT_HERE),
         ("runtime.version", runtime.version, None, "the embedded runtime has trtbuild's own version"),
         ("runtime.tensor_parallel_size", runtime.tensor_parallel_size, 1, _ONE_DEVICE),

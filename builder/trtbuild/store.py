@@ -24,6 +24,7 @@ from trtbuild.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     DigestCache,
+    FileEntry,
     canonical_json,
     compare_tree,
     digest_entries,
@@ -47,6 +48,7 @@ class Artifact:
     path: Path
     digest: str
     record: Mapping[str, Any]
+    files: tuple[FileEntry, ...]
 
     @property
     def content(self) -> Path:
@@ -106,7 +108,7 @@ class Store:
         if not sound:
             self._set_aside(path)
             return None
-        return Artifact(kind=kind, key=key, path=path, digest=manifest["digest"], record=manifest["record"])
+        return Artifact(kind, key, path, manifest["digest"], manifest["record"], entries)
 
     @contextlib.contextmanager
     def lock(self, kind: str, key: str, *, waiting: Callable[[], None]) -> Iterator[None]:
@@ -153,7 +155,7 @@ class Store:
         _sync_directory(path.parent)
         for entry in entries:
             self.digests.relearn(path / CONTENT / entry.path, entry.sha256)
-        return Artifact(kind=kind, key=key, path=path, digest=digest, record=record)
+        return Artifact(kind, key, path, digest, record, entries)
 
     def _set_aside(self, path: Path) -> None:
         damaged = self.root / "damaged"

@@ -1,0 +1,31 @@
+"""The evidence files of a package: what was measured, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from trtbuild.gates import check_gates
+from trtbuild.plan import Plan
+from trtbuild.store import Artifact
+
+
+def quality(record: Mapping[str, Any], gates: Mapping[str, float | None]) -> dict[str, Any]:
+    """``quality.json``: the evaluation's result, what it used, and every gate."""
+    result = dict(record["result"])
+    return result | {"usage": dict(record["usage"]), "gates": [asdict(gate) for gate in check_gates(result, gates)]}
+
+
+def build(artifacts: Mapping[str, Artifact], plan: Plan) -> dict[str, Any]:
+    """``build.json``: what each heavy step did, its time and its peak memory, and the sizes on disk."""
+    steps = {
+        kind: dict(artifact.record) for kind, artifact in artifacts.items() if artifact.record and kind != "evaluate"
+    }
+    engine = artifacts["engine"].content
+    size = sum(path.stat().st_size for path in engine.rglob("*.safetensors"))
+    return {
+        "steps": steps,
+        "bytes": {"source": plan.facts.weight_bytes, "engine": size},
+        "estimates": dict(plan.estimates),
+    }

@@ -1,0 +1,159 @@
+"""The package: the output directory of a build, put in place at once and verifiable byte for byte."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtbuild import __version__
+from trtbuild.errors import ArtifactError, Problem, RecipeError
+from trtbuild.linking import place_tree
+from trtbuild.manifest import (
+    MANIFEST,
+    DigestCache,
+    FileEntry,
+    canonical_json,
+    compare_tree,
+    digest_entries,
+    entries_from_json,
+    entries_json,
+    read_json,
+    write_atomic,
+)
+from trtbuild.store import Artifact, remove_tree
+
+SCHEMA_VERSION = 1
+RECIPE, LOCK = "recipe.yaml", "plan.lock.json"
+# What the package digest stands for; evidence holds times and lies outside it.
+DIGESTED = ("engine", "model_repository", "deploy")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that goes into a package: artifacts by directory name, and small files by relative path."""
+
+    artifacts: Mapping[str, Artifact]
+    texts: Mapping[str, str]
+
+    def entries(self) -> tuple[FileEntry, ...]:
+        """Every file of the package: the artifacts were verified when they were found, so nothing is read again."""
+        files = [
+            FileEntry(path=f"{name}/{entry.path}", size=entry.size, sha256=entry.sha256)
+            for name, artifact in self.artifacts.items()
+            for entry in artifact.files
+        ]
+        for path, text in self.texts.items():
+            data = text.encode("utf-8")
+            files.append(FileEntry(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
+        return tuple(sorted(files))
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuse an output directory that holds something other than a package.
+
+    Raises:
+        RecipeError: so that nothing of the user's is ever replaced.
+    """
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() and not _is_package(out):
+        message = f"{out} exists and is no trtbuild package"
+        raise RecipeError([Problem("-o", message, "name a new directory, or move that one away")])
+
+
+def assemble(out: Path, parts: Parts, digests: DigestCache) -> tuple[str, str]:
+    """Write the package to `out`; returns its digest and ``built`` or ``reused``.
+
+    An older package there is replaced in one exchange: a reader sees the old one or the new one, whole.
+    """
+    manifest = _manifest(parts.entries())
+    if _is_package(out) and read_manifest(out) == manifest and not damage(out, digests):
+        return manifest["digest"], "reused"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.parent / f".{out.name}.trtbuild-{os.getpid()}"
+    remove_tree(staging)
+    try:
+        for name, artifact in parts.artifacts.items():
+            place_tree(artifact.content, staging / name)
+            for entry in artifact.files:
+                digests.relearn(staging / name / entry.path, entry.sha256)
+        for path, text in parts.texts.items():
+            (staging / path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(staging / path, text)
+        write_atomic(staging / MANIFEST, canonical_json(manifest))
+        _put_in_place(staging, out)
+    finally:
+        remove_tree(staging)
+    return manifest["digest"], "built"
+
+
+def read_manifest(package: Path) -> dict[str, Any]:
+    """The manifest of a package.
+
+    Raises:
+        ArtifactError: `package` is no package, or the manifest is damaged.
+    """
+    if not package.is_dir():
+        raise ArtifactError(f"{package} is no directory", "name a package that `trtbuild build` made")
+    manifest = read_json(package / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("kind") != "package":
+        raise ArtifactError(f"{package} is no trtbuild package", "name a package that `trtbuild build` made")
+    return manifest
+
+
+def damage(package: Path, digests: DigestCache) -> list[str]:
+    """What differs between a package and its manifest; empty when every byte is as recorded."""
+    manifest = read_manifest(package)
+    entries = entries_from_json(manifest["files"])
+    problems = compare_tree(package, entries, digests, skip=(MANIFEST,))
+    if _package_digest(entries) != manifest["digest"]:
+        problems.append("the package digest does not match the list of files")
+    return problems
+
+
+def _manifest(entries: tuple[FileEntry, ...]) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "package",
+        "trtbuild": __version__,
+        "digest": _package_digest(entries),
+        "files": entries_json(entries),
+    }
+
+
+def _package_digest(entries: tuple[FileEntry, ...]) -> str:
+    return digest_entries(entry for entry in entries if entry.path.split("/", 1)[0] in DIGESTED)
+
+
+def _is_package(path: Path) -> bool:
+    try:
+        return bool(read_manifest(path))
+    except ArtifactError:
+        return False
+
+
+def _put_in_place(staging: Path, out: Path) -> None:
+    if out.exists():
+        _exchange(staging, out)
+    else:
+        staging.rename(out)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swap two directories in one step (renameat2(2)), or by way of a third name where the kernel cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    swap = getattr(libc, "renameat2", None)
+    arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    if swap is not None and swap(*arguments) == 0:
+        return
+    aside = second.with_name(f".{second.name}.old-{os.getpid()}")
+    second.rename(aside)
+    first.rename(second)
+    shutil.rmtree(aside)

@@ -1,0 +1,193 @@
+"""`prepare`: gather facts and make the plan. `build`: execute it, reuse what is there, and put the package in place."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trtbuild import __version__, evidence, package
+from trtbuild.errors import GateError, HostError, Problem, RecipeError
+from trtbuild.gates import check_gates
+from trtbuild.manifest import canonical_json, digest_entries, entries_json
+from trtbuild.model import read_facts
+from trtbuild.paths import cache_dir
+from trtbuild.plan import STEP_KINDS, Plan, Step, step_key, until
+from trtbuild.planner import make_plan
+from trtbuild.recipe_file import LoadedRecipe, load_recipe
+from trtbuild.report import Reporter
+from trtbuild.source import Fetched, digest_paths, fetch, local_path, locate
+from trtbuild.steps import Work, check_repository, run_step
+from trtbuild.store import Artifact, Store
+from trtbuild.toolchain import require, tool_versions
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A recipe with its plan; nothing has been built yet."""
+
+    loaded: LoadedRecipe
+    plan: Plan
+    store: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a build left: the package where it ran to the end, and every artifact."""
+
+    artifacts: Mapping[str, Artifact]
+    package: Path | None
+    digest: str | None
+
+
+@dataclass(slots=True)
+class _Run:
+    """One execution of a plan."""
+
+    prepared: Prepared
+    store: Store
+    reporter: Reporter
+    fetched: Fetched
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+
+
+def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
+    """Read the recipe and the model's facts, and plan. Touches no tensor data.
+
+    Raises:
+        RecipeError, CompatibilityError, ArtifactError: see `load_recipe`, `read_facts` and `make_plan`.
+    """
+    loaded = load_recipe(recipe, overrides)
+    source, files = locate(loaded)
+    plan = make_plan(loaded, read_facts(files), source, tool_versions())
+    configured = loaded.recipe.store
+    store = local_path(loaded, configured) if configured is not None else cache_dir() / "store"
+    return Prepared(loaded=loaded, plan=plan, store=store)
+
+
+def build(prepared: Prepared, out: Path, reporter: Reporter, *, last: str | None = None) -> Built:
+    """Execute a plan: reuse what the store has, build the rest, gate, and put the package at `out`.
+
+    Args:
+        prepared: what `prepare` returned.
+        out: the package's directory.
+        reporter: is told what happens.
+        last: stop after this kind of step, without a package.
+
+    Raises:
+        GateError: a measured number misses its threshold; the evidence stays in the store.
+        HostError: a tool is not installed, or the disk is full.
+    """
+    if last is not None and last not in STEP_KINDS:
+        raise RecipeError([Problem("--until", f"{last!r} is no step; steps are {', '.join(STEP_KINDS)}")])
+    if last is None:
+        package.refuse_foreign(out)
+    try:
+        return _build(prepared, out, reporter, last)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        where = error.filename or prepared.store
+        raise HostError(
+            f"no space left on the device of {where}", "free some and start the build again: it resumes"
+        ) from error
+
+
+def _build(prepared: Prepared, out: Path, reporter: Reporter, last: str | None) -> Built:
+    store = Store(prepared.store)
+    started = time.monotonic()
+    fetched = fetch(prepared.plan, store.root / "downloads", store.digests, reporter)
+    reporter.finished("fetch", "checked", time.monotonic() - started)
+    run = _Run(prepared, store, reporter, fetched)
+    for step in until(prepared.plan.steps, last):
+        if step.kind != "fetch":
+            run.artifacts[step.kind] = _have(run, step)
+    if last is not None:
+        return Built(run.artifacts, None, None)
+    _gate(run)
+    check_repository(run.artifacts["repository"].content, run.artifacts["engine"].content)
+    digest = _package(run, out)
+    return Built(run.artifacts, out, digest)
+
+
+def _have(run: _Run, step: Step) -> Artifact:
+    """The artifact of one step: from the store, or built now."""
+    files = {role: local_path(run.prepared.loaded, path) for role, path in step.files.items()}
+    inputs = {kind: artifact.digest for kind, artifact in run.artifacts.items()}
+    inputs["fetch"] = digest_entries(run.fetched.files)
+    key = step_key(step, inputs, digest_paths(files, run.store.digests))
+    started = time.monotonic()
+
+    def waiting() -> None:
+        run.reporter.note(f"another process is building {step.kind}; waiting for it")
+
+    with run.store.lock(step.kind, key, waiting=waiting):
+        artifact = run.store.find(step.kind, key)
+        status = "reused"
+        if artifact is None:
+            require(step.kind, step.tools)
+            run.reporter.started(step.kind)
+            artifact = _execute(run, step, key, files)
+            status = "built"
+    run.reporter.finished(step.kind, status, time.monotonic() - started)
+    return artifact
+
+
+def _execute(run: _Run, step: Step, key: str, files: Mapping[str, Path]) -> Artifact:
+    staging = run.store.stage(step.kind, key)
+    work = Work(
+        plan=run.prepared.plan,
+        step=step,
+        source=run.fetched.directory,
+        inputs={kind: artifact.content for kind, artifact in run.artifacts.items()},
+        files=files,
+        staging=staging,
+        reporter=run.reporter,
+    )
+    record = run_step(work)
+    return run.store.publish(staging, step.kind, key, record)
+
+
+def _gate(run: _Run) -> None:
+    artifact = run.artifacts["evaluate"]
+    results = check_gates(artifact.record["result"], run.prepared.plan.gates)
+    for result in results:
+        run.reporter.note(str(result))
+    failed = [result for result in results if not result.passed]
+    if failed:
+        message = "the quality gate stops this build:\n" + "\n".join(f"  {result}" for result in failed)
+        raise GateError(
+            message, f"the evidence is {artifact.content}; change the format, or the threshold if you accept this"
+        )
+
+
+def _package(run: _Run, out: Path) -> str:
+    loaded, plan = run.prepared.loaded, run.prepared.plan
+    trees = {"engine": "engine", "model_repository": "repository", "deploy": "deploy"}
+    texts = {
+        package.RECIPE: loaded.effective_text(),
+        package.LOCK: canonical_json(_lock(run)),
+        "evidence/quality.json": canonical_json(evidence.quality(run.artifacts["evaluate"].record, plan.gates)),
+        "evidence/build.json": canonical_json(evidence.build(run.artifacts, plan)),
+    }
+    parts = package.Parts({name: run.artifacts[kind] for name, kind in trees.items()}, texts)
+    started = time.monotonic()
+    digest, status = package.assemble(out, parts, run.store.digests)
+    run.reporter.finished("package", status, time.monotonic() - started)
+    return digest
+
+
+def _lock(run: _Run) -> dict[str, Any]:
+    """Everything that two builds must share to give the same package digest."""
+    return {
+        "schema_version": 1,
+        "trtbuild": __version__,
+        "plan": run.prepared.plan.to_json(),
+        "source": entries_json(run.fetched.files),
+        "artifacts": {kind: {"key": item.key, "digest": item.digest} for kind, item in sorted(run.artifacts.items())},
+    }

@@ -1,0 +1,101 @@
+"""Where a recipe's model lies: a directory on this machine or a hub repository at a commit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtbuild.adapters import hub
+from trtbuild.checkpoint_files import CheckpointFiles, open_directory
+from trtbuild.errors import ArtifactError, Problem, RecipeError
+from trtbuild.manifest import DigestCache, FileEntry
+from trtbuild.model import ModelFacts
+from trtbuild.plan import Plan, Source
+from trtbuild.recipe_file import LoadedRecipe
+from trtbuild.report import Reporter
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A complete local checkpoint and the SHA-256 of every file that belongs to it."""
+
+    directory: Path
+    files: tuple[FileEntry, ...]
+
+
+def locate(loaded: LoadedRecipe) -> tuple[Source, CheckpointFiles]:
+    """The source of a recipe's model, and its files for reading facts; resolves a hub revision to a commit.
+
+    Raises:
+        RecipeError: the directory does not exist, or the hub knows no such repository or revision.
+    """
+    model = loaded.recipe.model
+    directory = local_path(loaded, model.path)
+    looks_local = model.path.startswith(("/", ".", "~")) or directory.exists()
+    if looks_local or not _HUB_ID.fullmatch(model.path):
+        if model.revision is not None:
+            problem = Problem("model.revision", f"{model.path} is a directory, it has no revisions", "remove it")
+            raise RecipeError([problem])
+        return Source(path=str(directory)), open_directory(directory)
+    commit = hub.resolve(model.path, model.revision)
+    return Source(path=model.path, repo_id=model.path, commit=commit), hub.HubFiles(model.path, commit)
+
+
+def local_path(loaded: LoadedRecipe, path: str) -> Path:
+    """A path of the recipe: ``~`` is the home directory, a relative path starts at the recipe's directory."""
+    return (loaded.path.parent / Path(path).expanduser()).resolve()
+
+
+def fetch(plan: Plan, downloads: Path, digests: DigestCache, reporter: Reporter) -> Fetched:
+    """Have the whole checkpoint on this machine, with every file's digest.
+
+    A hub repository is downloaded below `downloads`; an interrupted download is resumed there.
+
+    Raises:
+        ArtifactError: a file changed since the plan was made.
+    """
+    directory = Path(plan.source.path)
+    if plan.source.repo_id is not None and plan.source.commit is not None:
+        directory = downloads / f"{plan.source.repo_id.replace('/', '--')}--{plan.source.commit}"
+        hub.fetch(plan.source.repo_id, plan.source.commit, directory, progress=reporter.progress)
+    return Fetched(directory=directory, files=_digest_files(plan.facts, directory, digests, reporter))
+
+
+def _digest_files(
+    facts: ModelFacts, directory: Path, digests: DigestCache, reporter: Reporter
+) -> tuple[FileEntry, ...]:
+    total, done = sum(file.size for file in facts.files), 0
+    entries = []
+    for file in facts.files:
+        path = directory / file.path
+        if not path.is_file() or path.stat().st_size != file.size:
+            raise ArtifactError(f"{path} changed while it was being built from", "start the build again")
+        entry = FileEntry(path=file.path, size=file.size, sha256=digests.sha256(path))
+        if file.whole and entry.sha256 != file.sha256:
+            raise ArtifactError(f"{path} changed while it was being built from", "start the build again")
+        entries.append(entry)
+        done += file.size
+        reporter.progress(done, total, "bytes checked")
+    return tuple(entries)
+
+
+def digest_paths(paths: Mapping[str, Path], digests: DigestCache) -> dict[str, str]:
+    """A digest for each user file (its bytes and suffix) or directory (the files at its top).
+
+    Raises:
+        RecipeError: one of them does not exist.
+    """
+    found = {}
+    for role, path in paths.items():
+        if path.is_file():
+            found[role] = f"{digests.sha256(path)}{path.suffix}"
+        elif path.is_dir():
+            names = sorted(file for file in path.iterdir() if file.is_file())
+            found[role] = " ".join(f"{file.name}:{digests.sha256(file)}" for file in names)
+        else:
+            raise RecipeError([Problem(role, f"{path} does not exist", "name an existing file")])
+    return found

@@ -1,0 +1,127 @@
+"""What each kind of step does: from its inputs' directories to files in a staging directory.
+
+Every function takes a `Work` and returns the record that the manifest and the evidence keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtbuild.adapters import container, triton
+from trtbuild.errors import ToolError
+from trtbuild.linking import place_tree
+from trtbuild.manifest import canonical_json, write_atomic
+from trtbuild.plan import Plan, Step
+from trtbuild.process import run_worker
+from trtbuild.report import Reporter
+from trtbuild.store import Staging
+
+ENGINE_FILE = "engine.json"
+QUALITY_FILE = "quality.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One step about to run.
+
+    Args:
+        plan: the whole plan; a step reads its own parameters and, for labels, the plan's digest.
+        step: the step itself.
+        source: the original checkpoint.
+        inputs: content directory of every finished artifact, by kind.
+        files: the user's files of this step, by role.
+        staging: where to write.
+    """
+
+    plan: Plan
+    step: Step
+    source: Path
+    inputs: Mapping[str, Path]
+    files: Mapping[str, Path]
+    staging: Staging
+    reporter: Reporter
+
+
+def run_step(work: Work) -> dict[str, Any]:
+    """Do the work of one step; returns its record."""
+    actions = {
+        "compress": _compress,
+        "engine": _engine,
+        "repository": _repository,
+        "deploy": _deploy,
+        "evaluate": _evaluate,
+    }
+    return actions[work.step.kind](work)
+
+
+def _compress(work: Work) -> dict[str, Any]:
+    parameters = dict(work.step.parameters)
+    calibration = dict(parameters.pop("calibration", {"column": None, "count": 1, "length": 16, "seed": 0}))
+    calibration["data"] = _optional(work.files.get("data"))
+    parameters.setdefault("device", "cpu")
+    request = parameters | {
+        "source": str(work.source),
+        "tokenizer": str(work.files.get("tokenizer", work.source)),
+        "output": str(work.staging.content),
+        "sparsity_method": parameters["sparsity_method"] or "sparsegpt",
+        "calibration": calibration,
+    }
+    return _in_child("trtbuild.compress", request, work)
+
+
+def _engine(work: Work) -> dict[str, Any]:
+    place_tree(work.inputs["compress"], work.staging.content)
+    write_atomic(work.staging.content / ENGINE_FILE, canonical_json(dict(work.step.parameters)))
+    return {}
+
+
+def _repository(work: Work) -> dict[str, Any]:
+    spec = triton.RepositorySpec(**work.step.parameters)
+    triton.render_repository(spec, work.staging.content)
+    return {}
+
+
+def _deploy(work: Work) -> dict[str, Any]:
+    spec = container.DeploySpec(**work.step.parameters, plan_digest=work.plan.digest)
+    container.write_deploy(spec, work.staging.content)
+    return {}
+
+
+def _evaluate(work: Work) -> dict[str, Any]:
+    parameters = work.step.parameters
+    request = {
+        "source": str(work.source),
+        "engine": str(work.inputs["engine"]),
+        "tokens": parameters["tokens"],
+        "length": parameters["length"],
+        "data": _optional(work.files.get("data")),
+        "device": parameters["device"],
+        "trust_remote_code": work.plan.value("model.trust_remote_code"),
+    }
+    record = _in_child("trtbuild.evaluate", request, work)
+    write_atomic(work.staging.content / QUALITY_FILE, canonical_json(record["result"]))
+    return record
+
+
+def _in_child(module: str, request: Mapping[str, Any], work: Work) -> dict[str, Any]:
+    outcome = run_worker(module, request, log=work.staging.log, on_progress=work.reporter.progress)
+    usage = {"seconds": outcome.seconds, "peak_memory_bytes": outcome.peak_memory_bytes}
+    return {"result": dict(outcome.result), "usage": usage}
+
+
+def _optional(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def check_repository(repository: Path, engine: Path) -> None:
+    """Refuse a rendered repository that would not load.
+
+    Raises:
+        ToolError: naming every fault.
+    """
+    problems = triton.check_repository(repository, engine=engine)
+    if problems:
+        raise ToolError("the rendered model repository is faulty:\n" + "\n".join(str(problem) for problem in problems))
