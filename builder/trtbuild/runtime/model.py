@@ -1,0 +1,208 @@
+"""Execution: packs the tokens of a step in one row and runs the Transformers class over them."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from trtbuild.errors import ArtifactError, CompatibilityError, HostError
+from trtbuild.runtime.architecture import check_calls, check_config, check_rope, prepare
+from trtbuild.runtime.attention import ATTENTION_NAME, LAYER_ATTRIBUTE, LayerCall, PagedLayer, Segment, Step, register
+from trtbuild.runtime.checkpoint import load_model
+from trtbuild.runtime.config import EngineConfig
+from trtbuild.runtime.kv_cache import LayerCache, bytes_per_slot
+from trtbuild.runtime.scheduler import Chunk
+from trtbuild.runtime.sequence import Sequence
+
+_PROBE_TOKENS = 3
+# Logits of at most this many (position, token) pairs are computed in one step where every position is wanted.
+_LOGITS_AT_ONCE = 2**25
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """The logits of a step, [rows, vocabulary]; `rows` gives each chunk's slice of them."""
+
+    logits: torch.Tensor
+    rows: list[slice]
+
+
+class ModelRunner:
+    """A loaded model with its paged cache."""
+
+    def __init__(self, engine_dir: Path, config: EngineConfig) -> None:
+        self.device = _device(config.device)
+        self.dtype = _dtype(config.compute_dtype, self.device)
+        self.notes: list[str] = []
+        hf_config = _hf_config(engine_dir, config)
+        check_config(hf_config)
+        check_rope(hf_config, config.max_seq_len)
+        register()
+        loaded = load_model(
+            engine_dir,
+            device=self.device,
+            dtype=self.dtype,
+            weights=config.weights,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=config.trust_remote_code,
+        )
+        self.model = loaded.model
+        self.notes.extend(loaded.notes)
+        self.hf_config = loaded.config
+        self.vocab_size = int(loaded.config.vocab_size)
+        self.block_size = config.kv_cache.tokens_per_block
+        self._takes_rows = "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
+        self._context = [Step()]
+        layers = self._examine()
+        self.kv_is_fp8 = config.kv_cache.dtype == "fp8"
+        self.num_blocks = self._allocate(layers, config, loaded.kv_scales)
+
+    @property
+    def chunk_limit(self) -> int:
+        """The most tokens of a step for a sequence that wants the logits of every position."""
+        return max(1, _LOGITS_AT_ONCE // self.vocab_size)
+
+    def execute(self, chunks: list[Chunk]) -> StepLogits:
+        """Compute `chunks` and return the logits that are wanted of them: float32, or float64 where computed so."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        wanted: list[int] = []
+        rows: list[slice] = []
+        segments: list[Segment] = []
+        for chunk in chunks:
+            sequence, row, first = chunk.sequence, len(token_ids), len(wanted)
+            token_ids += sequence.token_ids[chunk.start : chunk.end]
+            positions += range(chunk.start, chunk.end)
+            slots += self._slots(sequence, chunk.start, chunk.end)
+            segments.append(self._segment(chunk, row))
+            if sequence.wants_every_position and chunk.start < sequence.prompt_len:
+                wanted += range(row, len(token_ids))
+            elif chunk.is_last:
+                wanted.append(len(token_ids) - 1)
+            rows.append(slice(first, len(wanted)))
+        step = Step(segments=segments, slots=self._tensor(slots))
+        return StepLogits(self._forward(token_ids, positions, wanted, step), rows)
+
+    def release(self) -> None:
+        """Give the memory of weights and cache back; the runner cannot be used afterwards."""
+        for module in self.model.modules():
+            layer = getattr(module, LAYER_ATTRIBUTE, None)
+            if layer is not None:
+                layer.cache = None
+        self._context[0] = Step()
+
+    def _forward(self, token_ids: list[int], positions: list[int], wanted: list[int], step: Step) -> torch.Tensor:
+        self._context[0] = step
+        rows = self._tensor(wanted)
+        keep: dict[str, Any] = {"logits_to_keep": rows} if self._takes_rows else {}
+        with torch.inference_mode():
+            logits = self.model(
+                input_ids=self._tensor(token_ids)[None],
+                position_ids=self._tensor(positions)[None],
+                use_cache=False,
+                **keep,
+            ).logits[0]
+            if not self._takes_rows:
+                logits = logits[rows]
+            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+    def _slots(self, sequence: Sequence, start: int, end: int) -> range | list[int]:
+        if sequence.base is not None:
+            return range(sequence.base + start, sequence.base + end)
+        table, size = sequence.block_table, self.block_size
+        return [table[position // size] * size + position % size for position in range(start, end)]
+
+    def _segment(self, chunk: Chunk, row: int) -> Segment:
+        sequence = chunk.sequence
+        slots = None
+        if sequence.base is None:
+            if sequence.slots is None:
+                sequence.slots = self._tensor(
+                    list(self._slots(sequence, 0, len(sequence.block_table) * self.block_size))
+                )
+            slots = sequence.slots[: chunk.end]
+        return Segment(row, row + chunk.end - chunk.start, chunk.start, chunk.end, sequence.base or 0, slots)
+
+    def _examine(self) -> list[tuple[PagedLayer, LayerCall]]:
+        """Run a few tokens to learn how each layer calls its attention."""
+        layers = prepare(self.model, self._context)
+        try:
+            self._forward([0] * _PROBE_TOKENS, list(range(_PROBE_TOKENS)), [0], Step(probing=True))
+        except (TypeError, AttributeError, RuntimeError, ValueError, NotImplementedError, IndexError) as error:
+            name = type(self.model).__name__
+            raise CompatibilityError(
+                f"{name} does not run on the embedded engine's packed steps: {error}",
+                "serve it with runtime.kind: trtllm, or choose a decoder with ordinary attention",
+            ) from error
+        return check_calls(self.hf_config, layers)
+
+    def _allocate(
+        self,
+        layers: list[tuple[PagedLayer, LayerCall]],
+        config: EngineConfig,
+        scales: dict[int, tuple[float, float]] | None,
+    ) -> int:
+        """Make the pools and return their number of blocks."""
+        if self.kv_is_fp8 and not scales:
+            self.notes.append("kv_cache.dtype is fp8 and the checkpoint has no k_scale and v_scale: 1.0 is used")
+        shapes = [(call.key_shape, call.value_shape) for _, call in layers]
+        itemsize = 1 if self.kv_is_fp8 else self.dtype.itemsize
+        tokens = config.kv_cache.max_tokens or self._tokens_in_free_memory(bytes_per_slot(shapes, itemsize), config)
+        num_blocks = tokens // self.block_size
+        slots = num_blocks * self.block_size
+        if num_blocks < 1:
+            raise HostError(
+                f"the free memory holds {tokens} tokens of KV cache, less than one block of {self.block_size}",
+                "free memory on the GPU or give kv_cache.max_tokens",
+            )
+        for layer, call in layers:
+            pair = (scales or {}).get(layer.index, (1.0, 1.0))
+            layer.cache = LayerCache(
+                (call.key_shape[0], slots, call.key_shape[1]),
+                (call.value_shape[0], slots, call.value_shape[1]),
+                dtype=self.dtype,
+                device=self.device,
+                scales=pair if self.kv_is_fp8 else None,
+            )
+        return num_blocks
+
+    def _tokens_in_free_memory(self, token_bytes: int, config: EngineConfig) -> int:
+        if self.device.type != "cuda":
+            raise ArtifactError(
+                "kv_cache.max_tokens: null is allowed only on a GPU", "give the number of tokens that the cache holds"
+            )
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return int(free * config.kv_cache.free_gpu_memory_fraction) // token_bytes
+
+
+def _device(name: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise HostError("device: cuda, and PyTorch sees no NVIDIA GPU on this host", "use device: cpu or auto")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and has_cuda) else "cpu")
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]
+
+
+def _hf_config(engine_dir: Path, config: EngineConfig) -> Any:
+    if not (engine_dir / "config.json").is_file():
+        raise ArtifactError(
+            f"{engine_dir}: there is no config.json, so this is no checkpoint", "build the package again"
+        )
+    try:
+        return AutoConfig.from_pretrained(engine_dir, trust_remote_code=config.trust_remote_code, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{engine_dir / 'config.json'}: Transformers cannot read it: {error}") from error

@@ -1,0 +1,177 @@
+"""Which tokens of which sequences run in the next step, and who holds which blocks."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from trtbuild.runtime.blocks import BlockManager, block_hashes
+from trtbuild.runtime.config import EngineConfig
+from trtbuild.runtime.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions `start`..`end` of one sequence, to be computed in the next step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the step computes the sequence's last token, so that the next one can be chosen."""
+        return self.end == len(self.sequence.token_ids)
+
+
+class Scheduler:
+    """In-flight batching: every step takes one token of each decoding sequence and fills up with prompt chunks.
+
+    GUARANTEED_NO_EVICT admits a sequence only with room for all the tokens it may ever have. MAX_UTILIZATION admits it
+    with room for what it has; when the room runs out, the sequence admitted last gives its blocks back and is computed
+    again later (its published blocks may still be there then).
+    """
+
+    def __init__(self, config: EngineConfig, num_blocks: int) -> None:
+        self.blocks = BlockManager(num_blocks)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.reused_blocks = 0
+        self.missed_blocks = 0
+        self._config = config
+        self._block_size = config.kv_cache.tokens_per_block
+        self._reserves = config.capacity_scheduler_policy == "GUARANTEED_NO_EVICT"
+        self._reuses = config.kv_cache.enable_block_reuse
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; the caller has checked that it can run alone."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a finished or cancelled sequence and give its blocks back."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step, in no more than `max_num_tokens` tokens together."""
+        chunks: dict[Sequence, Chunk] = {}
+        budget = self._config.max_num_tokens
+        preempted = self.preemptions
+        # Decoding sequences first: a long prompt must not hold up those that already answer.
+        for sequence in sorted(self.running, key=lambda one: len(one.token_ids) - one.num_computed > 1):
+            if sequence.block_table:  # else it was pre-empted just now
+                budget -= self._schedule_one(sequence, budget, chunks)
+        if self.preemptions == preempted:
+            while self.waiting and budget > 0 and len(self.running) < self._config.max_batch_size:
+                sequence = self.waiting[0]
+                if not self._fits_budget(sequence, budget) or not self._admit(sequence):
+                    break
+                self.running.append(self.waiting.popleft())
+                budget -= self._schedule_one(sequence, budget, chunks)
+        return list(chunks.values())
+
+    def commit(self, chunks: list[Chunk]) -> None:
+        """Note that `chunks` were computed, and offer their full blocks for reuse."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.end
+            full = chunk.end // self._block_size
+            if not self._reuses or full == sequence.num_published:
+                continue
+            hashes = block_hashes(sequence.token_ids, self._block_size, sequence.hashes, full)
+            for index in range(sequence.num_published, full):
+                self.blocks.publish(sequence.block_table[index], hashes[index])
+            sequence.num_published = full
+
+    def blocks_for(self, tokens: int) -> int:
+        """How many blocks `tokens` tokens take."""
+        return -(-tokens // self._block_size)
+
+    def _schedule_one(self, sequence: Sequence, budget: int, chunks: dict[Sequence, Chunk]) -> int:
+        """Schedule what fits of `sequence`; returns the tokens taken, less those of sequences pre-empted for it."""
+        end = self._chunk_end(sequence, budget)
+        if end <= sequence.num_computed:
+            return 0
+        given_back = 0
+        missing = self.blocks_for(end) - len(sequence.block_table)
+        while missing > self.blocks.num_free:
+            victim = self.running[-1]
+            dropped = chunks.pop(victim, None)
+            given_back += dropped.end - dropped.start if dropped else 0
+            self._preempt(victim)
+            if victim is sequence:
+                return -given_back
+        if missing > 0:
+            self._extend(sequence, missing)
+        chunks[sequence] = Chunk(sequence, sequence.num_computed, end)
+        return end - sequence.num_computed - given_back
+
+    def _chunk_end(self, sequence: Sequence, budget: int) -> int:
+        length = len(sequence.token_ids)
+        if not self._fits_budget(sequence, budget):
+            return sequence.num_computed
+        room = min(budget, sequence.chunk_limit or budget)
+        return min(length, sequence.num_computed + room)
+
+    def _fits_budget(self, sequence: Sequence, budget: int) -> bool:
+        """Without chunked prefill a prompt runs in one step; what was pre-empted may be longer than any step."""
+        if self._config.enable_chunked_prefill:
+            return budget > 0
+        remaining = len(sequence.token_ids) - sequence.num_computed
+        return budget >= min(remaining, self._config.max_num_tokens)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Hold the blocks that `sequence` starts with, if they are there."""
+        size = self._block_size
+        shared: list[int] = []
+        # The last token is always computed: its logits choose the next one.
+        full = (len(sequence.token_ids) - 1) // size
+        if self._reuses and not sequence.wants_every_position:
+            shared = self.blocks.lookup(block_hashes(sequence.token_ids, size, sequence.hashes, full)[:full])
+        wanted = self.blocks_for(sequence.final_length if self._reserves else len(sequence.token_ids))
+        fresh = wanted - len(shared)
+        taken_from_free = fresh + len(shared) - self.blocks.num_held(shared)
+        # Without reservations every running sequence may soon want one more block; leave it those.
+        spare = 0 if self._reserves else len(self.running)
+        if taken_from_free + spare > self.blocks.num_free:
+            return False
+        self.blocks.share(shared)
+        sequence.block_table = shared
+        sequence.num_computed = len(shared) * size
+        sequence.num_published = len(shared)
+        sequence.reused_blocks += len(shared)
+        sequence.missed_blocks += full - len(shared)
+        self.reused_blocks += len(shared)
+        self.missed_blocks += full - len(shared)
+        self._extend(sequence, fresh)
+        return True
+
+    def _extend(self, sequence: Sequence, count: int) -> None:
+        table = sequence.block_table
+        table.extend(self.blocks.take(count, after=table[-1] if table else None))
+        sequence.new_blocks += count
+        run = all(block == table[0] + index for index, block in enumerate(table))
+        sequence.base = table[0] * self._block_size if run else None
+        sequence.slots = None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = 0
+        sequence.num_published = 0
+        sequence.slots = None
