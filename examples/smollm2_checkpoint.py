@@ -78,7 +78,8 @@ def is_complete(directory: Path) -> bool:
         except ValueError:
             return False
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return weights.stat().st_size == 8 + header_bytes + max(ends)
+    expected: int = 8 + header_bytes + max(ends)
+    return weights.stat().st_size == expected
 
 
 def publish(staging: Path, directory: Path) -> None:
