@@ -14,7 +14,7 @@ from trtbuild.recipe import Recipe
 
 _DEFAULT_MAX_SEQ_LEN = 2048
 _DEFAULT_MAX_NUM_TOKENS = 512
-_GROUP_SIZES = (128, 64, 32, 16)
+GROUP_SIZES = (128, 64, 32, 16)
 EVALUATION_LENGTH = 512
 
 
@@ -101,11 +101,11 @@ def _group_size(settings: Settings, facts: ModelFacts, compress_format: str) -> 
             )
         settings.take(path)
         return
-    fitting = [size for size in _GROUP_SIZES if not any(inputs % size for inputs in facts.linear_input_sizes)]
+    fitting = [size for size in GROUP_SIZES if not any(inputs % size for inputs in facts.linear_input_sizes)]
     if given is None and not fitting:
         sizes = ", ".join(str(size) for size in facts.linear_input_sizes)
         settings.problem(
-            path, f"no group of {_GROUP_SIZES} divides every input size ({sizes})", "use another format, such as fp8"
+            path, f"no group of {GROUP_SIZES} divides every input size ({sizes})", "use another format, such as fp8"
         )
     misfits = [inputs for inputs in facts.linear_input_sizes if given is not None and inputs % given]
     if misfits:

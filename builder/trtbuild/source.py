@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trtbuild.adapters import hub
 from trtbuild.checkpoint_files import CheckpointFiles, open_directory
 from trtbuild.errors import ArtifactError, Problem, RecipeError
 from trtbuild.manifest import DigestCache, FileEntry
@@ -41,6 +40,8 @@ def locate(loaded: LoadedRecipe) -> tuple[Source, CheckpointFiles]:
             problem = Problem("model.revision", f"{model.path} is a directory, it has no revisions", "remove it")
             raise RecipeError([problem])
         return Source(path=str(directory)), open_directory(directory)
+    from trtbuild.adapters import hub  # half a second of imports that a local model does not need
+
     commit = hub.resolve(model.path, model.revision)
     return Source(path=model.path, repo_id=model.path, commit=commit), hub.HubFiles(model.path, commit)
 
@@ -60,6 +61,8 @@ def fetch(plan: Plan, downloads: Path, digests: DigestCache, reporter: Reporter)
     """
     directory = Path(plan.source.path)
     if plan.source.repo_id is not None and plan.source.commit is not None:
+        from trtbuild.adapters import hub
+
         directory = downloads / f"{plan.source.repo_id.replace('/', '--')}--{plan.source.commit}"
         hub.fetch(plan.source.repo_id, plan.source.commit, directory, progress=reporter.progress)
     return Fetched(directory=directory, files=_digest_files(plan.facts, directory, digests, reporter))

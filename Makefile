@@ -1,0 +1,30 @@
+# make setup   the environment alone
+# make demo    set up, then the main job: SmolLM2 compressed, built, served by the real Triton, and asked a question
+# make test    set up, then every test
+# make lint    ruff and mypy
+.PHONY: setup demo test unit lint clean
+VENV ?= .venv
+RUN = $(VENV)/bin
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt scripts/setup
+	scripts/setup $(VENV)
+
+demo: setup
+	$(RUN)/python examples/demo.py
+
+test: setup
+	$(RUN)/python examples/smollm2_checkpoint.py
+	$(RUN)/python -m pytest
+
+unit: setup
+	$(RUN)/python -m pytest -m "not smollm2 and not triton and not container" tests/core
+
+lint: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,163 @@
+"""The command line: parse, call one function, print, map errors to exit codes.
+
+Results go to standard output, everything else to standard error. What a verb needs is imported inside it, so that
+``trtbuild --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trtbuild import __version__
+from trtbuild.errors import TrtbuildError
+
+_RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
+_SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Change one value of the recipe.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """Maps our errors to one sentence on standard error and the exit code of their class."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run one verb."""
+        try:
+            return super().invoke(ctx)
+        except TrtbuildError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command goes on from the last finished step", err=True)
+            ctx.exit(_INTERRUPTED)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="trtbuild")
+def main() -> None:
+    r"""From a Hugging Face checkpoint to a proven Triton deployment.
+
+    \b
+      trtbuild init ~/models/SmolLM2 -o recipe.yaml
+      trtbuild build recipe.yaml -o package
+      trtbuild serve package
+
+    Exit codes: 0 done, 2 recipe or usage, 3 incompatible, 4 a tool failed, 5 artifact damaged, 6 host lacks something,
+    7 a quality gate failed.
+    """
+
+
+@main.command()
+@click.argument("model", metavar="MODEL_DIR", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("recipe.yaml"), show_default=True)
+@click.option(
+    "--format", "weight_format", type=click.Choice(["none", "fp8", "int4_awq"]), default="fp8", show_default=True
+)
+def init(model: Path, output: Path, weight_format: str) -> None:
+    """Write a commented recipe that fits the model and builds as it is."""
+    from trtbuild.init_recipe import write_recipe
+
+    write_recipe(model, output, weight_format)
+    click.echo(output)
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@_SET
+@click.option("--schema", is_flag=True, help="Print the recipe's JSON Schema, for editors, and end.")
+def check(recipe: Path | None, overrides: tuple[str, ...], *, schema: bool) -> None:
+    """Report everything that is wrong with a recipe; builds nothing."""
+    if schema:
+        from trtbuild.recipe import json_schema
+
+        click.echo(json.dumps(json_schema(), indent=2))
+        return
+    if recipe is None:
+        raise click.UsageError("name a recipe, or ask for --schema")
+    from trtbuild.pipeline import prepare
+
+    prepared = prepare(recipe, overrides)
+    for warning in prepared.plan.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(f"{recipe}: no problems")
+
+
+@main.command()
+@_RECIPE
+@_SET
+@_JSON
+def plan(recipe: Path, overrides: tuple[str, ...], *, as_json: bool) -> None:
+    """Show every step and value, and where each value came from; builds nothing."""
+    from trtbuild.console import plan_text
+    from trtbuild.manifest import canonical_json
+    from trtbuild.pipeline import prepare
+
+    prepared = prepare(recipe, overrides)
+    click.echo(canonical_json(prepared.plan.to_json()) if as_json else plan_text(prepared.plan), nl=not as_json)
+
+
+@main.command()
+@_RECIPE
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Directory of the package [default: RECIPE without .yaml]."
+)
+@_SET
+@click.option("--until", "last", metavar="STEP", help="Stop after this step and print its artifact.")
+def build(recipe: Path, output: Path | None, overrides: tuple[str, ...], last: str | None) -> None:
+    """Execute a recipe: reuse what is there, build the rest, measure, and write the package."""
+    from trtbuild.console import ConsoleReporter
+    from trtbuild.pipeline import build as run
+    from trtbuild.pipeline import prepare
+
+    prepared = prepare(recipe, overrides)
+    reporter = ConsoleReporter()
+    for warning in prepared.plan.warnings:
+        reporter.note(f"warning: {warning}")
+    out = output if output is not None else Path(recipe.stem)
+    built = run(prepared, out, reporter, last=last)
+    if built.package is not None:
+        reporter.note(f"package digest {built.digest}")
+        click.echo(built.package)
+    elif last is not None and last in built.artifacts:
+        click.echo(built.artifacts[last].content)
+
+
+@main.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@_JSON
+def inspect(directory: Path, *, as_json: bool) -> None:
+    """Print the facts of a checkpoint, an engine or a package."""
+    from trtbuild.console import table
+    from trtbuild.inspection import flatten, inspect_directory
+
+    found = inspect_directory(directory)
+    click.echo(json.dumps(found, indent=2) if as_json else table(flatten(found)))
+
+
+@main.command()
+@_JSON
+def doctor(*, as_json: bool) -> None:
+    """Compare this host with what each part of trtbuild needs."""
+    from dataclasses import asdict
+
+    from trtbuild.console import table
+    from trtbuild.doctor import examine
+    from trtbuild.errors import HostError
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        click.echo(table((finding.name, finding.status, finding.detail) for finding in findings))
+    missing = [finding.name for finding in findings if finding.status == "missing"]
+    if missing:
+        raise HostError(f"this host lacks {', '.join(missing)}", "the table above says what to do")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

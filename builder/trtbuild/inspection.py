@@ -1,0 +1,64 @@
+"""`trtbuild inspect`: what a directory is (checkpoint, engine or package) and what its own files say."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trtbuild.checkpoint_files import LocalFiles, open_directory
+from trtbuild.manifest import MANIFEST, read_json
+from trtbuild.model import read_facts
+from trtbuild.package import LOCK, read_manifest
+from trtbuild.steps import ENGINE_FILE
+
+
+def inspect_directory(directory: Path) -> dict[str, Any]:
+    """Facts about a checkpoint, an engine or a package, as JSON.
+
+    Raises:
+        RecipeError, ArtifactError: the directory is missing, empty or damaged.
+    """
+    open_directory(directory, at="DIR")
+    manifest = directory / MANIFEST
+    if manifest.is_file() and read_json(manifest).get("kind") == "package":
+        return _package(directory)
+    if (directory / ENGINE_FILE).is_file():
+        return {"kind": "engine", "engine": read_json(directory / ENGINE_FILE), "checkpoint": _checkpoint(directory)}
+    return {"kind": "checkpoint", "checkpoint": _checkpoint(directory)}
+
+
+def _package(directory: Path) -> dict[str, Any]:
+    manifest = read_manifest(directory)
+    lock = read_json(directory / LOCK)
+    return {
+        "kind": "package",
+        "digest": manifest["digest"],
+        "trtbuild": manifest["trtbuild"],
+        "files": len(manifest["files"]),
+        "bytes": sum(entry["size"] for entry in manifest["files"]),
+        "plan": lock["plan"]["digest"],
+        "source": {name: lock["plan"]["source"][name] for name in ("path", "repo_id", "commit")},
+        "engine": read_json(directory / "engine" / ENGINE_FILE),
+        "checkpoint": _checkpoint(directory / "engine"),
+        "quality": read_json(directory / "evidence" / "quality.json"),
+    }
+
+
+def _checkpoint(directory: Path) -> dict[str, Any]:
+    facts = read_facts(LocalFiles(directory))
+    described = asdict(facts)
+    described["files"] = len(facts.files)
+    described["kv_bytes_per_token"] = {"bf16": facts.kv_bytes_per_token(2), "fp8": facts.kv_bytes_per_token(1)}
+    described["dtype"] = facts.dtype
+    described["bytes_per_parameter"] = round(facts.weight_bytes / max(facts.parameters, 1), 3)
+    return described
+
+
+def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as dotted rows, for a table."""
+    if isinstance(value, dict):
+        return [row for key, item in value.items() for row in flatten(item, f"{prefix}.{key}" if prefix else str(key))]
+    if isinstance(value, (list, tuple)):
+        return [(prefix, ", ".join(str(item) for item in value) or "-")]
+    return [(prefix, "-" if value is None else str(value))]

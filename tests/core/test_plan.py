@@ -1,0 +1,220 @@
+"""Plans: complete, deterministic, and with keys that follow exactly the fields they depend on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from core.test_model import edit_config, save_70b
+from trtbuild.checkpoint_files import open_directory
+from trtbuild.errors import CompatibilityError, RecipeError
+from trtbuild.model import read_facts
+from trtbuild.plan import STEP_KINDS, Plan, Source, step_key, until
+from trtbuild.planner import make_plan
+from trtbuild.recipe_file import load_recipe
+from trtbuild.toolchain import tool_versions
+
+
+def plan_for(checkpoint: Path, tmp_path: Path, *overrides: str) -> Plan:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"schema_version: 1\nmodel: {{path: {checkpoint}}}\nruntime: {{kind: embedded}}\n")
+    loaded = load_recipe(recipe, overrides)
+    return make_plan(loaded, read_facts(open_directory(checkpoint)), Source(str(checkpoint)), tool_versions())
+
+
+def keys(plan: Plan) -> dict[str, str]:
+    """Every step's key as if each input's digest were its key."""
+    found = {"fetch": "source"}
+    for step in plan.steps[1:]:
+        found[step.kind] = step_key(step, found, dict.fromkeys(step.files, "digest"))
+    return found
+
+
+def test_plan_is_complete_and_deterministic(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path)
+    again = plan_for(tiny_llama, tmp_path)
+    assert json.dumps(plan.to_json()) == json.dumps(again.to_json())
+    assert tuple(step.kind for step in plan.steps) == STEP_KINDS
+    origins = {value.path: value.origin for value in plan.values}
+    assert origins["runtime.kind"] == "recipe"
+    assert origins["runtime.max_batch_size"] == "default"
+    assert origins["runtime.kv_cache.max_tokens"] == "max_batch_size x max_seq_len"
+    assert plan.value("runtime.kv_cache.max_tokens") == 8 * 512
+    assert plan.step("engine").parameters["kv_cache"]["max_tokens"] == 8 * 512
+
+
+def test_the_place_of_the_checkpoint_does_not_change_the_digest(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.symlink_to(tiny_llama)
+    assert plan_for(elsewhere, tmp_path).digest == plan.digest
+
+
+ALL = set(STEP_KINDS) - {"fetch"}
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("compress.format=fp8", {"compress", "engine", "evaluate"}),
+        ("compress.kv_cache=fp8", {"compress", "engine", "evaluate"}),
+        ("compress.exclude=['*lm_head*']", {"compress", "engine", "evaluate"}),
+        ("compress.calibration.count=4", set()),  # bf16 needs no calibration
+        ("runtime.max_batch_size=4", {"engine"}),
+        ("runtime.capacity_scheduler_policy=MAX_UTILIZATION", {"engine"}),
+        ("runtime.compute_dtype=float32", {"engine", "evaluate"}),
+        ("runtime.max_seq_len=256", {"engine", "evaluate", "repository"}),
+        ("serving.model_name=other", {"repository", "deploy"}),
+        ("serving.streaming=false", {"repository"}),
+        ("serving.default_max_tokens=5", {"repository"}),
+        ("deploy.labels={a: b}", {"deploy"}),
+        ("quality.tokens=8192", {"evaluate"}),
+        ("quality.max_perplexity_ratio=2.0", set()),
+        ("store=/elsewhere", set()),
+    ],
+)
+def test_a_field_changes_exactly_the_steps_that_depend_on_it(
+    tiny_llama: Path, tmp_path: Path, override: str, changed: set[str]
+) -> None:
+    before, after = keys(plan_for(tiny_llama, tmp_path)), keys(plan_for(tiny_llama, tmp_path, override))
+    assert {kind for kind in ALL if before[kind] != after[kind]} == changed
+
+
+def test_calibration_changes_a_quantized_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
+    before = keys(plan_for(tiny_llama, tmp_path, "compress.format=fp8"))
+    after = keys(plan_for(tiny_llama, tmp_path, "compress.format=fp8", "compress.calibration.count=4"))
+    assert {kind for kind in ALL if before[kind] != after[kind]} == {"compress", "engine", "evaluate"}
+
+
+def test_gates_belong_to_the_plan_but_to_no_key(tiny_llama: Path, tmp_path: Path) -> None:
+    assert plan_for(tiny_llama, tmp_path).gates["max_perplexity_ratio"] == 1.01
+    off = plan_for(tiny_llama, tmp_path, "quality.max_perplexity_ratio=null")
+    assert off.gates["max_perplexity_ratio"] is None
+    assert off.digest != plan_for(tiny_llama, tmp_path).digest
+
+
+def test_until_keeps_what_a_step_needs(tiny_llama: Path, tmp_path: Path) -> None:
+    steps = plan_for(tiny_llama, tmp_path).steps
+    assert [step.kind for step in until(steps, "engine")] == ["fetch", "compress", "engine"]
+    assert [step.kind for step in until(steps, "repository")] == ["repository"]
+    assert until(steps, None) == steps
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["runtime.max_seq_len=1024"],
+            "runtime.max_seq_len: 1024 is more than the 512 positions the model knows; use at",
+        ),
+        (["runtime.max_num_tokens=4"], "runtime.max_num_tokens: 4 is less than max_batch_size 8; use at least 8"),
+        (
+            ["runtime.enable_chunked_prefill=false", "runtime.max_num_tokens=100"],
+            "100 is less than max_seq_len 512 while chunked prefill is off; raise it to 512 or set enable_chunked_pre",
+        ),
+        (["runtime.kv_cache.max_tokens=100"], "100 is less than max_seq_len 512: the longest request would never fit"),
+        (
+            ["serving.max_input_tokens=512"],
+            "serving.max_input_tokens: 512 leaves no room in max_seq_len 512; use at most 511",
+        ),
+        (
+            ["compress.group_size=64"],
+            "compress.group_size: 64 is set while compress.format is none; remove it or use int4",
+        ),
+        (
+            ["compress.format=int4_awq", "compress.group_size=48"],
+            "48 does not divide the input size 64 of a linear layer; use 64",
+        ),
+        (["compress.sparsity_method=magnitude"], "compress.sparsity_method: is set while compress.sparsity is none"),
+        (["compress.calibration.length=4096"], "4096 is more than the model's context of 512 tokens; use at most 512"),
+        (
+            ["serving.max_output_tokens=5", "serving.default_max_tokens=9"],
+            "9 is more than max_output_tokens 5; use at most 5",
+        ),
+    ],
+)
+def test_contradictions_are_recipe_errors(tiny_llama: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan_for(tiny_llama, tmp_path, *overrides)
+    assert message in str(caught.value)
+
+
+def test_several_contradictions_come_together(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan_for(tiny_llama, tmp_path, "runtime.max_seq_len=1024", "compress.group_size=64")
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("runtime.kind=trtllm", "runtime.kind: trtllm: cannot be done by this version of trtbuild; use embedded"),
+        ("runtime.kind=trtllm-engine", "runtime.kind: trtllm-engine: cannot be done"),
+        ("runtime.version=1.2.1", "runtime.version: 1.2.1: the embedded runtime has trtbuild's own version; remove it"),
+        (
+            "runtime.tensor_parallel_size=2",
+            "runtime.tensor_parallel_size: 2: the embedded runtime runs on one device; use 1",
+        ),
+        ("runtime.pipeline_parallel_size=2", "runtime.pipeline_parallel_size: 2"),
+        ("runtime.extra={a: 1}", "runtime.extra: a: the embedded runtime has no further keys; remove it"),
+        ("model.adapters=[x]", "model.adapters: x: cannot be done"),
+        ("speculative.method=ngram", "speculative.method: ngram: cannot be done by this version of trtbuild; use none"),
+        ("serving.layout=ensemble", "serving.layout: ensemble: cannot be done by this version of trtbuild; use llm"),
+        ("compress.max_memory=8GiB", "compress.max_memory: 8GiB: this version of trtbuild holds the model in memory"),
+        ("target.count=2", "target.count: 2: the embedded runtime runs on one device; use 1"),
+    ],
+)
+def test_what_cannot_be_executed_is_incompatible(tiny_llama: Path, tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(CompatibilityError) as caught:
+        plan_for(tiny_llama, tmp_path, override)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"auto_map": {"AutoModelForCausalLM": "m.M"}},
+            "carries Python code .auto_map.*set model.trust_remote_code: true",
+        ),
+        ({"model_type": "lama"}, "Transformers knows no causal language model of type 'lama'; did you mean llama"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "state-space, recurrent or linear-attention"),
+        ({"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}, "multi-head latent attention"),
+        (
+            {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+            "knows no causal language model of type 't5'",
+        ),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "is not the causal language model of type llama, which is",
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"already quantized \(gptq, bits=4\); give the original bf16",
+        ),
+    ],
+)
+def test_models_that_do_not_fit(tiny_llama: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    import shutil
+
+    checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
+    edit_config(checkpoint, **changes)
+    with pytest.raises(CompatibilityError, match=message):
+        plan_for(checkpoint, tmp_path)
+
+
+def test_int4_group_follows_the_model(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "compress.format=int4_awq")
+    assert plan.value("compress.group_size") == 64
+    assert next(value.origin for value in plan.values if value.path == "compress.group_size").startswith("model")
+
+
+def test_a_70b_model_is_planned_from_config_and_headers(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "70b"
+    checkpoint.mkdir()
+    save_70b(checkpoint)
+    plan = plan_for(checkpoint, tmp_path, "compress.format=fp8")
+    assert 68e9 < plan.facts.parameters < 72e9
+    assert 70e9 < plan.estimates["checkpoint_bytes"] < 75e9
