@@ -29,8 +29,10 @@ class UnfusedExperts(nn.ModuleList):
     """
 
     def __init__(self, fused: nn.Module) -> None:
-        super().__init__(_expert(fused, index) for index in range(fused.num_experts))
-        self.act_fn = fused.act_fn
+        super().__init__(
+            Expert(fused.gate_up_proj[index], fused.down_proj[index]) for index in range(fused.num_experts)
+        )
+        self.activate = fused.act_fn.__call__  # not the module itself, which this list would count as an expert
         self.num_experts = fused.num_experts
 
     def forward(
@@ -44,19 +46,38 @@ class UnfusedExperts(nn.ModuleList):
             token, slot = torch.where(top_k_index == index)
             expert = self[index]
             x = hidden_states[token]
-            y = expert.down_proj(self.act_fn(expert.gate_proj(x)) * expert.up_proj(x))
+            y = expert.down_proj(self.activate(expert.gate_proj(x)) * expert.up_proj(x))
             out.index_add_(0, token, (y * top_k_weights[token, slot, None]).to(out.dtype))
         return out
 
 
-def _expert(fused: nn.Module, index: int) -> nn.Module:
-    gate_up, down = fused.gate_up_proj, fused.down_proj
-    middle = gate_up.shape[1] // 2
-    expert = nn.Module()
-    expert.gate_proj = _linear(gate_up[index, :middle])
-    expert.up_proj = _linear(gate_up[index, middle:])
-    expert.down_proj = _linear(down[index])
-    return expert
+class Expert(nn.Module):
+    """One expert's three projections."""
+
+    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        super().__init__()
+        middle = gate_up.shape[0] // 2
+        self.gate_proj = _linear(gate_up[:middle])
+        self.up_proj = _linear(gate_up[middle:])
+        self.down_proj = _linear(down)
+
+    # ModelOpt's export asks the experts of most classes for these names (modelopt/torch/export/layer_utils.py @0.47.0,
+    # get_expert_linear_names).
+
+    @property
+    def w1(self) -> nn.Module:
+        """The gate projection."""
+        return self.gate_proj
+
+    @property
+    def w2(self) -> nn.Module:
+        """The down projection."""
+        return self.down_proj
+
+    @property
+    def w3(self) -> nn.Module:
+        """The up projection."""
+        return self.up_proj
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:
@@ -99,6 +120,7 @@ def _check_layout(name: str, module: nn.Module) -> None:
         and not getattr(module, "is_transposed", False)
         and not getattr(module, "has_bias", False)
         and (gate is None or gate is moe._default_apply_gate)  # noqa: SLF001
+        and not any(True for _ in module.act_fn.parameters())
     )
     if not plain:
         raise CompatibilityError(

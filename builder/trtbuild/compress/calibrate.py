@@ -1,0 +1,92 @@
+"""Run calibration text through the model: one sample at a time, with progress and a count of what experts saw."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from trtbuild.compress.request import Meter
+from trtbuild.runtime.experts import UnfusedExperts
+
+Loop = Callable[[nn.Module], None]
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers in order; their number is what progress counts."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    return list(lists[0]) if lists else []
+
+
+def calibration_loop(samples: Sequence[Sequence[int]], meter: Meter, passes: Sequence[tuple[str, int]]) -> Loop:
+    """Return the function that ModelOpt calls to put the samples through the model, once for every pass.
+
+    Args:
+        samples: Token ids, one list per sample.
+        meter: Told after every decoder layer.
+        passes: For each call of the loop what it does, and what one decoder layer costs in it.
+    """
+    remaining = list(passes)
+
+    def loop(model: nn.Module) -> None:
+        what, cost = remaining.pop(0) if len(remaining) > 1 else remaining[0]
+        layers = decoder_layers(model)
+        device = next(model.parameters()).device
+        arguments = _forward_arguments(model)
+        position = [0]
+
+        def tick(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001  the signature of a hook
+            sample, layer = divmod(position[0], len(layers))
+            position[0] += 1
+            meter.advance(cost, f"{what}: sample {sample + 1} of {len(samples)}, layer {layer + 1} of {len(layers)}")
+
+        handles = [layer.register_forward_hook(tick) for layer in layers]
+        try:
+            with torch.no_grad():
+                for sample in samples:
+                    model(input_ids=torch.tensor([list(sample)], device=device), **arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return loop
+
+
+def _forward_arguments(model: nn.Module) -> dict[str, Any]:
+    """Keep no KV cache and, where the class can, compute the logits of one position only: they are not used."""
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if name in known}
+
+
+@contextmanager
+def count_expert_tokens(model: nn.Module) -> Iterator[dict[str, list[int]]]:
+    """Count, while open, the tokens that every expert receives; by the name of the experts module."""
+    counts: dict[str, list[int]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, UnfusedExperts):
+            counts[name] = [0] * module.num_experts
+            handles.append(module.register_forward_pre_hook(_counter(counts[name])))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _counter(counts: list[int]) -> Callable[[nn.Module, Any], None]:
+    def count(module: nn.Module, args: Any) -> None:  # noqa: ARG001  the signature of a hook
+        for index, seen in enumerate(torch.bincount(args[1].flatten(), minlength=len(counts)).tolist()[: len(counts)]):
+            counts[index] += seen
+
+    return count
+
+
+def idle_experts(counts: dict[str, list[int]]) -> list[str]:
+    """Names of the experts that no calibration token reached."""
+    return [f"{name}.{index}" for name, seen in counts.items() for index, tokens in enumerate(seen) if tokens == 0]

@@ -1,0 +1,191 @@
+"""Check an exported checkpoint by its files alone: what the exporter meant does not count, what engines read does.
+
+Required by the readers: NVIDIA/TensorRT-LLM tensorrt_llm/_torch/modules/linear.py (equal input scales of fused
+projections, shapes and types per format) and NVIDIA/Model-Optimizer modelopt/torch/export/quant_utils.py @0.47.0.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from trtbuild.compress.metadata import read_json
+from trtbuild.compress.request import Request
+from trtbuild.compress.selection import FUSED_BY_ENGINES, Selection
+from trtbuild.compress.source import read_tensors
+from trtbuild.errors import ToolError
+from trtbuild.runtime.linear import unpack_int4
+from trtbuild.safetensors_header import TensorInfo
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found in the files."""
+
+    tensors: int
+    bytes: int
+    quantized_projections: int
+    excluded_modules: tuple[str, ...]
+    groups: int  # of four weights along the input, in compressed projections
+    conforming: int  # with at most two that are not zero
+
+
+class _Values:
+    """Tensor values of a checkpoint directory, file by file kept open."""
+
+    def __init__(self, directory: Path, infos: Mapping[str, TensorInfo]) -> None:
+        self._files = {
+            shard: safe_open(directory / shard, framework="pt") for shard in {i.shard for i in infos.values()}
+        }
+        self._infos = infos
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        value: torch.Tensor = self._files[self._infos[name].shard].get_tensor(name)  # type: ignore[no-untyped-call]
+        return value
+
+
+def check_export(request: Request, selection: Selection, source: Mapping[str, TensorInfo]) -> Checked:
+    """Check every tensor of the request's output; `source` describes the tensors that it was made from.
+
+    Raises:
+        ToolError: Names the tensor: not quantized although no pattern excludes it, missing, of a wrong type or shape,
+            with an unusable scale, or with scales that differ where engines need one.
+    """
+    infos = read_tensors(request.output)
+    values = _Values(request.output, infos)
+    quantized = sorted(name.removesuffix(".weight") for name, info in infos.items() if info.dtype in {"F8_E4M3", "U8"})
+    wanted = sorted(selection.compressed.values())
+    if request.format != "none":
+        _refuse("not quantized, although compress.exclude does not name it", set(wanted) - set(quantized))
+        _refuse("quantized, although it is excluded", set(quantized) - set(wanted))
+        _check_every_matrix(request, infos, selection, quantized)
+        for layer in quantized:
+            _check_layer(request, layer, infos, values, source)
+        _check_shared_inputs(quantized, values, infos)
+    _check_source_is_covered(infos, source)
+    if request.kv_cache == "fp8":
+        _check_kv_scales(request, infos, values)
+    groups, conforming = _count_pattern(wanted, values) if request.sparse else (0, 0)
+    return Checked(
+        tensors=len(infos),
+        bytes=sum(info.bytes for info in infos.values()),
+        quantized_projections=len(quantized),
+        excluded_modules=tuple(sorted(selection.uncompressed)),
+        groups=groups,
+        conforming=conforming,
+    )
+
+
+def _refuse(problem: str, names: set[str]) -> None:
+    if names:
+        shown = sorted(names)
+        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+        raise ToolError(f"ModelOpt's export: {', '.join(shown[:_SHOWN])}{more}: {problem}")
+
+
+def _check_every_matrix(
+    request: Request, infos: Mapping[str, TensorInfo], selection: Selection, quantized: list[str]
+) -> None:
+    """Count from the files: what has two dimensions or more is quantized, or named as left alone."""
+    matrices = {name.rpartition(".")[0] for name, info in infos.items() if len(info.shape) >= 2}
+    alone = matrices - set(quantized)
+    _refuse("not quantized, although no exclude pattern names it", alone - selection.uncompressed)
+    # The exporter lists in its config what it has left alone; readers skip exactly that.
+    listed = read_json(request.output / "hf_quant_config.json")["quantization"]["exclude_modules"]
+    covered = {name for name in matrices if any(fnmatchcase(name, pattern) for pattern in listed)}
+    _refuse("named in exclude_modules, although it is quantized", covered & set(quantized))
+    _refuse("not quantized, and exclude_modules does not say so", alone - covered)
+
+
+def _check_source_is_covered(infos: Mapping[str, TensorInfo], source: Mapping[str, TensorInfo]) -> None:
+    """Every tensor of the source is there again, experts by their names on disk."""
+    lost = {name for name, info in source.items() if name not in infos and len(info.shape) < 3}
+    _refuse("in the source, but not exported", {name for name in lost if not name.endswith("rotary_emb.inv_freq")})
+
+
+def _check_layer(
+    request: Request, layer: str, infos: Mapping[str, TensorInfo], values: _Values, source: Mapping[str, TensorInfo]
+) -> None:
+    original = source.get(f"{layer}.weight")
+    weight = infos[f"{layer}.weight"]
+    out, into = original.shape if original is not None else _logical_shape(weight)
+    if request.format == "fp8":
+        expected = {"weight": ("F8_E4M3", (out, into)), "weight_scale": ("F32", ()), "input_scale": ("F32", ())}
+    else:
+        groups = into // (request.group_size or into)
+        expected = {"weight": ("U8", (out // 2, into)), "weight_scale": ("F32", (out, groups))}
+        if f"{layer}.pre_quant_scale" in infos:
+            expected["pre_quant_scale"] = ("BF16", (into,))
+    for leaf, (dtype, shape) in expected.items():
+        name = f"{layer}.{leaf}"
+        info = infos.get(name)
+        if info is None:
+            _refuse("missing from the export", {name})
+        elif (info.dtype, info.shape) != (dtype, shape):
+            _refuse(f"{info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}", {name})
+        elif leaf != "weight":
+            _check_scale(name, values[name])
+    if weight.dtype == "F8_E4M3" and bool(values[f"{layer}.weight"].float().isnan().any()):
+        _refuse("holds NaN codes", {f"{layer}.weight"})
+
+
+def _logical_shape(info: TensorInfo) -> tuple[int, ...]:
+    return (info.shape[0] * 2, info.shape[1]) if info.dtype == "U8" else info.shape
+
+
+def _check_scale(name: str, scale: torch.Tensor) -> None:
+    if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+        _refuse("scales must be positive and finite", {name})
+
+
+def _check_shared_inputs(quantized: list[str], values: _Values, infos: Mapping[str, TensorInfo]) -> None:
+    for layers in _groups(quantized):
+        scales = [name for layer in layers if (name := f"{layer}.input_scale") in infos]
+        if len({float(values[name]) for name in scales}) > 1:
+            _refuse("engines load them as one matrix, so their input scales must be equal", set(scales))
+        smooth = [name for layer in layers if (name := f"{layer}.pre_quant_scale") in infos]
+        if smooth and not all(torch.equal(values[smooth[0]], values[name]) for name in smooth[1:]):
+            _refuse("engines load them as one matrix, so their pre_quant_scale must be equal", set(smooth))
+
+
+def _groups(layers: list[str]) -> Iterator[list[str]]:
+    """Layers that take the same input and that engines fuse."""
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
+    for layer in layers:
+        parent, _, leaf = layer.rpartition(".")
+        for group in FUSED_BY_ENGINES:
+            if leaf in group:
+                found[parent, group].append(layer)
+    return iter(found.values())
+
+
+def _check_kv_scales(request: Request, infos: Mapping[str, TensorInfo], values: _Values) -> None:
+    config: Any = read_json(request.output / "config.json")
+    count = config.get("text_config", config)["num_hidden_layers"]
+    for leaf in ("k_scale", "v_scale"):
+        names = [name for name in infos if name.endswith(f".{leaf}")]
+        if len(names) != count:
+            raise ToolError(f"ModelOpt's export has {len(names)} {leaf} for {count} layers")
+        for name in names:
+            _check_scale(name, values[name])
+
+
+def _count_pattern(layers: list[str], values: _Values) -> tuple[int, int]:
+    """Groups of four neighbouring weights along the input, and how many have at most two that are not zero."""
+    groups = conforming = 0
+    for layer in layers:
+        stored = values[f"{layer}.weight"]
+        codes = unpack_int4(stored) if stored.dtype == torch.uint8 else stored.float()
+        used = (codes.reshape(-1, 4) != 0).sum(dim=1)
+        groups += used.numel()
+        conforming += int((used <= 2).sum())
+    return groups, conforming

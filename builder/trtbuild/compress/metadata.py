@@ -1,0 +1,72 @@
+"""Everything of a checkpoint that is not a tensor: configs, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from trtbuild.compress.request import Request
+
+# Names under which Transformers saves tokenizers and chat templates (tokenization_utils_base.py @5.14.1 and the
+# vocabulary files of its tokenizer classes).
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_CHAT_TEMPLATES = "additional_chat_templates"
+
+
+def write_metadata(request: Request, quantization: dict[str, Any] | None) -> None:
+    """Write config.json (the source's, in bf16), generation_config.json and the tokenizer's files to the output.
+
+    ModelOpt writes a config through Transformers, which rewrites fields (RoPE, for one) so that older readers
+    misunderstand them; the source's own file is what its readers know.
+
+    Args:
+        request: Where the source, the tokenizer and the output are.
+        quantization: The flat `quantization_config`, if the checkpoint is quantized.
+    """
+    config = read_json(request.source / "config.json")
+    for section in (config, config.get("text_config")):
+        if isinstance(section, dict):
+            _set_dtype(section)
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    write_json(request.output / "config.json", config)
+    generation = request.source / "generation_config.json"
+    (request.output / generation.name).unlink(missing_ok=True)
+    if generation.exists():
+        shutil.copyfile(generation, request.output / generation.name)
+    if request.trust_remote_code:
+        _copy(request.source, request.output, ("*.py",))
+    _copy(request.tokenizer, request.output, _TOKENIZER_FILES)
+    if (request.tokenizer / _CHAT_TEMPLATES).is_dir():
+        shutil.copytree(request.tokenizer / _CHAT_TEMPLATES, request.output / _CHAT_TEMPLATES, dirs_exist_ok=True)
+
+
+def _set_dtype(section: dict[str, Any]) -> None:
+    for name in ("dtype", "torch_dtype"):
+        if name in section:
+            section[name] = "bfloat16"
+    if "dtype" not in section and "torch_dtype" not in section:
+        section["dtype"] = "bfloat16"
+
+
+def _copy(source: Path, output: Path, patterns: tuple[str, ...]) -> None:
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
+        shutil.copyfile(path, output / path.name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` with a final newline, keys in their order."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

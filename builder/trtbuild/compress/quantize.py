@@ -1,0 +1,140 @@
+"""Insert ModelOpt's quantizers and calibrate them (nvidia-modelopt 0.47.0, modelopt.torch.quantization)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from trtbuild.compress.calibrate import Loop, count_expert_tokens, idle_experts
+from trtbuild.compress.request import Request
+from trtbuild.compress.selection import Selection
+from trtbuild.errors import CompatibilityError, ToolError
+from trtbuild.runtime.experts import UnfusedExperts
+
+# What one decoder layer costs in each pass over the samples, a plain forward pass being 1. AWQ's second pass tries
+# eleven scales for every layer.
+FP8_PASSES = (("calibrate", 1),)
+AWQ_PASSES = (("measure activations", 1), ("search AWQ scales", 12))
+
+
+def passes(request: Request) -> tuple[tuple[str, int], ...]:
+    """The passes over the calibration samples that the request's formats take."""
+    return AWQ_PASSES if request.format == "int4_awq" else FP8_PASSES
+
+
+def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loop) -> list[str]:
+    """Quantize `model` in place as the request says; return the experts that no calibration token reached.
+
+    Raises:
+        CompatibilityError: INT4-AWQ of a mixture-of-experts model that ModelOpt cannot export.
+        ToolError: A quantizer that is needed has no scale, or a layer was passed over.
+    """
+    import modelopt.torch.quantization as mtq
+
+    if request.format == "int4_awq":
+        _check_awq_experts(model)
+    config = _config(request)
+    mtq.quantize(model, {"quant_cfg": config["quant_cfg"], "algorithm": None})
+    for name in selection.excluded:
+        _disable(model.get_submodule(name))
+    with count_expert_tokens(model) as counts:
+        mtq.calibrate(model, config["algorithm"], loop)
+    idle = idle_experts(counts)
+    _share_input_scales(model)
+    if request.format != "none":
+        _check_quantizers(model, selection)
+    if request.kv_cache == "fp8":
+        _check_kv_quantizers(model)
+    return idle
+
+
+def _config(request: Request) -> dict[str, Any]:
+    """ModelOpt's own configuration of the format, with our group size, and the KV cache's after it."""
+    import modelopt.torch.quantization as mtq
+
+    match request.format:
+        case "fp8":
+            config: dict[str, Any] = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+        case "int4_awq":
+            config = copy.deepcopy(mtq.INT4_AWQ_CFG)
+            for entry in config["quant_cfg"]:
+                if "block_sizes" in entry.get("cfg", {}):
+                    entry["cfg"]["block_sizes"][-1] = request.group_size
+        case _:
+            config = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
+    if request.kv_cache == "fp8":
+        config["quant_cfg"] = [*config["quant_cfg"], *copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])]
+    return config
+
+
+def _disable(layer: nn.Module) -> None:
+    for quantizer in ("input_quantizer", "weight_quantizer", "output_quantizer"):
+        getattr(layer, quantizer).disable()
+
+
+def _check_awq_experts(model: nn.Module) -> None:
+    """ModelOpt's AWQ export knows experts by model class only; ask it before the long calibration."""
+    from modelopt.torch.export.layer_utils import get_experts_list
+
+    for name, module in model.named_modules():
+        if isinstance(module, UnfusedExperts):
+            try:
+                get_experts_list(model.get_submodule(name.rpartition(".")[0]), type(model).__name__.lower())
+            except NotImplementedError as error:
+                raise CompatibilityError(
+                    f"int4_awq of {type(model).__name__}: ModelOpt 0.47 exports the experts of Mixtral and Qwen only",
+                    "use compress.format: fp8",
+                ) from error
+            return
+
+
+def _share_input_scales(model: nn.Module) -> None:
+    """Give experts without calibration tokens the largest input range of their layer, as ModelOpt's export does."""
+    for module in model.modules():
+        if not isinstance(module, UnfusedExperts):
+            continue
+        for projection in ("gate_proj", "up_proj", "down_proj"):
+            quantizers = [getattr(expert, projection).input_quantizer for expert in module]
+            enabled = [quantizer for quantizer in quantizers if quantizer.is_enabled]
+            ranges = [quantizer.amax for quantizer in enabled if quantizer.amax is not None]
+            for quantizer in enabled:
+                if quantizer.amax is None and ranges:
+                    quantizer.amax = torch.stack(ranges).max()
+
+
+def _check_quantizers(model: nn.Module, selection: Selection) -> None:
+    """Every selected layer must have been given quantizers with positive, finite ranges."""
+    for name, disk in selection.compressed.items():
+        layer = model.get_submodule(name)
+        if not (hasattr(layer, "weight_quantizer") and layer.weight_quantizer.is_enabled):
+            raise ToolError(
+                f"ModelOpt did not quantize {disk}, which compress.exclude does not name",
+                "add it to compress.exclude if it must stay in bf16",
+            )
+        _check_range(f"{disk}: its weights", layer.weight_quantizer, may_be_zero=True)
+        if layer.input_quantizer.is_enabled:
+            _check_range(f"{disk}: its inputs", layer.input_quantizer, may_be_zero=False)
+
+
+def _check_kv_quantizers(model: nn.Module) -> None:
+    found = [module for module in model.modules() if hasattr(module, "k_bmm_quantizer")]
+    if len(found) != model.config.get_text_config().num_hidden_layers:
+        raise CompatibilityError(
+            f"kv_cache: fp8: ModelOpt found {len(found)} attention layers to calibrate in {type(model).__name__}",
+            "use compress.kv_cache: none",
+        )
+    for module in found:
+        _check_range("keys", module.k_bmm_quantizer, may_be_zero=False)
+        _check_range("values", module.v_bmm_quantizer, may_be_zero=False)
+
+
+def _check_range(what: str, quantizer: Any, *, may_be_zero: bool) -> None:
+    amax = quantizer.amax
+    good = amax is not None and bool(torch.isfinite(amax).all())
+    if not good or (not may_be_zero and not bool((amax > 0).all())):
+        raise ToolError(
+            f"{what} have no usable range after calibration", "calibrate with more text, or exclude the module"
+        )

@@ -1,0 +1,153 @@
+"""Decide which linear layers are compressed, and refuse what a format cannot take, before any calibration."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from trtbuild.compress.request import Request
+from trtbuild.errors import Problem, RecipeError
+from trtbuild.runtime.experts import DiskNames, UnfusedExperts
+
+# Projections that engines fuse into one matrix and that therefore need one format and one input scale.
+FUSED_BY_ENGINES: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Linear layers by their name in the model, with their name in files."""
+
+    compressed: Mapping[str, str]
+    excluded: Mapping[str, str]  # by the recipe, and the output layer
+    kept: frozenset[str] = frozenset()  # other modules with matrices, by their name in files: embeddings, routers
+
+    @property
+    def uncompressed(self) -> frozenset[str]:
+        """Every module with a matrix that stays as it is, by its name in files."""
+        return self.kept | frozenset(self.excluded.values())
+
+
+def select(model: nn.Module, tensors: Iterable[str], request: Request) -> Selection:
+    """Return what to compress in `model` (experts unfused), given the names of the source's tensors.
+
+    Raises:
+        RecipeError: A pattern that matches nothing, splits a group that engines fuse, or leaves nothing; a layer
+            whose sides the format or the sparsity cannot take. All at once.
+    """
+    names = DiskNames(model)
+    on_disk = {names.in_model(name).removesuffix(".weight"): name.removesuffix(".weight") for name in tensors}
+    layers = {name: on_disk.get(name, name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    fixed = _never_compressed(model)
+    kept = frozenset(on_disk.get(name, name) for name in fixed if name not in layers)
+    known = kept | set(layers.values())
+    excluded = {name: disk for name, disk in layers.items() if name in fixed or _matches(disk, request.exclude)}
+    compressed = {name: disk for name, disk in layers.items() if name not in excluded}
+    problems = [
+        *_unmatched_patterns(request.exclude, known),
+        *_split_groups(compressed.values(), excluded.values()),
+        *_unfit_layers(model, compressed, request),
+    ]
+    if not compressed and not problems:
+        problems.append(Problem("compress.exclude", "leaves no layer to compress", "exclude fewer modules"))
+    if problems:
+        raise RecipeError(problems)
+    return Selection(compressed, excluded, kept)
+
+
+def _never_compressed(model: nn.Module) -> set[str]:
+    """The output layer, the embeddings, and what decides where tokens go beside experts."""
+    head = model.get_output_embeddings()
+    fixed = {name for name, module in model.named_modules() if module is head or isinstance(module, nn.Embedding)}
+    for name, experts in model.named_modules():
+        if isinstance(experts, UnfusedExperts):
+            block = name.rpartition(".")[0]
+            fixed |= {f"{block}.{child}" for child in _routers(model.get_submodule(block), experts)}
+    return fixed
+
+
+def _routers(block: nn.Module, experts: UnfusedExperts) -> Iterator[str]:
+    """Modules of a mixture-of-experts block that score every expert, or gate its shared expert with one number."""
+    inside = {id(module) for module in experts.modules()}
+    for name, module in block.named_modules():
+        weight = getattr(module, "weight", None)
+        if id(module) in inside or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+            continue
+        if weight.shape[0] in {experts.num_experts, 1}:
+            yield name
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _unmatched_patterns(patterns: tuple[str, ...], known: frozenset[str]) -> list[Problem]:
+    problems = []
+    for index, pattern in enumerate(patterns):
+        if not any(fnmatchcase(name, pattern) for name in known):
+            near = difflib.get_close_matches(pattern, sorted(known), n=_SHOWN, cutoff=0.5)
+            examples = near or sorted(known)[:_SHOWN]
+            message = f"{pattern!r} matches no module of this model"
+            problems.append(Problem(f"compress.exclude[{index}]", message, f"names look like {', '.join(examples)}"))
+    return problems
+
+
+def _split_groups(compressed: Iterable[str], excluded: Iterable[str]) -> list[Problem]:
+    """Engines load q, k and v (and gate and up) as one matrix: all of them or none can be excluded."""
+    found: dict[tuple[str, tuple[str, ...]], dict[str, bool]] = defaultdict(dict)
+    for names, is_excluded in ((compressed, False), (excluded, True)):
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            for group in FUSED_BY_ENGINES:
+                if leaf in group:
+                    found[parent, group][leaf] = is_excluded
+    split = [(parent, group) for (parent, group), members in found.items() if len(set(members.values())) > 1]
+    if not split:
+        return []
+    parent, group = split[0]
+    message = f"{parent}: only a part of {', '.join(group)} is excluded, which engines load as one matrix"
+    return [Problem("compress.exclude", message, "exclude all of them or none")]
+
+
+def _unfit_layers(model: nn.Module, compressed: Mapping[str, str], request: Request) -> list[Problem]:
+    shapes = {disk: tuple(model.get_submodule(name).weight.shape) for name, disk in compressed.items()}
+    problems = []
+    if request.format == "int4_awq" and request.group_size:
+        problems += _unfit_groups(shapes, request.group_size)
+    if request.sparse:
+        # NVIDIA/Model-Optimizer: modelopt/torch/sparsity/weight_sparsity/{sparsegpt,magnitude}.py @0.47.0 skip others.
+        rows, columns = (4, 4) if request.sparsity_method == "sparsegpt" else (8, 16)
+        unfit = [name for name, (out, into) in shapes.items() if out % rows or into % columns]
+        if unfit:
+            message = (
+                f"2:4 by {request.sparsity_method} needs outputs by {rows} and inputs by {columns}: {_some(unfit)}"
+            )
+            problems.append(Problem("compress.sparsity", message, "add these modules to compress.exclude"))
+    return problems
+
+
+def _unfit_groups(shapes: Mapping[str, tuple[int, ...]], group: int) -> list[Problem]:
+    problems = []
+    unfit = [name for name, (_, into) in shapes.items() if into % group]
+    if unfit:
+        sizes = sorted({shapes[name][1] for name in unfit})
+        fitting = [size for size in (128, 64, 32, 16) if all(into % size == 0 for _, into in shapes.values())]
+        hint = f"use {' or '.join(map(str, fitting))}" if fitting else "exclude these modules"
+        message = f"{group} does not divide the input size {', '.join(map(str, sizes))} of {_some(unfit)}"
+        problems.append(Problem("compress.group_size", message, hint))
+    odd = [name for name, (out, _) in shapes.items() if out % 2]
+    if odd:
+        message = f"int4_awq packs outputs in pairs, but {_some(odd)} has an odd number"
+        problems.append(Problem("compress.format", message, "add these modules to compress.exclude"))
+    return problems
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
