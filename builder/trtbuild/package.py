@@ -71,14 +71,15 @@ def refuse_foreign(out: Path) -> None:
 def assemble(out: Path, parts: Parts, digests: DigestCache) -> tuple[str, str]:
     """Write the package to `out`; returns its digest and ``built`` or ``reused``.
 
-    An older package there is replaced in one exchange: a reader sees the old one or the new one, whole.
+    An older package there is replaced in one exchange: a reader sees the old one or the new one, whole. Call under a
+    lock of this output directory; what a killed build left beside it is removed.
     """
+    staging = out.parent / f".{out.name}.trtbuild"
+    remove_tree(staging)
     manifest = _manifest(parts.entries())
     if _is_package(out) and read_manifest(out) == manifest and not damage(out, digests):
         return manifest["digest"], "reused"
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.parent / f".{out.name}.trtbuild-{os.getpid()}"
-    remove_tree(staging)
     try:
         for name, artifact in parts.artifacts.items():
             place_tree(artifact.content, staging / name)

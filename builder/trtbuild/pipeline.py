@@ -12,7 +12,7 @@ from typing import Any
 from trtbuild import __version__, evidence, package
 from trtbuild.errors import GateError, HostError, Problem, RecipeError
 from trtbuild.gates import check_gates
-from trtbuild.manifest import canonical_json, digest_entries, entries_json
+from trtbuild.manifest import canonical_json, digest_entries, digest_json, entries_json
 from trtbuild.model import read_facts
 from trtbuild.paths import cache_dir
 from trtbuild.plan import STEP_KINDS, Plan, Step, step_key, until
@@ -177,7 +177,8 @@ def _package(run: _Run, out: Path) -> str:
     }
     parts = package.Parts({name: run.artifacts[kind] for name, kind in trees.items()}, texts)
     started = time.monotonic()
-    digest, status = package.assemble(out, parts, run.store.digests)
+    with run.store.lock("package", digest_json(str(out.resolve())), waiting=lambda: None):
+        digest, status = package.assemble(out, parts, run.store.digests)
     run.reporter.finished("package", status, time.monotonic() - started)
     return digest
 

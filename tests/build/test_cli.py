@@ -1,0 +1,71 @@
+"""Every verb as a user types it: what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+VERBS = ("init", "check", "plan", "build", "inspect", "serve", "ask", "verify", "doctor")
+
+
+def test_help_lists_every_verb_and_exit_code(cli: Cli) -> None:
+    text = cli("--help").stdout
+    for verb in VERBS:
+        assert f"\n  {verb} " in text
+        assert cli(verb, "--help").stdout.startswith("Usage: ")
+    assert "7 a quality gate failed" in text.replace("\n", " ").replace("  ", " ")
+
+
+@pytest.mark.parametrize("weight_format", ["none", "fp8", "int4_awq"])
+def test_init_writes_a_recipe_that_plans_as_it_is(
+    cli: Cli, tiny_llama: Path, tmp_path: Path, weight_format: str
+) -> None:
+    out = tmp_path / "my.yaml"
+    assert cli("init", tiny_llama, "-o", out, "--format", weight_format).stdout.strip() == str(out)
+    assert cli("check", out).stdout == f"{out}: no problems\n"
+    assert "exists; name another file" in cli("init", tiny_llama, "-o", out, check=2).stderr
+    assert "does not exist" in cli("init", tmp_path / "no", "-o", tmp_path / "b.yaml", check=2).stderr
+
+
+def test_check_reports_all_problems_and_exit_codes(cli: Cli, recipe: Path) -> None:
+    done = cli("check", recipe, "--set", "runtime.max_batch_size=0", "--set", "compress.format=fp7", check=2)
+    assert done.stdout == ""
+    assert "compress.format: 'fp7' is not allowed" in done.stderr
+    assert "runtime.max_batch_size: 0 must be greater" in done.stderr
+    assert "speculative.method: ngram" in cli("check", recipe, "--set", "speculative.method=ngram", check=3).stderr
+    assert "Usage" in cli("check", check=2).stderr
+
+
+def test_schema_is_json(cli: Cli) -> None:
+    assert json.loads(cli("check", "--schema").stdout)["title"] == "trtbuild recipe"
+
+
+def test_plan_for_people_and_programs(cli: Cli, recipe: Path) -> None:
+    text = cli("plan", recipe).stdout
+    assert "runtime.max_batch_size" in text
+    assert "LlamaForCausalLM" in text
+    value = json.loads(cli("plan", recipe, "--json", "--set", "runtime.max_batch_size=3").stdout)
+    assert {"path": "runtime.max_batch_size", "value": 3, "origin": "--set"} in value["values"]
+    assert cli("plan", recipe, "--json").stdout == cli("plan", recipe, "--json").stdout
+
+
+def test_inspect_checkpoint_engine_and_package(cli: Cli, tiny_llama: Path, package: Path, tmp_path: Path) -> None:
+    assert json.loads(cli("inspect", tiny_llama, "--json").stdout)["kind"] == "checkpoint"
+    assert json.loads(cli("inspect", package / "engine", "--json").stdout)["engine"]["max_batch_size"] == 4
+    found = json.loads(cli("inspect", package, "--json").stdout)
+    assert found["kind"] == "package"
+    assert found["quality"]["tokens"] >= 4096
+    assert "checkpoint.architecture" in cli("inspect", package).stdout
+    assert "does not exist" in cli("inspect", tmp_path / "no", check=2).stderr
+
+
+def test_doctor_reports_this_host(cli: Cli) -> None:
+    done = cli("doctor", "--json", check=None)
+    findings = {finding["name"]: finding["status"] for finding in json.loads(done.stdout)}
+    assert findings["torch"] == "ok"
+    assert done.returncode == (6 if "missing" in findings.values() else 0)
