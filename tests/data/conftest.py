@@ -33,15 +33,6 @@ def smollm2_script() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="session")
-def smollm2_dir(smollm2_script: ModuleType) -> Path:
-    """The SmolLM2 checkpoint in the cache."""
-    path: Path = smollm2_script.default_directory()
-    if not smollm2_script.is_complete(path):
-        pytest.skip(f"needs the SmolLM2 checkpoint at {path}: run `python examples/smollm2_checkpoint.py`")
-    return path
-
-
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
     """Write one file below the test's directory."""

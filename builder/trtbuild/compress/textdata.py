@@ -44,7 +44,7 @@ class CalibrationSpec:
 
 @dataclass(frozen=True, slots=True)
 class HeldoutSpec:
-    """Text for evaluation: at least `tokens` predicted tokens in windows of `length`; `data` None: the shipped text.
+    """Text for evaluation: at least `tokens` predicted tokens, `length` in a window; `data` None: the shipped text.
 
     `calibration` is the file that the model was calibrated with (None: the shipped calibration text).
     """
@@ -92,7 +92,7 @@ def load_samples(spec: CalibrationSpec, tokenizer_dir: Path, *, trust_remote_cod
 def heldout_windows(spec: HeldoutSpec, tokenizer_dir: Path, *, trust_remote_code: bool = False) -> Samples:
     """Windows spread evenly over the held-out text, none of which is calibration text.
 
-    A window of n ids predicts n - 1 tokens; there are enough windows for `spec.tokens` predictions.
+    A window has one id more than `spec.length`, because its last id is only predicted, never read.
 
     Raises:
         RecipeError: the file is wrong, too short, or shares text with the calibration file.
@@ -101,12 +101,12 @@ def heldout_windows(spec: HeldoutSpec, tokenizer_dir: Path, *, trust_remote_code
     """
     file = TextFile(spec.data or HELDOUT_TEXT, field="quality.data", column_field=None)
     tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=trust_remote_code)
-    needed = -(-spec.tokens // (spec.length - 1))
-    pool = _pack(file, tokenizer, spec.length, needed=needed)
+    needed = -(-spec.tokens // spec.length)
+    pool = _pack(file, tokenizer, spec.length + 1, needed=needed)
     _refuse_calibration_text(spec, file, pool.passages)
     found = len(pool.windows)
     if found < needed:
-        what = f"{file.path} has {pool.tokens:,} tokens, {found} windows of {spec.length}; {needed} are needed"
+        what = f"{file.path} has {pool.tokens:,} tokens, {found} windows of {spec.length + 1}; {needed} are needed"
         hint = f"to evaluate {spec.tokens:,} tokens give a longer file, or lower quality.tokens"
         raise RecipeError([Problem("quality.data", what, hint)])
     chosen = [pool.windows[index * found // needed] for index in range(needed)]

@@ -1,0 +1,152 @@
+"""Measure an engine against the original model on held-out text.
+
+The engine is the exported checkpoint, read and executed by the embedded runtime, so that a mistake of the export shows.
+The original is run by Transformers in float32. Both see the same windows, one at a time; no logits are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtbuild.compress.textdata import HeldoutSpec, Samples, heldout_windows
+from trtbuild.errors import ArtifactError
+from trtbuild.evaluate.metrics import Quality, WindowScore, score_window, summarize
+from trtbuild.evaluate.reference import Reference
+from trtbuild.runtime import Engine, EngineConfig, KvCacheConfig
+from trtbuild.worker import Progress
+
+_BLOCK_TOKENS = 32
+_MAX_NLL = 700.0  # nats; the perplexity of more is no double
+
+
+def run(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """The evaluation step; `request` and result are described in ARCHITECTURE.md.
+
+    Raises:
+        RecipeError: the held-out text is wrong, too short or calibration text.
+        ArtifactError: a checkpoint cannot be loaded, or the engine's numbers are not finite.
+        CompatibilityError: the embedded engine does not run this model.
+    """
+    source, engine_dir = Path(request["source"]), Path(request["engine"])
+    trust = bool(request.get("trust_remote_code", False))
+    samples = heldout_windows(_heldout_spec(request), engine_dir, trust_remote_code=trust)
+    total = len(samples.input_ids)
+    config = _engine_config(request, engine_dir, length=len(samples.input_ids[0]) - 1)
+    progress(0, total, "loading the engine and the original model")
+    with Engine.load(engine_dir, config=config) as engine:
+        facts = engine.facts
+        reference = Reference(source, device=facts.device, trust_remote_code=trust)
+        scores: list[WindowScore] = []
+        for number, window in enumerate(samples.input_ids, start=1):
+            scores.append(_score(reference, engine, window, number))
+            progress(number, total, "windows evaluated")
+    kinds = f"{facts.weights} weights, {facts.kv_cache_dtype} KV cache"
+    arithmetic = f"embedded engine, {facts.compute_dtype} on {facts.device}, {kinds}"
+    return _result(summarize(scores), samples, arithmetic) | {
+        "bytes": {"reference": _weight_bytes(source), "engine": _weight_bytes(engine_dir)}
+    }
+
+
+def _heldout_spec(request: Mapping[str, Any]) -> HeldoutSpec:
+    calibration = request.get("calibration") or {}
+    return HeldoutSpec(
+        data=_path(request.get("data")),
+        tokens=request["tokens"],
+        length=request["length"],
+        calibration=_path(calibration.get("data")),
+        calibration_column=calibration.get("column"),
+    )
+
+
+def _engine_config(request: Mapping[str, Any], engine_dir: Path, *, length: int) -> EngineConfig:
+    """The engine's numerics with limits that fit one window: limits change no logit, but memory and speed.
+
+    A request that names the numerics is also answered for a checkpoint that no embedded engine.json lies beside.
+    """
+    if "kv_cache_dtype" in request:
+        names = ("device", "compute_dtype", "weights", "trust_remote_code")
+        given = {name: request[name] for name in names if name in request}
+        config = EngineConfig(kv_cache=KvCacheConfig(dtype=request["kv_cache_dtype"]), **given)
+    else:
+        config = replace(EngineConfig.read(engine_dir), device=request.get("device", "auto"))
+    blocks = -(-(length + 1) // _BLOCK_TOKENS) + 1
+    cache = replace(
+        config.kv_cache, tokens_per_block=_BLOCK_TOKENS, max_tokens=blocks * _BLOCK_TOKENS, enable_block_reuse=False
+    )
+    return replace(
+        config,
+        max_batch_size=1,
+        max_num_tokens=length,
+        max_seq_len=max(config.max_seq_len, length + 1),
+        enable_chunked_prefill=True,
+        kv_cache=cache,
+    )
+
+
+def _score(reference: Reference, engine: Engine, window: tuple[int, ...], number: int) -> WindowScore:
+    read = window[:-1]
+    expected = reference.logits(read)
+    found = engine.logits(read).to(expected.device)
+    if found.shape != expected.shape:
+        what = f"the engine gives logits of shape {list(found.shape)}, the original model {list(expected.shape)}"
+        raise ArtifactError(what, "the two are not the same model: build again")
+    with torch.inference_mode():
+        score = score_window(expected, found, torch.tensor(window[1:], device=expected.device))
+    if not (bool(found.isfinite().all()) and score.engine_nll < _MAX_NLL):
+        raise ArtifactError(
+            f"the engine's probabilities are not finite in window {number} of the held-out text",
+            "the compressed weights or scales are unusable: use another format, or other calibration text",
+        )
+    return score
+
+
+def _result(quality: Quality, samples: Samples, arithmetic: str) -> dict[str, Any]:
+    windows, length = len(samples.input_ids), len(samples.input_ids[0]) - 1
+    return {
+        "tokens": windows * length,
+        "perplexity": {
+            "reference": quality.reference_perplexity,
+            "engine": quality.engine_perplexity,
+            "ratio": quality.perplexity_ratio.value,
+            "ratio_standard_error": _number(quality.perplexity_ratio.standard_error),
+        },
+        "kl_divergence": {
+            "mean": quality.kl_divergence.value,
+            "standard_error": _number(quality.kl_divergence.standard_error),
+        },
+        "top1_agreement": {
+            "share": quality.top1_agreement.value,
+            "standard_error": _number(quality.top1_agreement.standard_error),
+        },
+        "data": {
+            "source": samples.source,
+            "windows": windows,
+            "predictions_per_window": length,
+            "documents": samples.documents,
+            "token_digest": samples.digest,
+        },
+        "how": (
+            f"{arithmetic}, against Transformers in float32 on the original checkpoint; same windows of held-out text; "
+            "KL divergence is KL(original || engine) in nats per token; standard errors are over windows, "
+            "that of the ratio by the delta method on the mean difference of log-likelihood"
+        ),
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN: a standard error that one window cannot give is null."""
+    return None if math.isnan(value) else value
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def _path(value: str | None) -> Path | None:
+    return Path(value) if value else None
