@@ -144,7 +144,7 @@ def _execute(run: _Run, step: Step, key: str, files: Mapping[str, Path]) -> Arti
         plan=run.prepared.plan,
         step=step,
         source=run.fetched.directory,
-        inputs={kind: artifact.content for kind, artifact in run.artifacts.items()},
+        inputs=dict(run.artifacts),
         files=files,
         staging=staging,
         reporter=run.reporter,

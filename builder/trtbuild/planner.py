@@ -68,7 +68,7 @@ def _steps(settings: Settings, tools: Mapping[str, Mapping[str, str | None]]) ->
         Step("compress", compress, ("fetch",), tools["compress" if compressed else "copy"], _compress_files(settings)),
         Step("engine", engine, ("compress",), tools["engine"]),
         Step("repository", _repository_parameters(settings), (), tools["repository"]),
-        Step("deploy", _deploy_parameters(settings), (), tools["deploy"]),
+        Step("deploy", _deploy_parameters(settings), ("engine",), tools["deploy"]),
         # Limits of the engine do not change a logit: the evaluation follows the checkpoint and the numerics alone.
         Step("evaluate", evaluate, ("fetch", "compress"), tools["evaluate"], _files(data=settings["quality.data"])),
     )

@@ -17,7 +17,7 @@ from trtbuild.manifest import canonical_json, write_atomic
 from trtbuild.plan import Plan, Step
 from trtbuild.process import run_worker
 from trtbuild.report import Reporter
-from trtbuild.store import Staging
+from trtbuild.store import Artifact, Staging
 
 ENGINE_FILE = "engine.json"
 QUALITY_FILE = "quality.json"
@@ -28,10 +28,10 @@ class Work:
     """One step about to run.
 
     Args:
-        plan: the whole plan; a step reads its own parameters and, for labels, the plan's digest.
+        plan: the whole plan.
         step: the step itself.
         source: the original checkpoint.
-        inputs: content directory of every finished artifact, by kind.
+        inputs: every finished artifact, by kind.
         files: the user's files of this step, by role.
         staging: where to write.
     """
@@ -39,7 +39,7 @@ class Work:
     plan: Plan
     step: Step
     source: Path
-    inputs: Mapping[str, Path]
+    inputs: Mapping[str, Artifact]
     files: Mapping[str, Path]
     staging: Staging
     reporter: Reporter
@@ -73,7 +73,7 @@ def _compress(work: Work) -> dict[str, Any]:
 
 
 def _engine(work: Work) -> dict[str, Any]:
-    place_tree(work.inputs["compress"], work.staging.content)
+    place_tree(work.inputs["compress"].content, work.staging.content)
     write_atomic(work.staging.content / ENGINE_FILE, canonical_json(dict(work.step.parameters)))
     return {}
 
@@ -85,7 +85,7 @@ def _repository(work: Work) -> dict[str, Any]:
 
 
 def _deploy(work: Work) -> dict[str, Any]:
-    spec = container.DeploySpec(**work.step.parameters, plan_digest=work.plan.digest)
+    spec = container.DeploySpec(**work.step.parameters, engine_digest=work.inputs["engine"].digest)
     container.write_deploy(spec, work.staging.content)
     return {}
 
@@ -94,7 +94,7 @@ def _evaluate(work: Work) -> dict[str, Any]:
     parameters = work.step.parameters
     request = {
         "source": str(work.source),
-        "engine": str(work.inputs["engine"]),
+        "engine": str(work.inputs["engine"].content),
         "tokens": parameters["tokens"],
         "length": parameters["length"],
         "data": _optional(work.files.get("data")),

@@ -55,7 +55,7 @@ def test_unchanged_recipe_reuses_everything_without_torch(package: Path, recipe:
     ("override", "redone"),
     [
         ("serving.model_name=other", {"repository", "deploy", "package"}),
-        ("runtime.max_batch_size=2", {"engine", "package"}),
+        ("runtime.max_batch_size=2", {"engine", "deploy", "package"}),
         ("quality.max_perplexity_ratio=3", {"package"}),
     ],
 )

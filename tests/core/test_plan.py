@@ -58,14 +58,14 @@ ALL = set(STEP_KINDS) - {"fetch"}
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
-        ("compress.format=fp8", {"compress", "engine", "evaluate"}),
-        ("compress.kv_cache=fp8", {"compress", "engine", "evaluate"}),
-        ("compress.exclude=['*lm_head*']", {"compress", "engine", "evaluate"}),
+        ("compress.format=fp8", {"compress", "engine", "deploy", "evaluate"}),
+        ("compress.kv_cache=fp8", {"compress", "engine", "deploy", "evaluate"}),
+        ("compress.exclude=['*lm_head*']", {"compress", "engine", "deploy", "evaluate"}),
         ("compress.calibration.count=4", set()),  # bf16 needs no calibration
-        ("runtime.max_batch_size=4", {"engine"}),
-        ("runtime.capacity_scheduler_policy=MAX_UTILIZATION", {"engine"}),
-        ("runtime.compute_dtype=float32", {"engine", "evaluate"}),
-        ("runtime.max_seq_len=256", {"engine", "evaluate", "repository"}),
+        ("runtime.max_batch_size=4", {"engine", "deploy"}),
+        ("runtime.capacity_scheduler_policy=MAX_UTILIZATION", {"engine", "deploy"}),
+        ("runtime.compute_dtype=float32", {"engine", "deploy", "evaluate"}),
+        ("runtime.max_seq_len=256", ALL - {"compress"}),
         ("serving.model_name=other", {"repository", "deploy"}),
         ("serving.streaming=false", {"repository"}),
         ("serving.default_max_tokens=5", {"repository"}),
@@ -85,7 +85,7 @@ def test_a_field_changes_exactly_the_steps_that_depend_on_it(
 def test_calibration_changes_a_quantized_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     before = keys(plan_for(tiny_llama, tmp_path, "compress.format=fp8"))
     after = keys(plan_for(tiny_llama, tmp_path, "compress.format=fp8", "compress.calibration.count=4"))
-    assert {kind for kind in ALL if before[kind] != after[kind]} == {"compress", "engine", "evaluate"}
+    assert {kind for kind in ALL if before[kind] != after[kind]} == {"compress", "engine", "deploy", "evaluate"}
 
 
 def test_gates_belong_to_the_plan_but_to_no_key(tiny_llama: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ SPEC = DeploySpec(
     model_name="tensorrt_llm",
     runtime="embedded",
     image="registry.example.com:5000/team/smollm2:1.0",
-    plan_digest="sha256:" + "ab" * 32,
+    engine_digest="sha256:" + "ab" * 32,
     labels={"com.example.owner": "ml platform"},
 )
 HOSTILE = [
@@ -100,7 +100,7 @@ def test_the_environment_is_never_written(tmp_path: Path, monkeypatch: pytest.Mo
 def test_dockerfile_labels_say_where_the_image_comes_from(tmp_path: Path) -> None:
     labels = labels_of(written(SPEC, tmp_path)["Dockerfile"])
     assert labels == image_labels(SPEC)
-    assert labels["io.trtbuild.plan.digest"] == SPEC.plan_digest
+    assert labels["io.trtbuild.engine.digest"] == SPEC.engine_digest
     assert labels["io.trtbuild.version"] == __version__
     assert labels["io.trtbuild.runtime"] == "embedded"
     assert labels["com.example.owner"] == "ml platform"
@@ -282,7 +282,7 @@ def test_label_values_on_more_lines_are_refused(tmp_path: Path, value: str) -> N
 
 def test_our_labels_cannot_be_replaced(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"labels under io\.trtbuild\. are written by trtbuild"):
-        write_deploy(replace(SPEC, labels={"io.trtbuild.plan.digest": "forged"}), tmp_path)
+        write_deploy(replace(SPEC, labels={"io.trtbuild.engine.digest": "forged"}), tmp_path)
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -55,7 +55,7 @@ class DeploySpec:
         model_name: the Triton model's name.
         runtime: what executes the engine; ``embedded`` is the one that the serve image carries.
         image: name of the image that is built from the package, ``[host[:port]/]path[:tag]``.
-        plan_digest: digest of the plan that made the package.
+        engine_digest: digest of the engine that the package holds.
         labels: the user's labels, by key; a value is any text on one line.
         files: which files to write: ``dockerfile`` (with the notes on the image), ``compose``, ``launch``.
         serve_image: the image to start from; empty for the one that docker/serve.Dockerfile of this version makes.
@@ -66,7 +66,7 @@ class DeploySpec:
     model_name: str
     runtime: str
     image: str
-    plan_digest: str
+    engine_digest: str
     labels: Mapping[str, str] = field(default_factory=dict)
     files: Sequence[str] = ("dockerfile", "compose", "launch")
     trtbuild_version: str = __version__
@@ -119,7 +119,7 @@ def image_labels(spec: DeploySpec) -> dict[str, str]:
     }
     ours = {
         f"{LABEL_PREFIX}version": spec.trtbuild_version,
-        f"{LABEL_PREFIX}plan.digest": spec.plan_digest,
+        f"{LABEL_PREFIX}engine.digest": spec.engine_digest,
         f"{LABEL_PREFIX}runtime": spec.runtime,
         f"{LABEL_PREFIX}model": spec.model_name,
     }
