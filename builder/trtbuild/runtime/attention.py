@@ -112,6 +112,8 @@ class PagedLayer:
             raise CompatibilityError(f"attention layer {self.index} ran outside a step of the engine")
         cache.write(key, value, step.slots)
         options.scaling *= cache.key_scale
+        if query.dtype.itemsize >= 4:  # once for all sequences; narrow types would lose bits
+            query, options.scaling = query * options.scaling, 1.0
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
         groups = out.view(out.shape[0], key.shape[0], -1, out.shape[2])
         grouped = query.unflatten(0, (key.shape[0], -1))
@@ -224,7 +226,8 @@ def _prefill(
 
 def _weights(scores: torch.Tensor, mask: torch.Tensor | None, options: _Options) -> torch.Tensor:
     """The attention probabilities of raw `scores` [H, G, L] or [H, G, count, L]; changes `scores`."""
-    scores *= options.scaling
+    if options.scaling != 1.0:
+        scores *= options.scaling
     if options.softcap is not None:
         scores = scores.div_(options.softcap).tanh_().mul_(options.softcap)
     if mask is not None:
