@@ -20,11 +20,13 @@ COPY constraints.txt /opt/trtbuild/constraints.txt
 
 ARG PIP_NO_INDEX
 ARG PIP_FIND_LINKS
+ARG TORCH_VERSION=2.13.0
 ARG TORCH_INDEX_URL
 RUN --mount=type=secret,id=pip.conf,target=/run/secrets/pip.conf \
     --mount=type=bind,from=wheelhouse,target=/wheelhouse \
     PIP_CONFIG_FILE=/run/secrets/pip.conf /opt/trtbuild/bin/pip install --no-cache-dir \
-      --constraint /opt/trtbuild/constraints.txt ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} torch
+      --constraint /opt/trtbuild/constraints.txt \
+      ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} "torch==${TORCH_VERSION}"
 
 RUN --mount=type=secret,id=pip.conf,target=/run/secrets/pip.conf \
     --mount=type=bind,from=wheelhouse,target=/wheelhouse \

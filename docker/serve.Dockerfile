@@ -25,14 +25,17 @@ RUN ["python3", "-c", "import ctypes, sysconfig; ctypes.CDLL(sysconfig.get_confi
 RUN ["python3", "-m", "venv", "/opt/trtbuild"]
 COPY constraints.txt /opt/trtbuild/constraints.txt
 
-# Largest and most stable first. `pip` reads PIP_NO_INDEX and PIP_FIND_LINKS from the environment.
+# Largest and most stable first. torch goes first and alone, and constraints.txt leaves it out, because its CPU and CUDA
+# builds share a version. `pip` reads PIP_NO_INDEX and PIP_FIND_LINKS from the environment.
 ARG PIP_NO_INDEX
 ARG PIP_FIND_LINKS
+ARG TORCH_VERSION=2.13.0
 ARG TORCH_INDEX_URL
 RUN --mount=type=secret,id=pip.conf,target=/run/secrets/pip.conf \
     --mount=type=bind,from=wheelhouse,target=/wheelhouse \
     PIP_CONFIG_FILE=/run/secrets/pip.conf /opt/trtbuild/bin/pip install --no-cache-dir \
-      --constraint /opt/trtbuild/constraints.txt ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} torch
+      --constraint /opt/trtbuild/constraints.txt \
+      ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} "torch==${TORCH_VERSION}"
 
 RUN --mount=type=secret,id=pip.conf,target=/run/secrets/pip.conf \
     --mount=type=bind,from=wheelhouse,target=/wheelhouse \
