@@ -1,0 +1,130 @@
+"""The embedded engine behind the small interface that model.py drives; another runtime would stand beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .contract import Sampling
+from .wire import INPUTS, PREFIX, BadRequestError
+
+_NO_LORA = "this package was built without LoRA adapters"
+_NO_GUIDE = "the embedded engine does no guided decoding"
+
+
+class Handle(Protocol):
+    """One running sequence."""
+
+    def cancel(self) -> None:
+        """Stop generating and free what it holds; does nothing when it has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """A moment's counts of one runtime: KV cache blocks and requests."""
+
+    max_blocks: int
+    used_blocks: int
+    free_blocks: int
+    reusable_blocks: int
+    running: int
+    waiting: int
+
+
+class EmbeddedBackend:
+    """A loaded `trtbuild.runtime.Engine`."""
+
+    refused: Mapping[str, str] = {
+        "lora_id": _NO_LORA,
+        "lora_name": _NO_LORA,
+        "lora_path": _NO_LORA,
+        "lora_ckpt_source": _NO_LORA,
+        "guided_decoding_guide_type": _NO_GUIDE,
+        "guided_decoding_guide": _NO_GUIDE,
+        "image_url": "this model reads text only",
+        "sampling_param_logits_post_processor_name": "the embedded engine has no logits post-processors",
+    }
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    @classmethod
+    def load(cls, engine_dir: Path) -> EmbeddedBackend:
+        """The engine in `engine_dir`; raises the runtime's own error, whose text says what is wrong."""
+        from trtbuild.runtime import Engine
+
+        return cls(Engine.load(engine_dir))
+
+    @property
+    def summary(self) -> str:
+        """What was loaded, in one line."""
+        facts = self._engine.facts
+        line = (
+            f"{facts.architecture} on {facts.device} in {facts.compute_dtype}, weights {facts.weights}, KV cache "
+            f"{facts.kv_cache_dtype} for {facts.kv_cache_tokens} tokens"
+        )
+        return "; ".join([line, *facts.notes])
+
+    def submit(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        bad_words: list[list[int]],
+        on_output: Callable[[Any], None],
+    ) -> Handle:
+        """Queue one sequence; `on_output` gets `trtbuild.runtime.Output` values in the engine's thread.
+
+        Raises:
+            BadRequestError: a value is out of range, or the sequence can never fit.
+        """
+        from trtbuild.errors import RequestError
+        from trtbuild.runtime import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=sampling.max_tokens or 1,
+            min_tokens=sampling.min_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=1.0 if sampling.repetition_penalty is None else sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty or 0.0,
+            frequency_penalty=sampling.frequency_penalty or 0.0,
+            seed=sampling.seed,
+            ignore_eos=sampling.ignore_eos,
+            stop_token_ids=sampling.stop_token_ids,
+            bad_words=bad_words,
+            logprobs=sampling.logprobs,
+            prompt_logprobs=sampling.prompt_logprobs,
+        )
+        try:
+            handle: Handle = self._engine.submit(prompt, params, on_output=on_output)
+        except RequestError as error:
+            raise BadRequestError(_wire_name(str(error))) from error
+        return handle
+
+    def gauges(self) -> Gauges:
+        """Counts of this moment."""
+        stats = self._engine.stats()
+        return Gauges(
+            max_blocks=stats.total_blocks,
+            used_blocks=stats.used_blocks,
+            free_blocks=stats.free_blocks,
+            reusable_blocks=stats.cached_blocks,
+            running=stats.running,
+            waiting=stats.waiting,
+        )
+
+    def close(self) -> None:
+        """Cancel what is in flight and free the memory."""
+        self._engine.close()
+
+
+def _wire_name(message: str) -> str:
+    """The engine names a field as its Python interface does; the client knows the input's name."""
+    field = message.split(":", 1)[0].split("[", 1)[0]
+    if field == "prompt_token_ids":
+        return message.replace("prompt_token_ids", "input_ids", 1)
+    return PREFIX + message if PREFIX + field in INPUTS else message

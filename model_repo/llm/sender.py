@@ -1,0 +1,189 @@
+"""The sender thread: the only one that sends responses of running requests, watches for cancellation and keeps gauges.
+
+One thread for all of it means no locks, and no response after the final one. It waits for jobs and does nothing while
+no request runs; under load the outputs that gather while it sends go out together.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from .backend_embedded import EmbeddedBackend, Gauges
+from .stream import Stream
+from .wire import tensors
+
+logger = logging.getLogger(__name__)
+_CLOSE_TIMEOUT_S = 5.0
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+def send_error(sender: Any, message: str, code: int) -> None:
+    """End a request with an error."""
+    response = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+    sender.send(response, flags=_FINAL)
+
+
+@dataclass(slots=True)
+class _Route:
+    """Where the responses of one stream go."""
+
+    sender: Any
+    wanted: frozenset[str]
+
+
+class Sender:
+    """Owns the running streams."""
+
+    def __init__(self, backend: EmbeddedBackend, *, model_name: str, check_period_s: float) -> None:
+        self._backend = backend
+        self._period_s = check_period_s
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._routes: dict[Stream, _Route] = {}
+        self._metrics = _Metrics(model_name, backend.gauges)
+        self._thread = threading.Thread(target=self._run, name="trtbuild-sender", daemon=True)
+        self._thread.start()
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Have `job` done in the sender's thread (any thread)."""
+        self._jobs.put(job)
+
+    def deliver(self, stream: Stream, choice: int, output: Any) -> None:
+        """Take one output of the engine (engine's thread)."""
+        if stream.deliver(choice, output):
+            self._jobs.put(partial(self._advance, stream))
+
+    def close(self) -> None:
+        """End every request with a final response, then the thread."""
+        self.post(self._cancel_all)
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        while self._routes and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._jobs.put(None)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+
+    def add(self, stream: Stream, sender: Any, wanted: frozenset[str]) -> None:
+        """Start to watch a stream."""
+        self._routes[stream] = _Route(sender, wanted)
+
+    def forget(self, stream: Stream) -> None:
+        """Drop a stream that somebody else has answered."""
+        stream.cancel()
+        self._routes.pop(stream, None)
+
+    def stop(self, request_id: str, sender: Any) -> None:
+        """Cancel the running requests of this id and answer the request that asked for it."""
+        found = [stream for stream in self._routes if stream.request_id == request_id]
+        for stream in found:
+            stream.cancel(f"request {request_id!r} was stopped by a request with stop: true")
+        if not found:
+            message = f"stop: no running request has the id {request_id!r}; it may have ended already"
+            send_error(sender, message, pb_utils.TritonError.NOT_FOUND)
+            return
+        sender.send(_response({"text_output": [""], "finish_reason": ["cancelled"]}, None), flags=_FINAL)
+
+    def _run(self) -> None:
+        next_look = 0.0
+        while True:
+            try:
+                job = self._jobs.get(timeout=self._period_s if self._routes else None)
+            except queue.Empty:
+                job = self._look
+            if job is None:
+                return
+            try:
+                job()
+                if time.monotonic() >= next_look:
+                    self._look()
+                    next_look = time.monotonic() + self._period_s
+            except Exception:  # the others' answers must go on; a stream's own errors are handled in _advance
+                logger.exception("the sender goes on after an error")
+
+    def _advance(self, stream: Stream) -> None:
+        """Send what is new of one stream; a stream that fails here still gets its final response."""
+        route = self._routes.get(stream)
+        if route is None:
+            self._metrics.update()  # the engine's last word after we had ended the request: its blocks are free now
+            return
+        try:
+            self._send(stream, route)
+        except Exception as error:
+            logger.exception("a response could not be made")
+            stream.cancel()
+            self._routes.pop(stream, None)
+            send_error(route.sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
+
+    def _send(self, stream: Stream, route: _Route) -> None:
+        if not stream.absorb():
+            return  # an earlier job has sent it already
+        finished = stream.finished
+        if not finished and not stream.request.streaming:
+            return
+        if finished:
+            del self._routes[stream]
+        if finished and stream.error is not None:
+            send_error(route.sender, str(stream.error), pb_utils.TritonError.INTERNAL)
+        elif finished and stream.cancelled:
+            why = stream.cancelled_by or "the request was cancelled"
+            send_error(route.sender, why, pb_utils.TritonError.CANCELLED)
+        else:
+            route.sender.send(_response(stream.values(), route.wanted), flags=_FINAL if finished else 0)
+        if finished:
+            self._metrics.update()
+
+    def _look(self) -> None:
+        """Ask Triton which clients have gone, and refresh the gauges."""
+        for stream, route in list(self._routes.items()):
+            if stream.cancelled_by is None and route.sender.is_cancelled():
+                stream.cancel("the client cancelled the request")
+        self._metrics.update()
+
+    def _cancel_all(self) -> None:
+        for stream in list(self._routes):
+            stream.cancel("the model is being unloaded")
+
+
+def _response(values: dict[str, list[Any]], wanted: frozenset[str] | None) -> Any:
+    made = tensors(values, frozenset(values) if wanted is None else wanted)
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in made])
+
+
+class _Metrics:
+    """Gauges on the server's metrics port, named as those of TensorRT-LLM's C++ backend, so that dashboards work."""
+
+    def __init__(self, model_name: str, read: Callable[[], Gauges]) -> None:
+        self._read = read
+        self._last: Gauges | None = None
+        gauge = pb_utils.MetricFamily.GAUGE
+        self._families = [
+            pb_utils.MetricFamily(name="nv_trt_llm_kv_cache_block_metrics", description="KV cache blocks", kind=gauge),
+            pb_utils.MetricFamily(name="nv_trt_llm_request_metrics", description="Requests", kind=gauge),
+        ]
+        labels = {"model": model_name, "version": "1"}
+        blocks, requests = self._families
+        self._gauges = {
+            "max_blocks": blocks.Metric(labels={**labels, "kv_cache_block_type": "max"}),
+            "used_blocks": blocks.Metric(labels={**labels, "kv_cache_block_type": "used"}),
+            "free_blocks": blocks.Metric(labels={**labels, "kv_cache_block_type": "free"}),
+            "reusable_blocks": blocks.Metric(labels={**labels, "kv_cache_block_type": "reusable"}),
+            "running": requests.Metric(labels={**labels, "request_type": "active"}),
+            "waiting": requests.Metric(labels={**labels, "request_type": "waiting"}),
+        }
+        self.update()
+
+    def update(self) -> None:
+        """Set the gauges that have changed; each costs a message to the server."""
+        now = self._read()
+        for name, metric in self._gauges.items():
+            value = getattr(now, name)
+            if self._last is None or getattr(self._last, name) != value:
+                metric.set(value)
+        self._last = now
