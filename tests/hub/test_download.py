@@ -210,7 +210,7 @@ def test_token_reaches_the_hub_and_nothing_else(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.token = TOKEN
     caplog.set_level(logging.DEBUG)
-    hub.break_after = [10**6, 10**6, 120_000]  # the third file is the large one
+    hub.break_after = [10**6, 120_000]  # the second file that is asked for is the large one
     fetch(REPO, COMMIT, tmp_path / "model", progress=quiet)
     hub_requests = [headers for server, _, headers in hub.requests if server == "hub"]
     assert all(headers["authorization"] == f"Bearer {TOKEN}" for headers in hub_requests)
