@@ -85,13 +85,10 @@ class BlockManager:
         """
         if count == 0:
             return []
-        blocks = self._find_run(self._state, count, after)
+        blocks = _find_run(self._state, count, after)
         if blocks is None:
             older = list(islice(self._free, max(count, len(self._free) // 2)))
-            marks = bytearray(self.num_blocks)
-            for block in older:
-                marks[block] = _EMPTY
-            blocks = self._find_run(marks, count, after) or sorted(older[:count])
+            blocks = self._run_among(older, count, after) or sorted(older[:count])
         for block in blocks:
             self._forget(block)
             del self._free[block]
@@ -124,9 +121,18 @@ class BlockManager:
             self._hash_of[block] = None
             self.evicted += 1
 
-    @staticmethod
-    def _find_run(marks: bytearray, count: int, after: int | None) -> list[int] | None:
-        run = bytes([_EMPTY]) * count
-        follows = after is not None and marks.startswith(run, after + 1)
-        start = after + 1 if after is not None and follows else marks.find(run)
-        return None if start < 0 else list(range(start, start + count))
+    def _run_among(self, candidates: list[int], count: int, after: int | None) -> list[int] | None:
+        if count == 1:  # nothing is gained by passing over the oldest, except by following on
+            return [after + 1] if after is not None and after + 1 in candidates else None
+        marks = bytearray(self.num_blocks)
+        for block in candidates:
+            marks[block] = _EMPTY
+        return _find_run(marks, count, after)
+
+
+def _find_run(marks: bytearray, count: int, after: int | None) -> list[int] | None:
+    """`count` blocks in a row that are marked as empty: those that follow `after`, else the first such run."""
+    run = bytes([_EMPTY]) * count
+    follows = after is not None and marks.startswith(run, after + 1)
+    start = after + 1 if after is not None and follows else marks.find(run)
+    return None if start < 0 else list(range(start, start + count))

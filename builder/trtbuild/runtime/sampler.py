@@ -126,10 +126,12 @@ def _sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     keep, enough = _keep(kept, sequences)
     tokens = _invert(kept * keep, draws, ids)
     if count < probs.shape[1]:
-        for row in (~enough).nonzero().flatten().tolist():
-            every, order = probs[row : row + 1].sort(dim=-1, descending=True, stable=True)
-            keep, _ = _keep(every, sequences[row : row + 1])
-            tokens[row] = _invert(every * keep, draws[row : row + 1], order)[0]
+        short = (~enough).nonzero().flatten().tolist()
+        if short:
+            every, order = probs[short].sort(dim=-1, descending=True, stable=True)
+            keep, _ = _keep(every, [sequences[row] for row in short])
+            for row, token_id in zip(short, _invert(every * keep, draws[short], order), strict=True):
+                tokens[row] = token_id
     return tokens
 
 
@@ -152,7 +154,7 @@ def _keep(probs: torch.Tensor, sequences: list[Sequence]) -> tuple[torch.Tensor,
 def _invert(weights: torch.Tensor, draws: torch.Tensor, ids: torch.Tensor | None) -> list[int]:
     """For each row of `weights` [B, W] (need not sum to 1) the first place whose cumulative share exceeds `draws`."""
     cumulative = weights.cumsum(dim=-1)
-    total = cumulative[:, -1:]
+    total = cumulative[:, -1:].contiguous()
     places = torch.searchsorted(cumulative, draws * total, right=True)
     # A draw next to 1 may round up to the total: the last place with any weight is meant.
     last = torch.searchsorted(cumulative, total)
