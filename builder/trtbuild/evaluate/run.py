@@ -26,7 +26,14 @@ _MAX_NLL = 700.0  # nats; the perplexity of more is no double
 
 
 def run(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-    """The evaluation step; `request` and result are described in ARCHITECTURE.md.
+    """The evaluation step.
+
+    Args:
+        request: ``source`` and ``engine`` (directories), ``tokens`` (at least so many predictions), ``length`` (of them
+            in a window), ``data`` (held-out file or None), ``device``, ``trust_remote_code``; optionally
+            ``calibration`` (``data`` and ``column`` of the calibration text), and ``kv_cache_dtype``,
+            ``compute_dtype`` and ``weights`` to name the numerics instead of reading engine.json.
+        progress: called with (windows done, windows, what).
 
     Raises:
         RecipeError: the held-out text is wrong, too short or calibration text.
@@ -133,7 +140,7 @@ def _result(quality: Quality, samples: Samples, arithmetic: str) -> dict[str, An
         },
         "how": (
             f"{arithmetic}, against Transformers in float32 on the original checkpoint; same windows of held-out text; "
-            "KL divergence is KL(original || engine) in nats per token; standard errors are over windows, "
+            f"KL divergence is KL(original || engine), nats per token; standard errors are over the {windows} windows, "
             "that of the ratio by the delta method on the mean difference of log-likelihood"
         ),
     }
