@@ -139,6 +139,89 @@ def inspect(directory: Path, *, as_json: bool) -> None:
     click.echo(json.dumps(found, indent=2) if as_json else table(flatten(found)))
 
 
+_PACKAGE = click.argument("package", type=click.Path(path_type=Path))
+
+
+@main.command()
+@_PACKAGE
+@click.option("--http-port", default=8000, show_default=True, help="0 takes a free port.")
+@click.option("--grpc-port", default=8001, show_default=True, help="0 takes a free port.")
+@click.option("--metrics-port", default=8002, show_default=True, help="0 takes a free port.")
+@click.option("--address", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--startup-timeout", default=180.0, show_default=True, help="Seconds to wait for the models.")
+@click.option("--log", type=click.Path(path_type=Path), help="The server's log [default: PACKAGE-serve.log beside it].")
+def serve(package: Path, log: Path | None, startup_timeout: float, **where: Any) -> None:
+    """Serve a package with the real Triton, in the foreground, until Ctrl-C."""
+    from trtbuild.package import read_manifest
+    from trtbuild.serving.foreground import serve_package
+    from trtbuild.serving.server import TritonServer
+
+    read_manifest(package)
+    file = log if log is not None else _log_beside(package, "serve")
+
+    def on_ready(server: TritonServer) -> None:
+        click.echo(f"ready: {server.http_url} (HTTP), {server.grpc_url} (gRPC), {server.metrics_url} (metrics)")
+
+    serve_package(package, log=file, on_ready=on_ready, startup_timeout_s=startup_timeout, **where)
+
+
+@main.command()
+@click.argument("prompt")
+@click.option(
+    "--url", default="127.0.0.1:8001", show_default=True, help="host:port for gRPC, http://host:port for HTTP."
+)
+@click.option("--model", default="tensorrt_llm", show_default=True, help="The model's name on the server.")
+@click.option("--max-tokens", type=int, help="Length of the answer at most.")
+@click.option("--temperature", type=float, help="Sample at this temperature; greedy without one.")
+@click.option("--seed", type=int, help="Seed of the sampling.")
+@click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
+@click.option("--no-stream", is_flag=True, help="Wait for the whole answer.")
+@_JSON
+def ask(prompt: str, url: str, *, raw: bool, no_stream: bool, as_json: bool, **inputs: Any) -> None:
+    """Ask a served model one question and show the answer as it comes."""
+    from dataclasses import asdict
+
+    from trtbuild.serving.client import ask as send
+
+    question = prompt if raw else [{"role": "user", "content": prompt}]
+    show = None if as_json else (lambda piece: click.echo(piece, nl=False))
+    answer = send(url, question, streaming=not no_stream, on_text=show, **inputs)
+    if as_json:
+        click.echo(json.dumps(asdict(answer), indent=2, ensure_ascii=False))
+        return
+    rate = f"{answer.num_output_tokens} tokens, {answer.tokens_per_second:.1f} tok/s"
+    click.echo()
+    click.echo(f"({answer.finish_reason}; {rate}, first token after {answer.seconds_to_first_token:.2f} s)", err=True)
+
+
+@main.command()
+@_PACKAGE
+@click.option("--served", is_flag=True, help="Also start the server and check its answers and gates.")
+@_JSON
+def verify(package: Path, *, served: bool, as_json: bool) -> None:
+    """Check a package: every byte, its lock, its engine, its model repository, and with --served its answers."""
+    from trtbuild.console import ConsoleReporter
+    from trtbuild.errors import ArtifactError, GateError
+    from trtbuild.verification import checks_json, checks_text, verify_answers, verify_files
+
+    checks = verify_files(package)
+    if served and all(check.passed for check in checks):
+        reporter = ConsoleReporter()
+        checks += verify_answers(package, log=_log_beside(package, "verify"), on_progress=reporter.progress)
+        reporter.done()
+    click.echo(json.dumps(checks_json(checks), indent=2) if as_json else checks_text(checks))
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        kind = GateError if all(check.gate for check in failed) else ArtifactError
+        raise kind(f"{package}: {', '.join(check.name for check in failed)} did not pass", "build the package again")
+
+
+def _log_beside(package: Path, verb: str) -> Path:
+    """A log next to a package: inside, it would change what the manifest covers."""
+    whole = package.resolve()
+    return whole.with_name(f"{whole.name}-{verb}.log")
+
+
 @main.command()
 @_JSON
 def doctor(*, as_json: bool) -> None:

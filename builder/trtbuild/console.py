@@ -38,7 +38,7 @@ class ConsoleReporter:
             self._phase, self._started = what, now
         elapsed = now - self._started
         left = f", {(total - done) * elapsed / done:.0f} s left" if done and elapsed > 1 else ""
-        text = f"{self._step or 'fetch'}: {done}/{total} {what}{left}"
+        text = f"{self._step}: {done}/{total} {what}{left}" if self._step else f"{done}/{total} {what}{left}"
         if self._live:
             self._stream.write(f"\r\033[K{text}")
             self._stream.flush()
@@ -53,6 +53,12 @@ class ConsoleReporter:
     def note(self, text: str) -> None:
         """Show one sentence."""
         self._line(text)
+
+    def done(self) -> None:
+        """Clear the progress line before something else is printed."""
+        if self._live:
+            self._stream.write("\r\033[K")
+            self._stream.flush()
 
     def _line(self, text: str) -> None:
         self._stream.write(f"\r\033[K{text}\n" if self._live else f"{text}\n")

@@ -103,7 +103,7 @@ def read_manifest(package: Path) -> dict[str, Any]:
     """
     if not package.is_dir():
         raise ArtifactError(f"{package} is no directory", "name a package that `trtbuild build` made")
-    manifest = read_json(package / MANIFEST)
+    manifest = read_json(package / MANIFEST) if (package / MANIFEST).is_file() else None
     if not isinstance(manifest, dict) or manifest.get("kind") != "package":
         raise ArtifactError(f"{package} is no trtbuild package", "name a package that `trtbuild build` made")
     return manifest

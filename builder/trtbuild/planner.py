@@ -61,7 +61,9 @@ def _steps(settings: Settings, tools: Mapping[str, Mapping[str, str | None]]) ->
     evaluate = numerics | {
         "kv_cache_dtype": engine["kv_cache"]["dtype"],
         "tokens": settings["quality.tokens"],
-        "length": min(EVALUATION_LENGTH, settings["runtime.max_seq_len"]),
+        "length": _evaluation_length(settings),
+        "trust_remote_code": settings["model.trust_remote_code"],
+        "calibration_column": settings["compress.calibration.column"] if compressed else None,
     }
     return (
         Step("fetch", {}, (), {}),
@@ -70,7 +72,7 @@ def _steps(settings: Settings, tools: Mapping[str, Mapping[str, str | None]]) ->
         Step("repository", _repository_parameters(settings), (), tools["repository"]),
         Step("deploy", _deploy_parameters(settings), ("engine",), tools["deploy"]),
         # Limits of the engine do not change a logit: the evaluation follows the checkpoint and the numerics alone.
-        Step("evaluate", evaluate, ("fetch", "compress"), tools["evaluate"], _files(data=settings["quality.data"])),
+        Step("evaluate", evaluate, ("fetch", "compress"), tools["evaluate"], _evaluate_files(settings)),
     )
 
 
@@ -93,6 +95,17 @@ def _compress_parameters(settings: Settings) -> dict[str, Any]:
 def _compress_files(settings: Settings) -> dict[str, str]:
     data = settings["compress.calibration.data"] if _is_compressed(settings) else None
     return _files(data=data, tokenizer=settings["model.tokenizer"])
+
+
+def _evaluate_files(settings: Settings) -> dict[str, str]:
+    """Held-out text, and the calibration text that it must not be."""
+    calibration = settings["compress.calibration.data"] if _is_compressed(settings) else None
+    return _files(data=settings["quality.data"], calibration=calibration)
+
+
+def _evaluation_length(settings: Settings) -> int:
+    """Tokens predicted in a window: what a served request can hold too, so that both measure the same windows."""
+    return min(EVALUATION_LENGTH, settings["serving.max_input_tokens"] - 1, settings["runtime.max_seq_len"] - 2)
 
 
 def _files(**paths: str | None) -> dict[str, str]:

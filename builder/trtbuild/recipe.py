@@ -196,4 +196,4 @@ class Recipe(_Section):
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe, for editors."""
     schema = Recipe.model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "trtbuild recipe"} | schema
+    return schema | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "trtbuild recipe"}

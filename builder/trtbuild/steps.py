@@ -91,15 +91,13 @@ def _deploy(work: Work) -> dict[str, Any]:
 
 
 def _evaluate(work: Work) -> dict[str, Any]:
-    parameters = work.step.parameters
-    request = {
+    parameters = dict(work.step.parameters)
+    calibration = {"data": _optional(work.files.get("calibration")), "column": parameters.pop("calibration_column")}
+    request = parameters | {
         "source": str(work.source),
-        "engine": str(work.inputs["engine"].content),
-        "tokens": parameters["tokens"],
-        "length": parameters["length"],
+        "engine": str(work.inputs["compress"].content),
         "data": _optional(work.files.get("data")),
-        "device": parameters["device"],
-        "trust_remote_code": work.plan.value("model.trust_remote_code"),
+        "calibration": calibration,
     }
     record = _in_child("trtbuild.evaluate", request, work)
     write_atomic(work.staging.content / QUALITY_FILE, canonical_json(record["result"]))
