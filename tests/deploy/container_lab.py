@@ -112,8 +112,9 @@ def pip_mounts(directory: Path) -> list[str]:
         settings[name.rpartition(".")[2]] = ast.literal_eval(value)
     config = directory / "pip.conf"
     config.touch(mode=0o600)
-    words = [f"{name} =\n    " + "\n    ".join(value.split()) for name, value in settings.items()]
-    config.write_text("[global]\n" + "\n".join(words) + "\n", encoding="utf-8")
+    # pip splits lists at any white space; a line's indentation would become part of a single value.
+    lines = [f"{name} = {' '.join(value.split())}" for name, value in settings.items()]
+    config.write_text("\n".join(["[global]", *lines, ""]), encoding="utf-8")
     mounts = ["--secret", f"id=pip.conf,src={config}"]
     for path in sorted({path for value in settings.values() for word in value.split() for path in _paths(word)}):
         mounts += ["--volume", f"{path}:{path}:ro"]
