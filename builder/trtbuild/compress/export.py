@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,12 +35,38 @@ def export(model: nn.Module, selection: Selection, request: Request) -> None:
     first = next(model.parameters()).dtype
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        export_hf_checkpoint(model, dtype=first, export_dir=request.output, max_shard_size=_SHARD_BYTES)
+        with _experts_as_they_are(request):
+            export_hf_checkpoint(model, dtype=first, export_dir=request.output, max_shard_size=_SHARD_BYTES)
     handle.remove()
     skipped = [str(item.message) for item in caught if "name" in str(item.message) and "skipped" in str(item.message)]
     if skipped:
         raise ToolError(f"ModelOpt exported tensors under names that no engine knows: {skipped[0]}")
     _complete_metadata(selection, request)
+
+
+@contextmanager
+def _experts_as_they_are(request: Request) -> Iterator[None]:
+    """Correct two habits of ModelOpt 0.47's exporter with the experts of an INT4-AWQ model, for one export.
+
+    It knows the projections of experts by the model's class name, and refuses other classes. And it gives the gate and
+    up projections of an expert, row by row, the larger of both group scales (meant for NVFP4's one scale per tensor),
+    which costs up to a bit of precision and which no reader of this format asks for.
+    """
+    from modelopt.torch.export import unified_export_hf as exporter
+
+    known, sync = exporter.get_experts_list, exporter.sync_moe_gate_up_amax
+    exporter.get_experts_list = _expert_projections
+    if request.format == "int4_awq":
+        exporter.sync_moe_gate_up_amax = lambda model: 0  # noqa: ARG005  the number of pairs that it changed
+    try:
+        yield
+    finally:
+        exporter.get_experts_list, exporter.sync_moe_gate_up_amax = known, sync
+
+
+def _expert_projections(block: Any, model_type: str) -> list[list[nn.Module]]:  # noqa: ARG001  the exporter's signature
+    """Each projection of all experts of a block: they get one common smoothing."""
+    return [[getattr(expert, name) for expert in block.experts] for name in ("gate_proj", "down_proj", "up_proj")]
 
 
 def _caster(parameter_names: set[str]) -> Any:

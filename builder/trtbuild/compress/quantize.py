@@ -29,13 +29,11 @@ def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loo
     """Quantize `model` in place as the request says; return the experts that no calibration token reached.
 
     Raises:
-        CompatibilityError: INT4-AWQ of a mixture-of-experts model that ModelOpt cannot export.
+        CompatibilityError: The KV cache of a class whose attention ModelOpt does not know.
         ToolError: A quantizer that is needed has no scale, or a layer was passed over.
     """
     import modelopt.torch.quantization as mtq
 
-    if request.format == "int4_awq":
-        _check_awq_experts(model)
     config = _config(request)
     mtq.quantize(model, {"quant_cfg": config["quant_cfg"], "algorithm": None})
     for name in selection.excluded:
@@ -73,22 +71,6 @@ def _config(request: Request) -> dict[str, Any]:
 def _disable(layer: nn.Module) -> None:
     for quantizer in ("input_quantizer", "weight_quantizer", "output_quantizer"):
         getattr(layer, quantizer).disable()
-
-
-def _check_awq_experts(model: nn.Module) -> None:
-    """ModelOpt's AWQ export knows experts by model class only; ask it before the long calibration."""
-    from modelopt.torch.export.layer_utils import get_experts_list
-
-    for name, module in model.named_modules():
-        if isinstance(module, UnfusedExperts):
-            try:
-                get_experts_list(model.get_submodule(name.rpartition(".")[0]), type(model).__name__.lower())
-            except NotImplementedError as error:
-                raise CompatibilityError(
-                    f"int4_awq of {type(model).__name__}: ModelOpt 0.47 exports the experts of Mixtral and Qwen only",
-                    "use compress.format: fp8",
-                ) from error
-            return
 
 
 def _share_input_scales(model: nn.Module) -> None:

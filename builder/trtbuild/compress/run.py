@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,10 +73,18 @@ def _compress(
         samples = None
     else:
         samples, selection, notes = _change(request, facts, source, shards, progress, clock)
+    _make_readable(request.output)
     with clock.phase("check"):
         checked = check_export(request, selection, source)
     progress(1, 1, "done")
     return _result(request, checked, samples, clock, notes)
+
+
+def _make_readable(output: Path) -> None:
+    """Safetensors writes files for their owner only, but containers run as another user."""
+    for path in output.glob("*"):
+        if path.is_file():
+            path.chmod(0o644)
 
 
 def _change(
@@ -133,7 +142,10 @@ def _load_samples(request: Request) -> Any:
         return None
     from trtbuild.compress.textdata import CalibrationSpec, load_samples
 
-    return load_samples(CalibrationSpec(**request.calibration), request.tokenizer)
+    settings = dict(request.calibration)
+    data = settings.pop("data", None)
+    spec = CalibrationSpec(data=None if data is None else Path(data), **settings)
+    return load_samples(spec, request.tokenizer, trust_remote_code=request.trust_remote_code)
 
 
 def _total_work(request: Request, facts: ModelFacts, samples: int) -> int:

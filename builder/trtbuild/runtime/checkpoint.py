@@ -28,7 +28,7 @@ from trtbuild.runtime.checkpoint_files import (
 )
 from trtbuild.runtime.checkpoint_fill import fill, positive_scale, replace_linear, restore_buffers
 from trtbuild.runtime.experts import DiskNames, fused_experts, unfuse_experts
-from trtbuild.runtime.linear import Form
+from trtbuild.runtime.linear import Form, share_inputs
 
 _ALGORITHM_OF = {"F8_E4M3": FP8, "U8": INT4_AWQ}
 _SHOWN = 5
@@ -84,6 +84,7 @@ def load_model(
             replace_linear(model, layer, source, dtype=dtype, form=form, device=device)
         fill(model, source, device)
         restore_buffers(model, device)
+    share_inputs(model)
     model.requires_grad_(requires_grad=False)
     notes = _notes(quantization, form, dtype, len(layers))
     return LoadedModel(model=model.eval(), config=config, quantization=quantization, kv_scales=kv_scales, notes=notes)

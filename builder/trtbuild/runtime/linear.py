@@ -17,6 +17,7 @@ Form = Literal["expanded", "packed"]
 
 E4M3_MAX = 448.0
 _SCALED_MM_MULTIPLE = 16  # torch._scaled_mm takes matrices whose sides are multiples of 16
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _FP8_CAPABILITY = (8, 9)  # the first NVIDIA GPUs with FP8 tensor cores: Ada
 
 
@@ -39,6 +40,27 @@ def expand_int4(packed: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.d
     rows, columns = codes.shape
     groups = codes.reshape(rows, weight_scale.shape[1], -1).to(dtype)
     return groups.mul_(weight_scale.to(dtype).unsqueeze(-1)).reshape(rows, columns)
+
+
+class InputCodes:
+    """The codes of one input tensor, for the layers that all read it: computed by the first, dropped by the last."""
+
+    def __init__(self, readers: int) -> None:
+        self._readers = readers
+        self._left = 0
+        self._x: torch.Tensor | None = None
+        self._codes: torch.Tensor | None = None
+
+    def of(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return `to_e4m3(x, scale)`."""
+        codes = self._codes
+        if codes is None or self._x is not x:
+            codes = to_e4m3(x, scale)
+            self._x, self._codes, self._left = x, codes, self._readers
+        self._left -= 1
+        if self._left == 0:
+            self._x = self._codes = None
+        return codes
 
 
 class Fp8Linear(nn.Module):
@@ -70,10 +92,11 @@ class Fp8Linear(nn.Module):
         self.register_buffer("input_scale", input_scale.to(wide).reshape(()))
         self.register_buffer("bias", bias)
         self.tensor_cores = form == "packed" and _has_fp8_tensor_cores(weight)
+        self.input_codes = InputCodes(readers=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return [T, O] in the compute type for `x` [T, I]."""
-        codes = to_e4m3(x, self.input_scale)
+        codes = self.input_codes.of(x, self.input_scale)
         if self.tensor_cores:
             return self._scaled_mm(codes)
         y = functional.linear(codes.to(self.dtype), self.weight.to(self.dtype))
@@ -129,6 +152,18 @@ class Int4Linear(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""
         return f"{self.in_features}, {self.out_features}, form={self.form}, bias={self.bias is not None}"
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let q, k and v, and gate and up, of one block quantize their common input once."""
+    for module in model.modules():
+        for names in _SAME_INPUT:
+            layers = [getattr(module, name, None) for name in names]
+            readers = [layer for layer in layers if isinstance(layer, Fp8Linear)]
+            if len(readers) == len(names) and len({float(layer.input_scale) for layer in readers}) == 1:
+                shared = InputCodes(len(readers))
+                for layer in readers:
+                    layer.input_codes = shared
 
 
 def _has_fp8_tensor_cores(weight: torch.Tensor) -> bool:
