@@ -82,7 +82,8 @@ EXPOSE 8000 8001 8002
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
   CMD ["python3", "-c", "import http.client, sys; c = http.client.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/v2/health/ready'); sys.exit(c.getresponse().status != 200)"]
 
-# Exec form: `trtbuild serve` is process 1, gets SIGTERM itself, passes it to Triton, waits for it and ends with it. Triton
-# reaps its own python stubs, so no init process is needed; `docker run --init` does no harm.
-ENTRYPOINT ["trtbuild", "serve"]
+# Exec form: `trtbuild serve` is process 1, gets SIGTERM itself, ends Triton and then itself. Its supervisor reaps what Triton
+# leaves, so no init process is needed; `docker run --init` does no harm. Arguments after the image's name replace /package;
+# an option given there wins over the same option here.
+ENTRYPOINT ["trtbuild", "serve", "--address=0.0.0.0", "--startup-timeout=600", "--log=/tmp/trtbuild-serve.log"]
 CMD ["/package"]
