@@ -1,0 +1,100 @@
+"""Every command, recipe and program in README is executed or parsed, and the examples plan."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from trtbuild.cli import main
+from trtbuild.recipe_file import load_recipe
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(program: str) -> list[list[str]]:
+    """Every command line of one program in the plain blocks, continuation lines joined."""
+    lines = "\n".join(blocks("")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
+
+
+def test_readme_has_what_this_test_reads() -> None:
+    assert len(commands("trtbuild")) >= 9
+    assert len(commands("make")) == 2
+    assert len(commands("curl")) == 1
+    assert len(blocks("yaml")) == 1
+    assert len(blocks("python")) == 1
+
+
+@pytest.mark.parametrize("command", commands("trtbuild"), ids=" ".join)
+def test_trtbuild_commands_parse(command: list[str]) -> None:
+    verb, *arguments = command[1:]
+    parsed = main.commands[verb].make_context(verb, list(arguments))
+    assert isinstance(parsed, click.Context)
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for _, target in commands("make"):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_recipe_in_readme_is_the_demos(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(blocks("yaml")[0], encoding="utf-8")
+    demo = load_recipe(ROOT / "examples" / "smollm2-fp8.yaml").recipe
+    assert load_recipe(path).recipe == demo
+
+
+def test_body_of_the_curl_command_is_json() -> None:
+    (command,) = commands("curl")
+    body = json.loads(command[command.index("-d") + 1])
+    assert json.loads(body["messages"])[0]["role"] == "user"
+
+
+def test_python_in_readme_runs(package: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", blocks("python")[0]], cwd=package.parent, check=True, capture_output=True, text=True
+    )
+    assert len(done.stdout.splitlines()) >= 1
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_plan(path: Path, smollm2: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trtbuild", "check", str(path)], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == f"{path}: no problems\n"
+
+
+def test_there_are_four_examples() -> None:
+    assert [path.stem for path in EXAMPLES] == ["smollm2-2to4-fp8", "smollm2-bf16", "smollm2-fp8", "smollm2-int4-awq"]
+
+
+def test_links_lead_somewhere() -> None:
+    for document in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("http") or (ROOT / target).exists(), f"{document}: {target}"
+
+
+def test_architecture_names_modules_that_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_0-9]+\.(?:py|toml|j2))`", text))
+    assert len(named) >= 10
+    roots = (ROOT / "builder" / "trtbuild", ROOT)
+    assert [name for name in sorted(named) if not any((root / name).exists() for root in roots)] == []
