@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from trtbuild.runtime import Engine, EngineConfig, KvCacheConfig
 
 CONFIG_FIELDS = set(EngineConfig.__dataclass_fields__)

@@ -48,7 +48,7 @@ def test_a_prefix_is_found_again_and_shared() -> None:
     tokens = list(range(12))
     table = blocks.take(3)
     publish_all(blocks, table, tokens)
-    assert blocks.lookup(hashes_of(tokens[:8] + [9, 9, 9, 9])) == table[:2]
+    assert blocks.lookup(hashes_of([*tokens[:8], 9, 9, 9, 9])) == table[:2]
     blocks.share(table[:2])
     assert [blocks.holders(block) for block in table] == [2, 2, 1]
     blocks.release(table)
@@ -172,8 +172,8 @@ def test_every_sequence_ends_and_gives_its_blocks_back(
     scheduler = Scheduler(config, num_blocks)
     pending = []
     for number, (length, max_tokens, flavour) in enumerate(jobs):
-        length = min(length, length if chunked else budget)
-        pending.append(make_sequence(number, [flavour] * length, max_tokens))
+        prompt = [flavour] * (length if chunked else min(length, budget))
+        pending.append(make_sequence(number, prompt, max_tokens))
         scheduler.add(pending[-1])
     for step in range(3000):
         if not scheduler.has_work:

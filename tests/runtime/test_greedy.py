@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from runtime.conftest import engine_config
 from transformers import AutoModelForCausalLM
 
+import tiny
+from runtime.conftest import engine_config
 from trtbuild.runtime import Engine, SamplingParams
 
 SEEDS = 20

@@ -116,23 +116,25 @@ def test_the_distribution_test_notices_a_wrong_temperature() -> None:
 
 @pytest.mark.parametrize("params", [{"top_p": 0.995}, {"min_p": 1e-4}, {"top_p": 0.3}], ids=str)
 def test_filters_look_beyond_the_first_candidates(params: dict[str, Any]) -> None:
-    """With a flat distribution over 2,000 tokens the kept ones are far more than are sorted first."""
-    logits = torch.randn(1, 2000, generator=torch.Generator().manual_seed(3)) * 0.1
+    """With a flat distribution over 1,200 tokens the kept ones are far more than are sorted first."""
+    logits = torch.randn(1, 1200, generator=torch.Generator().manual_seed(3)) * 0.1
     probs = reference_probs(logits[0], SamplingParams(**params))
     kept = {token for token, prob in enumerate(probs) if prob > 0}
-    found = draw(logits, params, 15_000)
+    found = draw(logits, params, 5_000)
     assert set(found) <= kept
-    assert len(found) > 0.95 * len(kept)
-    assert len(kept) > 500
+    assert len(found) > 0.9 * len(kept)
+    assert len(kept) > 300
 
 
 def test_a_seed_gives_the_same_tokens_in_any_batch() -> None:
     logits = random_logits(6, seed=4)
     mixed: list[dict[str, Any]] = [
-        {"temperature": 0.8, "seed": 5}, {"top_k": 3, "seed": 6}, {"top_p": 0.9, "seed": 7}, {}, {"min_p": 0.2, "seed": 8},
-        {"top_k": 40, "top_p": 0.5, "seed": 9},
+        {"temperature": 0.8, "seed": 5}, {"top_k": 3, "seed": 6}, {"top_p": 0.9, "seed": 7}, {},
+        {"min_p": 0.2, "seed": 8}, {"top_k": 40, "top_p": 0.5, "seed": 9},
     ]  # fmt: skip
-    together = [[choice.token_id for choice in choose(logits, both)] for both in [[sequence(**one) for one in mixed]] * 5]
+    together = [
+        [choice.token_id for choice in choose(logits, both)] for both in [[sequence(**one) for one in mixed]] * 5
+    ]
     for row, params in enumerate(mixed):
         one = sequence(**params)
         alone = [choose(logits[row : row + 1], [one])[0].token_id for _ in range(5)]
@@ -144,7 +146,9 @@ def test_different_seeds_give_different_tokens() -> None:
     assert len({choose(logits, [sequence(temperature=1.0, seed=seed)])[0].token_id for seed in range(40)}) > 10
 
 
-@pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0}, {"temperature": 1e-6}], ids=str)
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0}, {"temperature": 1e-6}], ids=str
+)
 def test_greedy_takes_the_likeliest(params: dict[str, Any]) -> None:
     logits = random_logits(8)
     chosen = [choice.token_id for choice in choose(logits, [sequence(**params) for _ in range(8)])]

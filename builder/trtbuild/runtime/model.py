@@ -154,6 +154,8 @@ class ModelRunner:
         """Make the pools and return their number of blocks."""
         if self.kv_is_fp8 and not scales:
             self.notes.append("kv_cache.dtype is fp8 and the checkpoint has no k_scale and v_scale: 1.0 is used")
+        if scales and not self.kv_is_fp8:
+            self.notes.append("the checkpoint's k_scale and v_scale are not used: kv_cache.dtype is auto, not fp8")
         shapes = [(call.key_shape, call.value_shape) for _, call in layers]
         itemsize = 1 if self.kv_is_fp8 else self.dtype.itemsize
         tokens = config.kv_cache.max_tokens or self._tokens_in_free_memory(bytes_per_slot(shapes, itemsize), config)
