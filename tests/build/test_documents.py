@@ -21,8 +21,20 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    """The fenced blocks of one language, in order."""
+    found: list[str] = []
+    fence: str | None = None
+    lines: list[str] = []
+    for line in README.splitlines():
+        if not line.startswith("```"):
+            lines.append(line)
+        elif fence is None:
+            fence, lines = line.removeprefix("```"), []
+        else:
+            if fence == language:
+                found.append("\n".join(lines) + "\n")
+            fence = None
+    return found
 
 
 def commands(program: str) -> list[list[str]]:
