@@ -33,6 +33,23 @@ class Gauges:
     waiting: int
 
 
+class Backend(Protocol):
+    """What model.py needs of a runtime. `on_output` gets values with the fields of `trtbuild.runtime.Output`."""
+
+    refused: Mapping[str, str]
+
+    def submit(
+        self, prompt: list[int], sampling: Sampling, bad_words: list[list[int]], on_output: Callable[[Any], None]
+    ) -> Handle:
+        """Queue one sequence; raises BadRequestError for what can never run."""
+
+    def gauges(self) -> Gauges:
+        """Counts of this moment."""
+
+    def close(self) -> None:
+        """Cancel what is in flight and free the memory."""
+
+
 class EmbeddedBackend:
     """A loaded `trtbuild.runtime.Engine`."""
 

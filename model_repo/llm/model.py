@@ -15,7 +15,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from .backend_embedded import EmbeddedBackend
+from .backend_embedded import Backend, EmbeddedBackend
 from .contract import Generate, Limits, max_tokens, parse
 from .sender import Sender, send_error
 from .stream import Stream
@@ -39,25 +39,26 @@ class TritonPythonModel:
                 f"{engine_dir}: there is no engine here (parameter engine_dir of config.pbtxt); keep engine/ and "
                 "model_repository/ of the package together"
             )
-        self._limits = Limits(
+        limits = Limits(
             max_seq_len=int(parameters["max_seq_len"]),
             max_input_tokens=int(parameters["max_input_tokens"]),
             max_output_tokens=int(parameters["max_output_tokens"]),
             default_max_tokens=int(parameters["default_max_tokens"]),
             streaming=decoupled,
         )
-        self._codec = Codec.load(
+        codec = Codec.load(
             engine_dir,
-            max_input_tokens=self._limits.max_input_tokens,
+            max_input_tokens=limits.max_input_tokens,
             trust_remote_code=parameters["trust_remote_code"] == "true",
         )
-        self._backend = EmbeddedBackend.load(engine_dir)
-        self._sender = Sender(
-            self._backend,
-            model_name=args["model_name"],
-            check_period_s=int(parameters["cancellation_check_period_ms"]) / 1000,
-        )
-        pb_utils.Logger.log_info(f"{args['model_name']}: {self._backend.summary}")
+        backend = EmbeddedBackend.load(engine_dir)
+        period_s = int(parameters["cancellation_check_period_ms"]) / 1000
+        self.start(limits, codec, backend, Sender(backend, model_name=args["model_name"], check_period_s=period_s))
+        pb_utils.Logger.log_info(f"{args['model_name']}: {backend.summary}")
+
+    def start(self, limits: Limits, codec: Codec, backend: Backend, sender: Sender) -> None:
+        """Put the parts together."""
+        self._limits, self._codec, self._backend, self._sender = limits, codec, backend, sender
 
     def execute(self, requests: list[Any]) -> None:
         """Take in requests; their responses come later, from the sender's thread."""

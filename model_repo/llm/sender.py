@@ -17,7 +17,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from .backend_embedded import EmbeddedBackend, Gauges
+from .backend_embedded import Backend, Gauges
 from .stream import Stream
 from .wire import tensors
 
@@ -43,7 +43,7 @@ class _Route:
 class Sender:
     """Owns the running streams."""
 
-    def __init__(self, backend: EmbeddedBackend, *, model_name: str, check_period_s: float) -> None:
+    def __init__(self, backend: Backend, *, model_name: str, check_period_s: float) -> None:
         self._backend = backend
         self._period_s = check_period_s
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import queue
@@ -211,7 +212,9 @@ def _over_grpc(address: str, model: str, sent: Inputs, timeout_s: float) -> Iter
     try:
         client.start_stream(lambda result, error: received.put((result, error)))
         tensors = [_tensor(triton, name, value) for name, value in sent.items() if name != "request_id"]
-        client.async_stream_infer(model, tensors, request_id=request_id, enable_empty_final_response=True)
+        # A stream that has failed already refuses the request here and says why through the callback.
+        with contextlib.suppress(triton.InferenceServerException):
+            client.async_stream_infer(model, tensors, request_id=request_id, enable_empty_final_response=True)
         while not done:
             try:
                 result, error = received.get(timeout=max(deadline - time.monotonic(), 0.001))
