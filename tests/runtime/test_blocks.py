@@ -218,3 +218,20 @@ def test_the_policies_admit_by_what_may_come_or_by_what_is_there(policy: str, to
     for number in range(2):
         scheduler.add(make_sequence(number, [number] * 8, 13))
     assert len(scheduler.schedule()) == together
+
+
+def test_the_sequence_admitted_last_is_pre_empted_and_comes_back_first() -> None:
+    config = EngineConfig(
+        max_batch_size=2, capacity_scheduler_policy="MAX_UTILIZATION", kv_cache=KvCacheConfig(tokens_per_block=BLOCK)
+    )
+    scheduler = Scheduler(config, 5)
+    sequences = [make_sequence(number, [number] * 7, 10) for number in range(3)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    while not scheduler.preemptions:
+        chunks = scheduler.schedule()
+        scheduler.commit(chunks)
+        for chunk in chunks:
+            chunk.sequence.append(9)
+    assert [one.request_id for one in scheduler.running] == [0]
+    assert [one.request_id for one in scheduler.waiting] == [1, 2]

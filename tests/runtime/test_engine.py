@@ -213,8 +213,8 @@ REFUSALS: list[tuple[list[int], dict[str, Any], str]] = [
      "ask for at most 24 tokens, or build the engine with a larger runtime.max_seq_len")),
     ([5] * 10, {"max_tokens": 45}, ("prompt and output of 55 tokens do not fit into the KV cache, which holds 48; "
      "ask for fewer tokens, or build the engine with a larger runtime.kv_cache.max_tokens")),
-    ([5] * 20, {"max_tokens": 4}, ("the prompt has 20 tokens and a step takes at most 16 (max_num_tokens) while chunked "
-     "prefill is off; shorten the prompt, or build the engine with enable_chunked_prefill: true")),
+    ([5] * 20, {"max_tokens": 4}, ("the prompt has 20 tokens and a step takes at most 16 (max_num_tokens) while "
+     "chunked prefill is off; shorten the prompt, or build the engine with enable_chunked_prefill: true")),
     ([5], {"max_tokens": 0}, "max_tokens: 0 is out of range; it is a whole number at least 1"),
     ([5], {"min_tokens": 33}, "min_tokens: 33 is out of range; it is a whole number from 0 to 32 (max_tokens)"),
     ([5], {"temperature": -0.1}, "temperature: -0.1 is out of range; it is a number of at least 0"),

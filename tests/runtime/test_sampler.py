@@ -11,7 +11,7 @@ import torch
 
 from trtbuild.errors import RequestError, ToolError
 from trtbuild.runtime import SamplingParams
-from trtbuild.runtime.sampler import choose, token_logprobs
+from trtbuild.runtime.sampler import _invert, choose, token_logprobs
 from trtbuild.runtime.sequence import Sequence
 
 V = 50
@@ -245,3 +245,10 @@ def test_token_logprobs_of_many_rows() -> None:
     found = token_logprobs(logits, [1, 2, 3, 4, 5], 1)
     expected = torch.log_softmax(logits.double(), dim=-1)
     assert [one.logprob for one in found] == pytest.approx([float(expected[i, i + 1]) for i in range(5)], abs=1e-12)
+
+
+def test_the_ends_of_the_range_of_draws_never_reach_a_token_without_weight() -> None:
+    weights = torch.tensor([[0.0, 1.0, 1.0, 0.0]], dtype=torch.float64).expand(4, -1)
+    draws = torch.tensor([[0.0], [0.4999], [0.5], [1.0]], dtype=torch.float64)
+    assert _invert(weights, draws, None) == [1, 1, 2, 2]
+    assert _invert(weights, draws, torch.tensor([[9, 8, 7, 6]]).expand(4, -1)) == [8, 8, 7, 7]
