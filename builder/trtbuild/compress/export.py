@@ -30,7 +30,9 @@ def export(model: nn.Module, selection: Selection, request: Request) -> None:
     """
     from modelopt.torch.export import export_hf_checkpoint
 
-    parameter_names = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    parameter_names = {
+        name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_floating_point()
+    }
     handle = model.register_state_dict_post_hook(_caster(parameter_names))
     first = next(model.parameters()).dtype
     with warnings.catch_warnings(record=True) as caught:
