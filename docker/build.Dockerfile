@@ -1,10 +1,10 @@
 # The environment that runs `trtbuild build`: compression, evaluation, the embedded engine and Triton for verification.
-# For pipelines with no human present; the recipe, the checkpoint and the store are mounted below /work.
+# For pipelines with no human present; the recipe and the checkpoint are mounted at /work, the store is kept in /cache.
 #
 #   mkdir -p dist && python -m build --wheel --outdir dist .
 #   docker build -f docker/build.Dockerfile -t trtbuild-build \
 #     --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .
-#   docker run --rm --user "$(id -u):0" -v "$PWD:/work" trtbuild-build build recipe.yaml -o package
+#   docker run --rm --user "$(id -u):0" -v "$PWD:/work" -v trtbuild-cache:/cache trtbuild-build build recipe.yaml -o package
 #
 # Context, arguments and base image: as in serve.Dockerfile, where they are explained.
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
@@ -43,9 +43,12 @@ RUN --mount=type=secret,id=pip.conf,target=/run/secrets/pip.conf \
       --constraint /opt/trtbuild/constraints.txt "trtbuild[build,serve]" \
  && /opt/trtbuild/bin/pip check
 
+# Writable for any user of group 0, and so is a named volume that starts from it.
+RUN ["install", "--directory", "--mode=0775", "--owner=10001", "--group=0", "/cache"]
+
 # No HF_HUB_OFFLINE here: `model.path` may be a hub id. A token comes with `docker run -e HF_TOKEN`, never from a layer.
 ENV PATH=/opt/trtbuild/bin:${PATH} \
-    XDG_CACHE_HOME=/tmp/cache \
+    XDG_CACHE_HOME=/cache \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all \
