@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compress_requests import ARCHITECTURES
-from format_reference import reference_logits
+from format_reference import reference_logits, round_e4m3
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -107,6 +108,13 @@ def test_e4m3_saturates_and_rounds_to_even() -> None:
     codes = to_e4m3(values, torch.tensor(1.0)).float()
     assert codes[:-1].tolist() == [0.0, 448.0, 448.0, -448.0, 448.0, 1.0, 1.25, 0.0, 2**-8]
     assert codes[-1].isnan()
+
+
+def test_bf16_activations_are_rounded_once() -> None:
+    x = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    scale = torch.tensor(0.0061)
+    wanted = round_e4m3(x.double().numpy() / float(scale))
+    assert np.array_equal(to_e4m3(x, scale).double().numpy(), wanted)
 
 
 def test_int4_rows_are_low_and_high_nibbles() -> None:

@@ -23,7 +23,9 @@ _FP8_CAPABILITY = (8, 9)  # the first NVIDIA GPUs with FP8 tensor cores: Ada
 
 def to_e4m3(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return the E4M3 codes of `x / scale`: saturated to +-448, rounded to nearest, ties to even."""
-    return (x / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    # A bfloat16 quotient would be rounded twice.
+    quotient = x.to(torch.promote_types(x.dtype, torch.float32)) / scale
+    return quotient.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
@@ -91,7 +93,7 @@ class Fp8Linear(nn.Module):
         self.register_buffer("weight_scale", weight_scale.to(wide).reshape(()))
         self.register_buffer("input_scale", input_scale.to(wide).reshape(()))
         self.register_buffer("bias", bias)
-        self.tensor_cores = form == "packed" and _has_fp8_tensor_cores(weight)
+        self.tensor_cores = form == "packed" and dtype != torch.float64 and _has_fp8_tensor_cores(weight)
         self.input_codes = InputCodes(readers=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,83 @@
+"""The linear layers and the loader on an NVIDIA GPU, against the same on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny import save_checkpoint
+from trtbuild.runtime.checkpoint import load_model
+from trtbuild.runtime.linear import Form, Fp8Linear, Int4Linear
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU, or PyTorch without CUDA"),
+]
+IDS = torch.arange(40).reshape(1, 40) * 7 % 320
+
+
+def fp8_layer(shape: tuple[int, int], device: str, dtype: torch.dtype, form: Form, *, bias: bool) -> Fp8Linear:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(shape, generator=generator) * 0.05
+    scale = weight.abs().max() / 448
+    return Fp8Linear(
+        weight=(weight / scale).to(torch.float8_e4m3fn).to(device),
+        weight_scale=scale.to(device),
+        input_scale=torch.tensor(0.006, device=device),
+        bias=torch.randn(shape[0], generator=generator).to(device, dtype) if bias else None,
+        dtype=dtype,
+        form=form,
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("shape", "tensor_cores"), [((64, 128), True), ((1536, 576), True), ((24, 40), False)])
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_fp8_layers(tokens: int, shape: tuple[int, int], tensor_cores: bool, dtype: torch.dtype, bias: bool) -> None:
+    x = torch.randn(1, tokens, shape[1], generator=torch.Generator().manual_seed(2)).to(dtype)
+    wanted = fp8_layer(shape, "cpu", torch.float64, "expanded", bias=bias)(x.double())
+    layer = fp8_layer(shape, "cuda", dtype, "packed", bias=bias)
+    assert layer.tensor_cores == (tensor_cores and torch.cuda.get_device_capability() >= (8, 9))
+    rounding = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-11  # tensor cores add in fewer bits than float32
+    for form in (layer, fp8_layer(shape, "cuda", dtype, "expanded", bias=bias)):
+        y = form(x.to("cuda"))
+        assert y.dtype == dtype
+        assert y.shape == (1, tokens, shape[0])
+        assert (y.cpu().double() - wanted).abs().max() < rounding * wanted.abs().max()
+
+
+def test_int4_layers() -> None:
+    generator = torch.Generator().manual_seed(3)
+    packed = torch.randint(0, 256, (32, 128), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(64, 4, generator=generator) * 0.01 + 0.001
+    smooth = torch.rand(128, generator=generator) + 0.5
+    x = torch.randn(5, 128, generator=generator)
+    forms: dict[str, torch.Tensor] = {}
+    for device, form in (("cpu", "expanded"), ("cuda", "expanded"), ("cuda", "packed")):
+        layer = Int4Linear(
+            weight=packed.to(device), weight_scale=scale.to(device), pre_quant_scale=smooth.to(device), bias=None,
+            dtype=torch.float64, form=form,
+        )  # fmt: skip
+        forms[device + form] = layer(x.to(device, torch.float64)).cpu()
+    for y in forms.values():
+        assert torch.allclose(y, forms["cpuexpanded"], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3", "qwen3_moe"])
+def test_models_land_on_the_gpu(name: str, tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "source", name, tokenizer=False)
+    logits: dict[str, Any] = {}
+    for device in ("cpu", "cuda"):
+        loaded = load_model(
+            source, device=torch.device(device), dtype=torch.float64, weights="auto", attn_implementation="eager"
+        )
+        tensors = [*loaded.model.parameters(), *loaded.model.buffers()]
+        assert {tensor.device.type for tensor in tensors} == {device}
+        with torch.no_grad():
+            logits[device] = loaded.model(IDS.to(device)).logits.cpu()
+    # Rotary tables are float32 in every class, and their sines differ in the last bit between the devices.
+    assert (logits["cpu"] - logits["cuda"]).abs().max() < 1e-4
