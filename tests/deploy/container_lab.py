@@ -97,8 +97,11 @@ def open_lab() -> Iterator[Lab]:
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / "lock"):
         lab = Lab(root, _driver(root))
-        _ensure_base(lab)
-        yield lab
+        try:
+            _ensure_base(lab)
+            yield lab
+        finally:
+            _unmount_below(root)
 
 
 def pip_mounts(directory: Path) -> list[str]:
@@ -161,6 +164,13 @@ def _driver(root: Path) -> str:
     probe = Lab(root, "overlay").command("info")
     done = subprocess.run(probe, env=_environment(), capture_output=True, check=False)
     return "overlay" if done.returncode == 0 else "vfs"
+
+
+def _unmount_below(root: Path) -> None:
+    """Undo what buildah leaves mounted: 1.28 forgets a stage that a RUN mounted, and its storage's own bind mount."""
+    mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
+    for place in reversed([place for place in mounted if Path(place).is_relative_to(root)]):
+        _run(["umount", place])
 
 
 def _ensure_base(lab: Lab) -> None:
