@@ -180,10 +180,9 @@ FULL_DISK = """
     [
         ({"format": "fp8"}, "start", r"needs about \d\d,\d{3},\d{3} bytes, [\d,]+ are free; free space"),
         ({"format": "fp8"}, "write the checkpoint", r"bytes, the disk is full; free space"),
-        ({"format": "int4_awq", "group_size": 32}, "write the checkpoint", r"bytes, the disk is full; free space"),
         ({}, "copy: file 1", r"bytes, the disk is full; free space"),
     ],
-    ids=["before", "fp8", "int4", "bf16"],
+    ids=["before", "fp8", "bf16"],
 )
 def test_full_disk(changes: dict[str, Any], moment: str, message: str, tmp_path: Path) -> None:
     """A real small file system, in a mount namespace of its own, fills up before or while the files are written."""

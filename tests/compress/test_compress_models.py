@@ -17,7 +17,7 @@ import torch
 from compress_requests import CALIBRATION, make_request, silent
 from format_reference import read_checkpoint, reference_logits, weight_of
 
-from tiny import save_checkpoint
+from tiny import save_checkpoint, save_tokenizer
 from trtbuild.compress.calibrate import calibration_loop
 from trtbuild.compress.export import export
 from trtbuild.compress.quantize import passes, quantize
@@ -95,21 +95,57 @@ def test_experts_without_calibration_tokens(name: str, changes: dict[str, Any], 
         assert (loaded.model(IDS).logits - reference_logits(output, IDS)).abs().max() < 1e-9
 
 
-def test_experts_of_classes_that_modelopt_does_not_name(tmp_path: Path) -> None:
-    """ModelOpt's AWQ export knows the experts of a few classes only; ours are handed to it."""
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+OTHERS: dict[str, tuple[dict[str, Any], int]] = {
+    # ModelOpt's AWQ export knows the experts of a few classes only; ours are handed to it. Projections per model.
+    "olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, 2 * (4 + 4 * 3)),
+    "phimoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, 2 * (4 + 4 * 3)),
+    # Its files hold the experts of a layer in one tensor too.
+    "granitemoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, 2 * (4 + 4 * 3)),
+    "qwen2_moe": (MOE | {"num_experts": 4, "shared_expert_intermediate_size": 64}, 2 * (4 + 4 * 3 + 3)),
+    "ernie4_5_moe": ({"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64}, (4 + 3) + (4 + 4 * 3 + 3)),
+    "gpt_neox": ({}, 2 * 4),
+    "starcoder2": ({}, 2 * 6),
+}  # fmt: skip
+
+
+def save_other(path: Path, model_type: str, settings: dict[str, Any]) -> Path:
+    """A random checkpoint of a model type that `tiny` does not have."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        "olmoe", vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, num_experts=4, num_experts_per_tok=2, max_position_embeddings=256,
-        tie_word_embeddings=False, pad_token_id=2, eos_token_id=2, bos_token_id=0,
-    )  # fmt: skip
-    source = save_checkpoint(tmp_path / "source", "llama")  # for its tokenizer
-    (source / "model.safetensors").unlink()
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
-    for number, changes in enumerate(({"format": "int4_awq", "group_size": 32}, {"format": "fp8"})):
-        result = run(make_request(source, tmp_path / f"out{number}", **changes), silent)
-        assert result["quantized_projections"] == 2 * (4 + 4 * 3)
+    common = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False, "pad_token_id": 2,
+        "eos_token_id": 2, "bos_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **common | settings)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    save_tokenizer(path)
+    return path
+
+
+@pytest.mark.parametrize("changes", [{"format": "fp8"}, {"format": "int4_awq", "group_size": 32}], ids=["fp8", "int4"])
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_other_architectures_are_quantized_whole(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    settings, projections = OTHERS[model_type]
+    source = save_other(tmp_path / "source", model_type, settings)
+    result = run(make_request(source, tmp_path / "out", **changes), silent)
+    assert result["quantized_projections"] == projections
+    logits = []
+    for directory in (source, tmp_path / "out"):
+        loaded = load_model(
+            directory, device=torch.device("cpu"), dtype=torch.float32, weights="auto", attn_implementation="sdpa"
+        )
+        with torch.no_grad():
+            logits.append(loaded.model(IDS).logits)
+    assert 0 < (logits[0] - logits[1]).abs().mean() < 0.2 * logits[0].abs().mean()
+
+
+def test_architecture_without_linear_layers(tmp_path: Path) -> None:
+    source = save_other(tmp_path / "source", "gpt2", {"n_inner": 128})
+    with pytest.raises(CompatibilityError, match="GPT2LMHeadModel has no linear layers that a format"):
+        run(make_request(source, tmp_path / "out", format="fp8"), silent)
 
 
 def test_unfused_experts_compute_what_the_fused_class_does(sources: Any) -> None:

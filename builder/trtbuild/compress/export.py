@@ -22,8 +22,9 @@ HF_QUANT_CONFIG = "hf_quant_config.json"
 def export(model: nn.Module, selection: Selection, request: Request) -> None:
     """Write `model` to the request's output directory; the model cannot be used afterwards.
 
-    Weights are coded from their calibration type and only what is left is rounded to bf16: rounding the model first
-    would round twice. (The exporter's own `dtype` does not cast what it leaves unquantized.)
+    Codes are computed from the weights in float32, and only what stays uncoded is rounded to bf16, on its way out:
+    a model rounded before would be rounded twice. (The exporter's `dtype` says in what type it computes codes; it casts
+    nothing that it leaves uncoded.)
 
     Raises:
         ToolError: ModelOpt could not undo the names that Transformers gave the tensors.
@@ -34,11 +35,10 @@ def export(model: nn.Module, selection: Selection, request: Request) -> None:
         name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_floating_point()
     }
     handle = model.register_state_dict_post_hook(_caster(parameter_names))
-    first = next(model.parameters()).dtype
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with _experts_as_they_are(request):
-            export_hf_checkpoint(model, dtype=first, export_dir=request.output, max_shard_size=_SHARD_BYTES)
+            export_hf_checkpoint(model, dtype=torch.float32, export_dir=request.output, max_shard_size=_SHARD_BYTES)
     handle.remove()
     skipped = [str(item.message) for item in caught if "name" in str(item.message) and "skipped" in str(item.message)]
     if skipped:

@@ -69,8 +69,10 @@ def _config(request: Request) -> dict[str, Any]:
 
 
 def _disable(layer: nn.Module) -> None:
-    for quantizer in ("input_quantizer", "weight_quantizer", "output_quantizer"):
-        getattr(layer, quantizer).disable()
+    for name in ("input_quantizer", "weight_quantizer", "output_quantizer"):
+        quantizer = getattr(layer, name, None)  # a router of a class of its own has none
+        if quantizer is not None:
+            quantizer.disable()
 
 
 def _share_input_scales(model: nn.Module) -> None:

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from trtbuild.compress.request import Request
-from trtbuild.errors import Problem, RecipeError
+from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.runtime.experts import DiskNames, UnfusedExperts
 
 # Projections that engines fuse into one matrix and that therefore need one format and one input scale.
@@ -38,13 +37,19 @@ def select(model: nn.Module, tensors: Iterable[str], request: Request) -> Select
     """Return what to compress in `model` (experts unfused), given the names of the source's tensors.
 
     Raises:
+        CompatibilityError: The architecture has no linear layers of the usual class.
         RecipeError: A pattern that matches nothing, splits a group that engines fuse, or leaves nothing; a layer
             whose sides the format or the sparsity cannot take. All at once.
     """
     names = DiskNames(model)
-    on_disk = {names.in_model(name).removesuffix(".weight"): name.removesuffix(".weight") for name in tensors}
+    on_disk = {names.in_model(name).rpartition(".")[0]: name.rpartition(".")[0] for name in tensors}
     layers = {name: on_disk.get(name, name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     fixed = _never_compressed(model)
+    if not layers.keys() - fixed:
+        raise CompatibilityError(
+            f"{type(model).__name__} has no linear layers that a format or 2:4 could take",
+            "use compress.format: none without sparsity",
+        )
     kept = frozenset(on_disk.get(name, name) for name in fixed if name not in layers)
     known = kept | set(layers.values())
     excluded = {name: disk for name, disk in layers.items() if name in fixed or _matches(disk, request.exclude)}
@@ -76,10 +81,9 @@ def _routers(block: nn.Module, experts: UnfusedExperts) -> Iterator[str]:
     """Modules of a mixture-of-experts block that score every expert, or gate its shared expert with one number."""
     inside = {id(module) for module in experts.modules()}
     for name, module in block.named_modules():
-        weight = getattr(module, "weight", None)
-        if id(module) in inside or not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-            continue
-        if weight.shape[0] in {experts.num_experts, 1}:
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        matrices = [tensor for tensor in own if tensor.dim() == 2]
+        if id(module) not in inside and any(tensor.shape[0] in {experts.num_experts, 1} for tensor in matrices):
             yield name
 
 

@@ -93,7 +93,9 @@ class Fp8Linear(nn.Module):
         self.register_buffer("weight_scale", weight_scale.to(wide).reshape(()))
         self.register_buffer("input_scale", input_scale.to(wide).reshape(()))
         self.register_buffer("bias", bias)
-        self.tensor_cores = form == "packed" and dtype != torch.float64 and _has_fp8_tensor_cores(weight)
+        # Tensor cores add up in fewer bits than float32 has; whoever computes in float32 wants those bits.
+        narrow = dtype in (torch.bfloat16, torch.float16)
+        self.tensor_cores = form == "packed" and narrow and _has_fp8_tensor_cores(weight)
         self.input_codes = InputCodes(readers=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
