@@ -36,10 +36,8 @@ _RMS_NORM_EPS = 1e-5  # the GGUF stores it as float32, which reads back as 9.999
 
 
 def default_directory() -> Path:
-    """``models/SmolLM2-135M-Instruct`` in trtbuild's cache directory (as in ``trtbuild.paths``)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if base.startswith("/") else Path.home() / ".cache"
-    return root / "trtbuild" / "models" / NAME
+    """``~/.cache/trtbuild/models/SmolLM2-135M-Instruct``: the place that the example recipes name."""
+    return Path.home() / ".cache" / "trtbuild" / "models" / NAME
 
 
 def make_checkpoint(directory: Path) -> bool:

@@ -19,7 +19,7 @@ from trtbuild.errors import TrtbuildError
 _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 _SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Change one value of the recipe.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_INTERRUPTED = 130
+_HOST, _INTERRUPTED = 6, 130
 
 
 class _Group(click.Group):
@@ -32,6 +32,11 @@ class _Group(click.Group):
         except TrtbuildError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except PermissionError as error:
+            click.echo(
+                f"error: {error.filename}: {error.strerror}; run as a user who may, or change its mode", err=True
+            )
+            ctx.exit(_HOST)
         except KeyboardInterrupt:
             click.echo("interrupted; the same command goes on from the last finished step", err=True)
             ctx.exit(_INTERRUPTED)

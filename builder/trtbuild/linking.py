@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 
 LINK_FROM_BYTES = 1 << 20
+# Readable for everyone whatever the umask: a container runs as another user than the one who built.
+_COPY_MODE = 0o644
 # ioctl_ficlone(2): _IOW(0x94, 9, int)
 _FICLONE = 0x40049409
 _NO_HARD_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP}
@@ -33,6 +35,7 @@ def place_file(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.stat().st_size < LINK_FROM_BYTES:
         shutil.copyfile(source, target)
+        target.chmod(_COPY_MODE | (source.stat().st_mode & 0o111))
         return
     if _reflink(source, target):
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild import __version__, evidence, package
+from trtbuild.adapters import container
 from trtbuild.errors import GateError, HostError, Problem, RecipeError
 from trtbuild.gates import check_gates
 from trtbuild.manifest import canonical_json, digest_entries, digest_json, entries_json
@@ -20,7 +21,7 @@ from trtbuild.planner import make_plan
 from trtbuild.recipe_file import LoadedRecipe, load_recipe
 from trtbuild.report import Reporter
 from trtbuild.source import Fetched, digest_paths, fetch, local_path, locate
-from trtbuild.steps import Work, check_repository, run_step
+from trtbuild.steps import Work, check_repository, deploy_spec, run_step
 from trtbuild.store import Artifact, Store
 from trtbuild.toolchain import require, tool_versions
 
@@ -65,6 +66,9 @@ def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
     loaded = load_recipe(recipe, overrides)
     source, files = locate(loaded)
     plan = make_plan(loaded, read_facts(files), source, tool_versions())
+    problems = container.check_deploy(deploy_spec(plan.step("deploy"), engine_digest=""))
+    if problems:
+        raise RecipeError(problems)
     configured = loaded.recipe.store
     store = local_path(loaded, configured) if configured is not None else cache_dir() / "store"
     return Prepared(loaded=loaded, plan=plan, store=store)

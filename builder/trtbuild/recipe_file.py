@@ -60,6 +60,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """
     text = _read(path)
     document = _parse(text, path)
+    _refuse_surrogates(document, "")
     overridden = frozenset(_apply_override(document, override) for override in overrides)
     _check_schema_version(document, path)
     try:
@@ -143,6 +144,20 @@ def _check_schema_version(document: Mapping[str, Any], path: Path) -> None:
             path,
             f"schema_version {version} is newer than this trtbuild, which reads up to {SCHEMA_VERSION}",
             "install a newer trtbuild",
+        )
+
+
+def _refuse_surrogates(value: Any, path: str) -> None:
+    """Refuse text that is no Unicode: YAML reads an emoji in JSON's notation as two lone surrogates."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_surrogates(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_surrogates(item, f"{path}.{index}")
+    elif isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+        raise RecipeError(
+            [Problem(path, "holds half of a character (a surrogate escape)", "write the character itself")]
         )
 
 

@@ -44,8 +44,13 @@ def pb_string(value: object) -> str:
 
 
 def yaml_string(value: object) -> str:
-    """A double-quoted string that is valid YAML and valid JSON."""
-    return json.dumps(str(value))
+    """A double-quoted string that is valid YAML and valid JSON.
+
+    Only what YAML cannot hold as it is becomes an escape: an emoji as JSON's pair of surrogate escapes would come back
+    from a YAML reader as two broken characters.
+    """
+    quoted = json.dumps(str(value), ensure_ascii=False)
+    return "".join(char if char.isprintable() or ord(char) > 0xFFFF else f"\\u{ord(char):04x}" for char in quoted)
 
 
 def _pb_control(char: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -192,9 +193,14 @@ def _serving(settings: Settings) -> None:
 
 
 def _deploy(settings: Settings) -> None:
-    settings.take("deploy.image", f"localhost/{settings['serving.model_name'].lower()}:latest", "model_name")
+    settings.take("deploy.image", f"localhost/{_image_part(settings['serving.model_name'])}:latest", "model_name")
     settings.take("deploy.labels")
     settings.take("deploy.files")
+
+
+def _image_part(model_name: str) -> str:
+    """A model's name as a part of an image's name: lower case, single separators between letters or digits."""
+    return "-".join(re.findall(r"[a-z0-9]+", model_name.lower())) or "model"
 
 
 def _quality(settings: Settings) -> None:

@@ -64,7 +64,8 @@ def fetch(plan: Plan, downloads: Path, digests: DigestCache, reporter: Reporter)
         from trtbuild.adapters import hub
 
         directory = downloads / f"{plan.source.repo_id.replace('/', '--')}--{plan.source.commit}"
-        hub.fetch(plan.source.repo_id, plan.source.commit, directory, progress=reporter.progress)
+        names = [file.path for file in plan.facts.files]
+        hub.fetch(plan.source.repo_id, plan.source.commit, directory, progress=reporter.progress, names=names)
     return Fetched(directory=directory, files=_digest_files(plan.facts, directory, digests, reporter))
 
 

@@ -85,9 +85,13 @@ def _repository(work: Work) -> dict[str, Any]:
 
 
 def _deploy(work: Work) -> dict[str, Any]:
-    spec = container.DeploySpec(**work.step.parameters, engine_digest=work.inputs["engine"].digest)
-    container.write_deploy(spec, work.staging.content)
+    container.write_deploy(deploy_spec(work.step, work.inputs["engine"].digest), work.staging.content)
     return {}
+
+
+def deploy_spec(step: Step, engine_digest: str) -> container.DeploySpec:
+    """What the deployment files are made from."""
+    return container.DeploySpec(**step.parameters, engine_digest=engine_digest)
 
 
 def _evaluate(work: Work) -> dict[str, Any]:

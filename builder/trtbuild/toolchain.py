@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+from trtbuild import __version__
 from trtbuild.errors import HostError
 from trtbuild.render import data_dir
 
@@ -42,7 +43,11 @@ def tool_versions() -> dict[str, Mapping[str, str | None]]:
             "revision": str(REPOSITORY_REVISION),
             "files": _digest_shipped(data_dir("templates") / "llm", data_dir("model_repo") / "llm"),
         },
-        "deploy": {"revision": str(DEPLOY_REVISION), "files": _digest_shipped(data_dir("templates") / "deploy")},
+        "deploy": {
+            "revision": str(DEPLOY_REVISION),
+            "files": _digest_shipped(data_dir("templates") / "deploy"),
+            "trtbuild": __version__,  # a label of the image
+        },
         "evaluate": evaluate | {"revision": str(EVALUATE_REVISION)},
     }
 

@@ -15,6 +15,10 @@ from trtbuild.serving.startup_log import reason
 _POLL_S = 0.2
 
 
+class _StopAskedError(Exception):
+    """Somebody asked for the end before the server was ready."""
+
+
 def serve_package(
     package: Path,
     *,
@@ -43,28 +47,33 @@ def serve_package(
         HostError: the host lacks something, or a port is taken.
         ToolError: the server does not start, or ends by itself.
     """
-    with TritonServer.start(
-        package / "model_repository",
-        log=log,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        metrics_port=metrics_port,
-        address=address,
-        startup_timeout_s=startup_timeout_s,
-    ) as server:
-        asked_to_stop = threading.Event()
+    ready, asked_to_stop = threading.Event(), threading.Event()
 
-        def stop(_number: int, _frame: FrameType | None) -> None:
-            asked_to_stop.set()
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        asked_to_stop.set()
+        if not ready.is_set():
+            raise _StopAskedError
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+    # Before the start: process 1 of a container gets no signal that it has no handler for, and loading takes minutes.
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with TritonServer.start(
+            package / "model_repository",
+            log=log,
+            http_port=http_port,
+            grpc_port=grpc_port,
+            metrics_port=metrics_port,
+            address=address,
+            startup_timeout_s=startup_timeout_s,
+        ) as server:
+            ready.set()
             on_ready(server)
             while not asked_to_stop.wait(_POLL_S):
                 if server.exit_code() is not None:
                     code = server.exit_code()
                     raise ToolError(f"Triton ended by itself with exit code {code}: {reason(log)}", f"see {log}")
-            server.stop()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    except _StopAskedError:
+        return
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -147,7 +147,13 @@ def _check_loader(installation: TritonInstallation) -> None:
     """Ask the dynamic loader what the stub would not find: a sentence now beats a dead model later."""
     environment = installation.environment(os.environ) | {"LD_TRACE_LOADED_OBJECTS": "1"}
     for binary in (installation.backends / "python" / _STUB, installation.binary):
-        done = subprocess.run([binary], env=environment, capture_output=True, text=True, check=False, timeout=30)
+        try:
+            done = subprocess.run([binary], env=environment, capture_output=True, text=True, check=False, timeout=30)
+        except PermissionError as error:
+            raise HostError(
+                f"{binary} may not be executed: its file system is mounted noexec, or its mode forbids it",
+                "mount it with exec, or set XDG_CACHE_HOME to another place",
+            ) from error
         for line in (done.stdout + done.stderr).splitlines():
             if "not found" in line:
                 raise _missing_library(line.strip(), binary)
