@@ -7,11 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from trtbuild.runtime import Engine, EngineConfig, KvCacheConfig
 
 CONFIG_FIELDS = set(EngineConfig.__dataclass_fields__)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices: a second thread costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
