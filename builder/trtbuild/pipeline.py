@@ -154,6 +154,8 @@ def _execute(run: _Run, step: Step, key: str, files: Mapping[str, Path]) -> Arti
         reporter=run.reporter,
     )
     record = run_step(work)
+    for note in record.get("result", {}).get("notes", ()):
+        run.reporter.note(f"{step.kind}: {note}")
     return run.store.publish(staging, step.kind, key, record)
 
 
