@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from tiny import save_checkpoint
 from trtbuild.compress.run import run
+from trtbuild.compress.source import read_tensors
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError
+from trtbuild.runtime.checkpoint_files import weight_files
 
 MODULES = "model.layers.0.self_attn.q_proj"
 
@@ -147,6 +149,43 @@ def test_source_types_are_rounded_to_bf16(tmp_path: Path) -> None:
     scale = weight.abs().max() / 448
     assert torch.equal(codes[f"{MODULES}.weight"].float(), (weight / scale).to(torch.float8_e4m3fn).float())
     assert json.loads((coded / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+STRAY = {"layers.0.attention.wq.weight": torch.full((8, 8), float("nan"))}
+
+
+@pytest.mark.parametrize("changes", [{}, {"format": "fp8"}], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("shard_size", ["60KB", "1GB"], ids=["shards", "one file"])
+def test_weights_that_are_not_of_the_model_are_left_alone(
+    shard_size: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Mistral publishes its weights twice, the second time as consolidated.safetensors with other names."""
+    source = save_checkpoint(tmp_path / "source", max_shard_size=shard_size)
+    expected = run(make_request(source, tmp_path / "expected", **changes), silent)
+    save_file(STRAY, source / "consolidated.safetensors")
+    found = run(make_request(source, tmp_path / "out", **changes), silent)
+    assert found["tensors"] == expected["tensors"]
+    for path in sorted((tmp_path / "expected").iterdir()):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not (tmp_path / "out" / "consolidated.safetensors").exists()
+
+
+def test_weight_files_of_a_directory(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    with pytest.raises(ArtifactError, match=r"no \*.safetensors file"):
+        weight_files(tmp_path)
+    for name in ("b.safetensors", "a.safetensors"):
+        save_file(STRAY, tmp_path / name)
+    assert [path.name for path in weight_files(tmp_path)] == ["a.safetensors", "b.safetensors"]
+    save_file(STRAY, tmp_path / "model.safetensors")
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    index.write_text(json.dumps({"weight_map": {"x": "b.safetensors", "y": "c.safetensors"}}))
+    assert [path.name for path in weight_files(tmp_path)] == ["b.safetensors", "c.safetensors"]
+    with pytest.raises(ArtifactError, match="c.safetensors is missing, model.safetensors.index.json names it"):
+        read_tensors(tmp_path)
+    index.write_text(json.dumps({"weight_map": ["b.safetensors"]}))
+    with pytest.raises(ArtifactError, match="weight_map must map tensor names to file names"):
+        weight_files(tmp_path)
 
 
 FULL_DISK = """

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from trtbuild.compress.metadata import write_metadata
+from trtbuild.compress.metadata import write_json, write_metadata
 from trtbuild.compress.request import Meter, Request
-from trtbuild.compress.source import read_tensors, refuse_nonfinite
+from trtbuild.compress.source import refuse_nonfinite
 from trtbuild.model import INDEX
 
 _ROUNDED = (torch.float32, torch.float64, torch.float16)
@@ -33,6 +31,8 @@ def copy_checkpoint(
         ArtifactError: A tensor holds NaN or infinity.
     """
     remaining = dict(replaced or {})
+    weight_map: dict[str, str] = {}
+    size = 0
     for number, shard in enumerate(shards):
         tensors = {}
         with safe_open(request.source / shard, framework="pt") as file:
@@ -43,19 +43,13 @@ def copy_checkpoint(
         refuse_nonfinite(
             {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}, request.source
         )
+        weight_map |= dict.fromkeys(tensors, shard)
+        size += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, request.output / shard, metadata={"format": "pt"})
         meter.advance(1, f"copy: file {number + 1} of {len(shards)}")
     if remaining:
         raise KeyError(f"no tensor {next(iter(remaining))} in {request.source}")
     if (request.source / INDEX).exists():
-        _write_index(request.output)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(request.output / INDEX, index)
     write_metadata(request, None)
-
-
-def _write_index(output: Path) -> None:
-    tensors = read_tensors(output)
-    index = {
-        "metadata": {"total_size": sum(info.bytes for info in tensors.values())},
-        "weight_map": {name: tensors[name].shard for name in sorted(tensors)},
-    }
-    (output / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -11,8 +11,9 @@ from torch import nn
 from trtbuild.checkpoint_files import open_directory
 from trtbuild.compress.request import Request
 from trtbuild.errors import ArtifactError, HostError, Problem, RecipeError
-from trtbuild.model import ModelFacts, read_facts
+from trtbuild.model import INDEX, ModelFacts, read_facts
 from trtbuild.runtime.checkpoint import load_model
+from trtbuild.runtime.checkpoint_files import weight_files
 from trtbuild.runtime.experts import unfuse_experts
 from trtbuild.safetensors_header import HeaderError, TensorInfo, read_header
 
@@ -44,14 +45,18 @@ def check_source(request: Request) -> ModelFacts:
 
 
 def read_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """Return the description of every tensor in the directory's safetensors files, by name.
+    """Return the description of every tensor of the directory's model, by name.
 
     Raises:
-        ArtifactError: A header does not fit its file.
+        ArtifactError: A file of the model is missing, or a header does not fit its file.
     """
     files = open_directory(directory)
     tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(name for name in files.names_and_sizes() if name.endswith(".safetensors") and "/" not in name):
+    sizes = files.names_and_sizes()
+    for path in weight_files(directory):
+        shard = path.relative_to(directory).as_posix()
+        if shard not in sizes:
+            raise ArtifactError(f"{directory}: {shard} is missing, {INDEX} names it", "write it again")
         try:
             tensors.update({info.name: info for info in read_header(files, shard)[1]})
         except HeaderError as error:

@@ -15,6 +15,7 @@ from trtbuild.errors import ArtifactError, CompatibilityError
 FP8 = "FP8"
 INT4_AWQ = "W4A16_AWQ"
 REBUILD = "build the package again"
+_INDEX = "model.safetensors.index.json"
 _NOT_QUANTIZED = (None, "NO_QUANT")
 
 
@@ -87,16 +88,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files at the top of `directory` that hold the model, sorted by name.
+
+    Other files may lie beside them: Mistral publishes the same weights again as ``consolidated.safetensors``, under
+    names of its own. Those that the index names count; without an index ``model.safetensors``; without that, all.
+
+    Raises:
+        ArtifactError: There are none, or the index has no mapping of tensor names to file names.
+    """
+    index, whole = directory / _INDEX, directory / "model.safetensors"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ArtifactError(f"{index}: weight_map must map tensor names to file names", REBUILD)
+        if weight_map:
+            return [directory / name for name in sorted(set(weight_map.values()))]
+    paths = [whole] if whole.is_file() else sorted(directory.glob("*.safetensors"))
+    if not paths:
+        raise ArtifactError(f"{directory}: no *.safetensors file", REBUILD)
+    return paths
+
+
 class TensorFiles:
-    """The tensors of all safetensors files of a directory, mapped into memory when first read."""
+    """The tensors of a directory's model (see `weight_files`), mapped into memory when first read."""
 
     def __init__(self, directory: Path) -> None:
         self._handles: list[Any] = []
         self._handle_of: dict[str, Any] = {}
-        paths = sorted(directory.glob("*.safetensors"))
-        if not paths:
-            raise ArtifactError(f"{directory}: no *.safetensors file", REBUILD)
-        for path in paths:
+        for path in weight_files(directory):
             try:
                 handle = safe_open(path, framework="pt")
                 names = list(handle.keys())  # type: ignore[no-untyped-call]
