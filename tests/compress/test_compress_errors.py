@@ -17,9 +17,10 @@ from compress_requests import make_request, silent
 from safetensors.torch import load_file, save_file
 
 from tiny import save_checkpoint
+from trtbuild.compress import sparsify
 from trtbuild.compress.run import run
 from trtbuild.compress.source import read_tensors
-from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError
+from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
 from trtbuild.runtime.checkpoint_files import weight_files
 
 MODULES = "model.layers.0.self_attn.q_proj"
@@ -124,8 +125,6 @@ def test_layers_that_no_calibration_input_reaches(copy: Path, tmp_path: Path) ->
     tensors = load_file(copy / "model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"].zero_()
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    from trtbuild.errors import ToolError
-
     with pytest.raises(ToolError, match=r"layers.1.self_attn.q_proj: its inputs have no usable range"):
         run(make_request(copy, tmp_path / "out", format="fp8"), silent)
 
@@ -186,6 +185,28 @@ def test_weight_files_of_a_directory(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": ["b.safetensors"]}))
     with pytest.raises(ArtifactError, match="weight_map must map tensor names to file names"):
         weight_files(tmp_path)
+
+
+SPARSE: list[dict[str, Any]] = [{}, {"format": "fp8"}, {"format": "int4_awq", "group_size": 32}]
+
+
+@pytest.mark.parametrize("changes", SPARSE, ids=["bf16", "fp8", "int4_awq"])
+def test_a_weight_that_is_not_pruned_does_not_ship(
+    changes: dict[str, Any], sources: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune = sparsify.sparsify
+
+    def spoil(model: Any, *rest: Any) -> list[str]:
+        idle = prune(model, *rest)
+        weight = model.get_submodule(MODULES).weight
+        weight.data[2, 8:12] = weight.data[2].abs().max()
+        return idle
+
+    monkeypatch.setattr(sparsify, "sparsify", spoil)
+    request = make_request(sources("qwen3"), tmp_path / "out", sparsity="2:4", sparsity_method="magnitude", **changes)
+    message = rf"{MODULES}.weight \(1 of 2,048 groups\): not 2:4, only [\d,]+ of [\d,]+ groups have at most two"
+    with pytest.raises(ToolError, match=message):
+        run(request, silent)
 
 
 FULL_DISK = """

@@ -58,7 +58,7 @@ def check_export(request: Request, selection: Selection, source: Mapping[str, Te
 
     Raises:
         ToolError: Names the tensor: not quantized although no pattern excludes it, missing, of a wrong type or shape,
-            with an unusable scale, or with scales that differ where engines need one.
+            with an unusable scale, not pruned to the wanted pattern, or with scales that differ where engines need one.
     """
     infos = read_tensors(request.output)
     values = _Values(request.output, infos)
@@ -74,7 +74,7 @@ def check_export(request: Request, selection: Selection, source: Mapping[str, Te
     _check_source_is_covered(infos, source)
     if request.kv_cache == "fp8":
         _check_kv_scales(request, infos, values)
-    groups, conforming = _count_pattern(wanted, values) if request.sparse else (0, 0)
+    groups, conforming = _check_pattern(wanted, values) if request.sparse else (0, 0)
     return Checked(
         tensors=len(infos),
         bytes=sum(info.bytes for info in infos.values()),
@@ -179,13 +179,18 @@ def _check_kv_scales(request: Request, infos: Mapping[str, TensorInfo], values: 
             _check_scale(name, values[name])
 
 
-def _count_pattern(layers: list[str], values: _Values) -> tuple[int, int]:
-    """Groups of four neighbouring weights along the input, and how many have at most two that are not zero."""
+def _check_pattern(layers: list[str], values: _Values) -> tuple[int, int]:
+    """Groups of four neighbouring weights along the input, and how many have at most two that are not zero: all."""
     groups = conforming = 0
+    dense = []
     for layer in layers:
         stored = values[f"{layer}.weight"]
         codes = unpack_int4(stored) if stored.dtype == torch.uint8 else stored.float()
         used = (codes.reshape(-1, 4) != 0).sum(dim=1)
+        fitting = int((used <= 2).sum())
         groups += used.numel()
-        conforming += int((used <= 2).sum())
+        conforming += fitting
+        if fitting != used.numel():
+            dense.append(f"{layer}.weight ({used.numel() - fitting:,} of {used.numel():,} groups)")
+    _refuse(f"not 2:4, only {conforming:,} of {groups:,} groups have at most two weights that are not zero", set(dense))
     return groups, conforming
