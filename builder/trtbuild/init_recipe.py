@@ -12,7 +12,7 @@ from trtbuild.model import ModelFacts, read_facts
 from trtbuild.recipe import Recipe
 from trtbuild.refusals import model_refusals
 from trtbuild.render import render
-from trtbuild.settings import GROUP_SIZES
+from trtbuild.settings import GROUP_SIZES, fitting_group_sizes
 
 # Enough for FP8 scales and an AWQ search, and a few minutes of calibration on a CPU for a model of 1B parameters.
 _COUNT, _LENGTH = 32, 512
@@ -26,6 +26,8 @@ def write_recipe(model: Path, out: Path, weight_format: str) -> None:
         RecipeError: `out` exists, or the format does not fit the model.
         CompatibilityError: the model cannot be compressed or served.
     """
+    if not out.absolute().parent.is_dir():
+        raise RecipeError([Problem("-o", f"{out.parent} is no directory", "make it first, or name another file")])
     if out.exists():
         raise RecipeError([Problem("-o", f"{out} exists", "name another file, or remove it")])
     facts = read_facts(open_directory(model, at="MODEL_DIR"))
@@ -57,9 +59,9 @@ def _text(model: Path, out: Path, facts: ModelFacts, weight_format: str) -> str:
 
 
 def _group_size(facts: ModelFacts) -> int:
-    for size in GROUP_SIZES:
-        if not any(inputs % size for inputs in facts.linear_input_sizes):
-            return size
+    fitting = fitting_group_sizes(facts)
+    if fitting:
+        return fitting[0]
     sizes = ", ".join(str(size) for size in facts.linear_input_sizes)
     message = f"int4_awq: no group of {GROUP_SIZES} divides every input size ({sizes})"
     raise RecipeError([Problem("--format", message, "use fp8")])

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trtbuild.errors import CompatibilityError, RecipeError
+from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.refusals import model_refusals, recipe_refusals
-from trtbuild.settings import EVALUATION_LENGTH, Settings, resolve
+from trtbuild.settings import Settings, is_compressed, resolve
 
 _FORMAT_BITS = {"none": 16.0, "fp8": 8.0, "int4_awq": 4.0}
 _SCALE_BITS = 16
+_EVALUATION_LENGTH = 512
 _KV_BYTES = {"none": 4, "fp8": 1}  # the embedded engine computes in float32 on a CPU
 
 
+def _no_problems(_: Plan) -> Sequence[Problem]:
+    return ()
+
+
 def make_plan(
-    loaded: LoadedRecipe, facts: ModelFacts, source: Source, tools: Mapping[str, Mapping[str, str | None]]
+    loaded: LoadedRecipe,
+    facts: ModelFacts,
+    source: Source,
+    tools: Mapping[str, Mapping[str, str | None]],
+    *,
+    check: Callable[[Plan], Sequence[Problem]] = _no_problems,
 ) -> Plan:
     """The plan of one recipe for one model.
 
@@ -27,18 +37,28 @@ def make_plan(
         facts: what the checkpoint's files say.
         source: where the checkpoint lies.
         tools: for each kind of step, the versions that decide its bytes.
+        check: what else is wrong with the recipe, seen from the drafted plan: its files, its deployment.
 
     Raises:
-        RecipeError: every mistake in the recipe, together.
-        CompatibilityError: every demand that this runtime, model or version of trtbuild cannot meet, together.
+        RecipeError: every mistake in the recipe, and every demand that cannot be met, together.
+        CompatibilityError: without mistakes, every demand that this runtime, model or version of trtbuild cannot meet.
     """
     settings = Settings(loaded.recipe, loaded.document, loaded.overridden)
     resolve(settings, facts)
-    if settings.problems:
-        raise RecipeError(settings.problems)
+    plan = _draft(settings, facts, source, tools)
+    mistakes = [*settings.problems, *check(plan)]
     refused = [*recipe_refusals(loaded.recipe), *model_refusals(facts, loaded.recipe)]
+    if mistakes:
+        raise RecipeError([*mistakes, *refused])
     if refused:
         raise CompatibilityError("\n".join(str(problem) for problem in refused))
+    return plan
+
+
+def _draft(
+    settings: Settings, facts: ModelFacts, source: Source, tools: Mapping[str, Mapping[str, str | None]]
+) -> Plan:
+    """The plan as the settings say it, which holds only if nothing is wrong with them."""
     return Plan(
         source=source,
         facts=facts,
@@ -55,7 +75,7 @@ def make_plan(
 
 def _steps(settings: Settings, tools: Mapping[str, Mapping[str, str | None]]) -> tuple[Step, ...]:
     compress = _compress_parameters(settings)
-    compressed = _is_compressed(settings)
+    compressed = is_compressed(settings)
     engine = _engine_parameters(settings)
     numerics = {name: engine[name] for name in ("device", "compute_dtype", "weights")}
     evaluate = numerics | {
@@ -76,16 +96,12 @@ def _steps(settings: Settings, tools: Mapping[str, Mapping[str, str | None]]) ->
     )
 
 
-def _is_compressed(settings: Settings) -> bool:
-    return any(settings[f"compress.{name}"] != "none" for name in ("format", "kv_cache", "sparsity"))
-
-
 def _compress_parameters(settings: Settings) -> dict[str, Any]:
     names = ("format", "group_size", "kv_cache", "sparsity", "sparsity_method", "exclude")
     parameters = {name: settings[f"compress.{name}"] for name in names}
     parameters["exclude"] = list(parameters["exclude"])
     parameters["trust_remote_code"] = settings["model.trust_remote_code"]
-    if _is_compressed(settings):
+    if is_compressed(settings):
         parameters["device"] = settings["runtime.device"]
         calibration = ("column", "count", "length", "seed")
         parameters["calibration"] = {name: settings[f"compress.calibration.{name}"] for name in calibration}
@@ -93,19 +109,19 @@ def _compress_parameters(settings: Settings) -> dict[str, Any]:
 
 
 def _compress_files(settings: Settings) -> dict[str, str]:
-    data = settings["compress.calibration.data"] if _is_compressed(settings) else None
+    data = settings["compress.calibration.data"] if is_compressed(settings) else None
     return _files(data=data, tokenizer=settings["model.tokenizer"])
 
 
 def _evaluate_files(settings: Settings) -> dict[str, str]:
     """Held-out text, and the calibration text that it must not be."""
-    calibration = settings["compress.calibration.data"] if _is_compressed(settings) else None
+    calibration = settings["compress.calibration.data"] if is_compressed(settings) else None
     return _files(data=settings["quality.data"], calibration=calibration)
 
 
 def _evaluation_length(settings: Settings) -> int:
     """Tokens predicted in a window: what a served request can hold too, so that both measure the same windows."""
-    return min(EVALUATION_LENGTH, settings["serving.max_input_tokens"] - 1, settings["runtime.max_seq_len"] - 2)
+    return min(_EVALUATION_LENGTH, settings["serving.max_input_tokens"] - 1, settings["runtime.max_seq_len"] - 2)
 
 
 def _files(**paths: str | None) -> dict[str, str]:

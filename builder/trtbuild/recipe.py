@@ -28,7 +28,7 @@ TritonName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Model(_Section):
@@ -132,7 +132,7 @@ class Target(_Section):
     """The GPUs that will serve."""
 
     gpu: NonEmpty | None = Field(default=None, description="Name of the GPU, for example H100.")
-    count: Annotated[int, Field(ge=0)] | None = Field(default=None, description="How many.")
+    count: PositiveInt | None = Field(default=None, description="How many; leave the section out for a CPU.")
 
 
 class Serving(_Section):

@@ -16,11 +16,13 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from trtbuild.errors import Problem, RecipeError
 from trtbuild.recipe import SCHEMA_VERSION, Recipe
+from trtbuild.yaml_text import parse_yaml
 
 _MAX_BYTES = 1 << 20
 _PHRASES = {
     "int_type": "must be a whole number",
     "float_type": "must be a number",
+    "finite_number": "must be a finite number",
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "tuple_type": "must be a list",
@@ -60,19 +62,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """
     text = _read(path)
     document = _parse(text, path)
-    _refuse_surrogates(document, "")
     overridden = frozenset(_apply_override(document, override) for override in overrides)
+    _refuse_surrogates(document, "")
     _check_schema_version(document, path)
     try:
         recipe = Recipe.model_validate(_tuples(document))
     except ValidationError as error:
         raise RecipeError([_problem(item) for item in error.errors()]) from None
     return LoadedRecipe(recipe=recipe, document=document, path=path.resolve(), text=text, overridden=overridden)
-
-
-def parse_yaml(text: str) -> Any:
-    """One YAML 1.2 document as plain values: ``2:4`` and ``no`` are text, duplicate keys are refused."""
-    return YAML(typ="safe", pure=True).load(text)
 
 
 def _read(path: Path) -> str:
@@ -103,7 +100,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise _single(path, f"{where}{error.problem or 'is not YAML'}", "mend the YAML at that place") from None
-    except (YAMLError, ValueError) as error:
+    except YAMLError as error:
         raise _single(path, f"is not YAML: {error}", "write a recipe as YAML, see `trtbuild init`") from None
     if not isinstance(document, dict):
         found = "is empty" if document is None else f"holds a {type(document).__name__}"

@@ -15,8 +15,15 @@ from trtbuild.recipe import Recipe
 
 _DEFAULT_MAX_SEQ_LEN = 2048
 _DEFAULT_MAX_NUM_TOKENS = 512
+_CALIBRATION_LENGTH = 512
+_GPU_ONLY = "only a GPU heeds it"
+# An evaluation predicts at least one token from one, and a served request needs room for an answer.
+_LEAST_SEQ_LEN, _LEAST_INPUT_TOKENS = 3, 2
+_NOTHING_COMPRESSED = (
+    "is set while nothing is compressed",
+    "remove it, or set compress.format, compress.kv_cache or compress.sparsity",
+)
 GROUP_SIZES = (128, 64, 32, 16)
-EVALUATION_LENGTH = 512
 
 
 @dataclass(slots=True)
@@ -33,25 +40,32 @@ class Settings:
         return next(value.value for value in self.values if value.path == path)
 
     def given(self, path: str) -> bool:
-        """Whether the recipe or ``--set`` states this setting."""
+        """Whether the recipe or ``--set`` states this setting; null is silence, but it switches a gate off."""
         here: Any = self.document
         for key in path.split("."):
             if not isinstance(here, Mapping) or key not in here:
                 return False
             here = here[key]
-        return True
+        return here is not None or path.startswith("quality.")
 
-    def take(self, path: str, default: Any = None, origin: str = "default") -> Any:
-        """Record a setting: the recipe's value, or `default` with its origin where the recipe is silent."""
+    def take(self, path: str, default: Any = None, origin: str = "default", *, note: str = "") -> Any:
+        """Record a setting: the recipe's value, or `default` with its origin where the recipe is silent.
+
+        `note` is added to the origin.
+        """
         value: Any = self.recipe
         for key in path.split("."):
             value = getattr(value, key)
         if self.given(path):
-            self.values.append(Value(path, value, "--set" if path in self.overridden else "recipe"))
+            origin = "--set" if self._was_set(path) else "recipe"
         else:
             value = default if default is not None or value is None else value
-            self.values.append(Value(path, value, origin))
+        self.values.append(Value(path, value, f"{origin}; {note}" if note else origin))
         return value
+
+    def _was_set(self, path: str) -> bool:
+        """Whether ``--set`` gave this value, the section around it, or a part of it."""
+        return any(f"{path}.".startswith(f"{key}.") or key.startswith(f"{path}.") for key in self.overridden)
 
     def problem(self, path: str, message: str, hint: str = "") -> None:
         """Note one thing wrong with the recipe."""
@@ -63,6 +77,8 @@ def resolve(settings: Settings, facts: ModelFacts) -> None:
     _model(settings)
     _compress(settings, facts)
     settings.take("speculative.method")
+    for name in ("gpu", "count"):
+        settings.take(f"target.{name}", note=_GPU_ONLY if settings.given(f"target.{name}") else "")
     _runtime(settings, facts)
     _serving(settings)
     _deploy(settings)
@@ -84,13 +100,37 @@ def _compress(settings: Settings, facts: ModelFacts) -> None:
             "compress.sparsity_method", "is set while compress.sparsity is none", "set sparsity: 2:4 or remove it"
         )
     settings.take("compress.sparsity_method", "sparsegpt" if sparsity != "none" else None)
-    for name in ("data", "column", "count", "length", "seed"):
+    _calibration(settings, facts)
+    exclude = settings.take("compress.exclude")
+    if exclude and not is_compressed(settings):
+        settings.problem("compress.exclude", *_NOTHING_COMPRESSED)
+
+
+def is_compressed(settings: Settings) -> bool:
+    """Whether anything happens to the weights or the KV cache."""
+    return any(settings[f"compress.{name}"] != "none" for name in ("format", "kv_cache", "sparsity"))
+
+
+def _calibration(settings: Settings, facts: ModelFacts) -> None:
+    context = facts.context_length
+    short = context < _CALIBRATION_LENGTH
+    origin = f"default: {_CALIBRATION_LENGTH}, at most the model's {context}" if short else "default"
+    for name in ("data", "column", "count"):
         settings.take(f"compress.calibration.{name}")
-    length = settings["compress.calibration.length"]
-    if length > facts.context_length:
-        message = f"{length} is more than the model's context of {facts.context_length} tokens"
-        settings.problem("compress.calibration.length", message, f"use at most {facts.context_length}")
-    settings.take("compress.exclude")
+    length = settings.take("compress.calibration.length", min(_CALIBRATION_LENGTH, context), origin)
+    settings.take("compress.calibration.seed")
+    if not is_compressed(settings):
+        for name in ("data", "column", "count", "length", "seed"):
+            if settings.given(f"compress.calibration.{name}"):
+                settings.problem(f"compress.calibration.{name}", *_NOTHING_COMPRESSED)
+    elif length > context:
+        message = f"{length} is more than the model's context of {context} tokens"
+        settings.problem("compress.calibration.length", message, f"use at most {context}")
+
+
+def fitting_group_sizes(facts: ModelFacts) -> list[int]:
+    """The group sizes that divide the input size of every linear layer, largest first."""
+    return [size for size in GROUP_SIZES if not any(inputs % size for inputs in facts.linear_input_sizes)]
 
 
 def _group_size(settings: Settings, facts: ModelFacts, compress_format: str) -> None:
@@ -102,7 +142,7 @@ def _group_size(settings: Settings, facts: ModelFacts, compress_format: str) -> 
             )
         settings.take(path)
         return
-    fitting = [size for size in GROUP_SIZES if not any(inputs % size for inputs in facts.linear_input_sizes)]
+    fitting = fitting_group_sizes(facts)
     if given is None and not fitting:
         sizes = ", ".join(str(size) for size in facts.linear_input_sizes)
         settings.problem(
@@ -139,6 +179,9 @@ def _runtime(settings: Settings, facts: ModelFacts) -> None:
             f"{length} is more than the {facts.context_length} positions the model knows",
             f"use at most {facts.context_length}",
         )
+    if length < _LEAST_SEQ_LEN:
+        message = f"{length} leaves no token to predict when quality is measured"
+        settings.problem("runtime.max_seq_len", message, f"use at least {_LEAST_SEQ_LEN}")
     chunked = settings.take("runtime.enable_chunked_prefill")
     tokens = settings.take(
         "runtime.max_num_tokens", max(_DEFAULT_MAX_NUM_TOKENS, batch) if chunked else max(length, batch)
@@ -158,8 +201,9 @@ def _runtime(settings: Settings, facts: ModelFacts) -> None:
 
 
 def _kv_cache(settings: Settings, batch: int, length: int) -> None:
-    for name in ("tokens_per_block", "enable_block_reuse", "free_gpu_memory_fraction"):
+    for name in ("tokens_per_block", "enable_block_reuse"):
         settings.take(f"runtime.kv_cache.{name}")
+    settings.take("runtime.kv_cache.free_gpu_memory_fraction", note=_GPU_ONLY)
     from_memory = settings.recipe.runtime.device == "cuda" or settings.recipe.target.gpu is not None
     if from_memory:
         tokens = settings.take("runtime.kv_cache.max_tokens", None, "from the free GPU memory at start")
@@ -183,6 +227,10 @@ def _serving(settings: Settings) -> None:
             settings.problem(
                 f"serving.{name}", f"{limit} leaves no room in max_seq_len {length}", f"use at most {length - 1}"
             )
+    longest = settings["serving.max_input_tokens"]
+    if longest < _LEAST_INPUT_TOKENS and settings.given("serving.max_input_tokens"):
+        message = f"{longest} leaves no token to predict when quality is measured"
+        settings.problem("serving.max_input_tokens", message, f"use at least {_LEAST_INPUT_TOKENS}")
     most = settings["serving.max_output_tokens"]
     usual = settings.recipe.serving.default_max_tokens
     if settings.given("serving.default_max_tokens") and usual > most:

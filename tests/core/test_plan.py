@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from core.test_model import edit_config, save_70b
 from trtbuild.checkpoint_files import open_directory
-from trtbuild.errors import CompatibilityError, RecipeError
+from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.model import read_facts
 from trtbuild.plan import STEP_KINDS, Plan, Source, step_key, until
 from trtbuild.planner import make_plan
@@ -17,11 +19,14 @@ from trtbuild.recipe_file import load_recipe
 from trtbuild.toolchain import tool_versions
 
 
-def plan_for(checkpoint: Path, tmp_path: Path, *overrides: str) -> Plan:
+def plan_for(
+    checkpoint: Path, tmp_path: Path, *overrides: str, check: Callable[[Plan], list[Problem]] = lambda _: []
+) -> Plan:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"schema_version: 1\nmodel: {{path: {checkpoint}}}\nruntime: {{kind: embedded}}\n")
     loaded = load_recipe(recipe, overrides)
-    return make_plan(loaded, read_facts(open_directory(checkpoint)), Source(str(checkpoint)), tool_versions())
+    facts = read_facts(open_directory(checkpoint))
+    return make_plan(loaded, facts, Source(str(checkpoint)), tool_versions(), check=check)
 
 
 def keys(plan: Plan) -> dict[str, str]:
@@ -60,8 +65,8 @@ ALL = set(STEP_KINDS) - {"fetch"}
     [
         ("compress.format=fp8", {"compress", "engine", "deploy", "evaluate"}),
         ("compress.kv_cache=fp8", {"compress", "engine", "deploy", "evaluate"}),
-        ("compress.exclude=['*lm_head*']", {"compress", "engine", "deploy", "evaluate"}),
-        ("compress.calibration.count=4", set()),  # bf16 needs no calibration
+        ("runtime.kv_cache.free_gpu_memory_fraction=0.5", {"engine", "deploy"}),
+        ("runtime.max_seq_len=null", set()),  # null is the default
         ("runtime.max_batch_size=4", {"engine", "deploy"}),
         ("runtime.capacity_scheduler_policy=MAX_UTILIZATION", {"engine", "deploy"}),
         ("runtime.compute_dtype=float32", {"engine", "deploy", "evaluate"}),
@@ -84,8 +89,36 @@ def test_a_field_changes_exactly_the_steps_that_depend_on_it(
 
 def test_calibration_changes_a_quantized_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     before = keys(plan_for(tiny_llama, tmp_path, "compress.format=fp8"))
-    after = keys(plan_for(tiny_llama, tmp_path, "compress.format=fp8", "compress.calibration.count=4"))
-    assert {kind for kind in ALL if before[kind] != after[kind]} == {"compress", "engine", "deploy", "evaluate"}
+    for change in ("compress.calibration.count=4", "compress.exclude=['*lm_head*']"):
+        after = keys(plan_for(tiny_llama, tmp_path, "compress.format=fp8", change))
+        assert {kind for kind in ALL if before[kind] != after[kind]} == {"compress", "engine", "deploy", "evaluate"}
+
+
+def test_calibration_fits_a_model_with_a_short_context(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
+    edit_config(checkpoint, max_position_embeddings=256)
+    plan = plan_for(checkpoint, tmp_path, "compress.format=fp8")
+    value = next(value for value in plan.values if value.path == "compress.calibration.length")
+    assert (value.value, value.origin) == (256, "default: 512, at most the model's 256")
+    assert plan_for(checkpoint, tmp_path).value("compress.calibration.length") == 256
+    with pytest.raises(RecipeError, match="512 is more than the model's context of 256 tokens; use at most 256"):
+        plan_for(checkpoint, tmp_path, "compress.format=fp8", "compress.calibration.length=512")
+
+
+def test_origins_of_sections_and_of_what_only_a_gpu_heeds(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "runtime.kv_cache={max_tokens: 4096}", "deploy.labels.a=b", "target.gpu=H100")
+    origins = {value.path: value.origin for value in plan.values}
+    assert origins["runtime.kv_cache.max_tokens"] == "--set"
+    assert origins["runtime.kv_cache.tokens_per_block"] == "default"
+    assert origins["runtime.kv_cache.free_gpu_memory_fraction"] == "default; only a GPU heeds it"
+    assert origins["deploy.labels"] == "--set"
+    assert origins["target.gpu"] == "--set; only a GPU heeds it"
+    assert origins["runtime.kind"] == "recipe"
+
+
+def test_the_shortest_requests_that_can_be_evaluated(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "runtime.max_seq_len=3", "serving.max_input_tokens=2")
+    assert plan.step("evaluate").parameters["length"] == 1
 
 
 def test_gates_belong_to_the_plan_but_to_no_key(tiny_llama: Path, tmp_path: Path) -> None:
@@ -127,8 +160,21 @@ def test_until_keeps_what_a_step_needs(tiny_llama: Path, tmp_path: Path) -> None
             ["compress.format=int4_awq", "compress.group_size=48"],
             "48 does not divide the input size 64 of a linear layer; use 64",
         ),
+        (
+            ["compress.exclude=[a]"],
+            "compress.exclude: is set while nothing is compressed; remove it, or set compress.f",
+        ),
+        (["compress.calibration.seed=1"], "compress.calibration.seed: is set while nothing is compressed; remove it"),
+        (
+            ["runtime.max_seq_len=2"],
+            "runtime.max_seq_len: 2 leaves no token to predict when quality is measured; use a",
+        ),
+        (["serving.max_input_tokens=1"], "1 leaves no token to predict when quality is measured; use at least 2"),
         (["compress.sparsity_method=magnitude"], "compress.sparsity_method: is set while compress.sparsity is none"),
-        (["compress.calibration.length=4096"], "4096 is more than the model's context of 512 tokens; use at most 512"),
+        (
+            ["compress.format=fp8", "compress.calibration.length=4096"],
+            "4096 is more than the model's context of 512 tokens; use at most 512",
+        ),
         (
             ["serving.max_output_tokens=5", "serving.default_max_tokens=9"],
             "9 is more than max_output_tokens 5; use at most 5",
@@ -145,6 +191,17 @@ def test_several_contradictions_come_together(tiny_llama: Path, tmp_path: Path) 
     with pytest.raises(RecipeError) as caught:
         plan_for(tiny_llama, tmp_path, "runtime.max_seq_len=1024", "compress.group_size=64")
     assert len(caught.value.problems) == 2
+
+
+def test_mistakes_demands_and_further_checks_come_together(tiny_llama: Path, tmp_path: Path) -> None:
+    overrides = ["compress.group_size=64", "speculative.method=ngram", "deploy.image=A B"]
+    with pytest.raises(RecipeError) as caught:
+        plan_for(tiny_llama, tmp_path, *overrides, check=lambda plan: [Problem("seen", plan.value("deploy.image"))])
+    assert [problem.path for problem in caught.value.problems] == ["compress.group_size", "seen", "speculative.method"]
+    with pytest.raises(CompatibilityError) as refused:
+        plan_for(tiny_llama, tmp_path, "speculative.method=ngram", "serving.layout=ensemble")
+    assert "speculative.method: ngram" in str(refused.value)
+    assert "serving.layout: ensemble" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -197,8 +254,6 @@ def test_what_cannot_be_executed_is_incompatible(tiny_llama: Path, tmp_path: Pat
     ],
 )
 def test_models_that_do_not_fit(tiny_llama: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    import shutil
-
     checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
     edit_config(checkpoint, **changes)
     with pytest.raises(CompatibilityError, match=message):

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ruamel.yaml.error import YAMLError
 
 from trtbuild.errors import RecipeError
 from trtbuild.recipe import Recipe, json_schema
-from trtbuild.recipe_file import load_recipe, parse_yaml
+from trtbuild.recipe_file import load_recipe
+from trtbuild.yaml_text import parse_yaml
 
 BAD = sorted((Path(__file__).parent / "bad").glob("*.yaml"))
 MINIMAL = "schema_version: 1\nmodel:\n  path: ckpt\nruntime:\n  kind: embedded\n"
@@ -47,6 +49,11 @@ def test_yaml_surprises_stay_text() -> None:
     assert parse_yaml("a: 2:4\nb: no\nc: 1e3\nd: 2024x") == {"a": "2:4", "b": "no", "c": 1000.0, "d": "2024x"}
 
 
+def test_too_many_values() -> None:
+    with pytest.raises(YAMLError, match="holds more than 20000 values"):
+        parse_yaml(f"[{'1,' * 20_001}]")
+
+
 def test_missing_file_not_utf8_and_too_long(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there is no such file; name a recipe, or write one with `trtbuild init"):
         load_recipe(tmp_path / "none.yaml")
@@ -74,6 +81,11 @@ def test_set_changes_one_value_and_is_remembered(tmp_path: Path) -> None:
         ("runtime.max_batch_sise=4", "runtime.max_batch_sise: unknown field; did you mean max_batch_size?"),
         ("schema_version.x=4", "--set schema_version.x: schema_version is no section"),
         ("runtime.max_batch_size=[", "'[' is not a YAML value; quote it"),
+        ("runtime.max_batch_size=2001-99-99", "'2001-99-99' is not a YAML value; quote it"),
+        ("compress.exclude=[*lm_head*]", "'[*lm_head*]' is not a YAML value; quote it"),
+        ("model.path=" + "[" * 3000, "is not a YAML value; quote it"),
+        ('model.path="\\ud83d"', "model.path: holds half of a character"),
+        ("quality.max_kl_divergence=.nan", "quality.max_kl_divergence: nan must be a finite number"),
         ("runtime.max_batch_size=many", "runtime.max_batch_size: 'many' must be a whole number"),
     ],
 )

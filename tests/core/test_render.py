@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import Environment, StrictUndefined, UndefinedError
 
-from trtbuild.recipe_file import parse_yaml
 from trtbuild.render import data_dir, pb_string, render, yaml_string
+from trtbuild.yaml_text import parse_yaml
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 

@@ -16,7 +16,17 @@ PACKAGE = ROOT / "builder" / "trtbuild"
 # A module may import from its own row and from the rows below it.
 LAYERS = [
     {"errors", "paths"},
-    {"checkpoint_files", "safetensors_header", "recipe", "recipe_file", "compat", "manifest", "linking", "model"},
+    {
+        "checkpoint_files",
+        "safetensors_header",
+        "recipe",
+        "recipe_file",
+        "yaml_text",
+        "compat",
+        "manifest",
+        "linking",
+        "model",
+    },
     {"store", "gates", "plan", "settings", "refusals", "planner", "render", "report", "process", "worker", "toolchain"},
     {"adapters", "compress", "evaluate", "runtime", "serving"},
     {"source", "steps", "package", "evidence", "pipeline", "init_recipe", "inspection", "verification", "doctor"},
