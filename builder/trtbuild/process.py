@@ -16,9 +16,11 @@ from typing import IO, Any
 
 from trtbuild import errors
 from trtbuild.errors import Problem, RecipeError, ToolError, TrtbuildError
+from trtbuild.worker import PARENT_VARIABLE
 
 OnProgress = Callable[[int, int, str], None]
 _TAIL_LINES = 12
+_TAIL_WIDTH = 400
 _TERMINATE_TIMEOUT_S = 10.0
 # Idle OpenMP threads that spin make everything beside them two to four times slower; nothing here may reach a network.
 _ENVIRONMENT = {
@@ -51,27 +53,29 @@ def run_worker(module: str, request: Mapping[str, Any], *, log: Path, on_progres
     Raises:
         TrtbuildError: the class that the child raised; ToolError when it died without an answer.
     """
-    with tempfile.TemporaryDirectory(prefix="trtbuild-") as directory:
-        request_file = Path(directory) / "request.json"
-        request_file.write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-m", module, str(request_file)]
-        environment = _ENVIRONMENT | dict(os.environ) | {"TRTBUILD_PARENT_PID": str(os.getpid())}
-        with log.open("ab") as log_file:
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file, env=environment
-            )
-        answer = _listen(child, on_progress)
+    environment = _ENVIRONMENT | dict(os.environ) | {PARENT_VARIABLE: str(os.getpid())}
+    # The file has no name: nothing is left of it even if this process is killed.
+    with tempfile.TemporaryFile() as request_file, log.open("ab") as log_file:
+        request_file.write(json.dumps(request).encode())
+        request_file.seek(0)
+        child = subprocess.Popen(
+            [sys.executable, "-m", module], stdin=request_file, stdout=subprocess.PIPE, stderr=log_file, env=environment
+        )
+        answer = _listen(child, on_progress, log_file)
     return _conclude(module, child.returncode, answer, log)
 
 
-def _listen(child: subprocess.Popen[bytes], on_progress: OnProgress) -> Mapping[str, Any] | None:
+def _listen(child: subprocess.Popen[bytes], on_progress: OnProgress, log: IO[bytes]) -> Mapping[str, Any] | None:
     """The child's answer, or None if it died first; the child is gone when this returns or raises."""
     answer: Mapping[str, Any] | None = None
     try:
         stream: IO[bytes] = child.stdout if child.stdout is not None else open(os.devnull, "rb")  # noqa: PTH123, SIM115
         for line in stream:
-            message = json.loads(line)
-            if "progress" in message:
+            message = _read_message(line)
+            if message is None:
+                log.write(line)
+                log.flush()
+            elif "progress" in message:
                 done, total, what = message["progress"]
                 on_progress(done, total, what)
             else:
@@ -80,6 +84,15 @@ def _listen(child: subprocess.Popen[bytes], on_progress: OnProgress) -> Mapping[
     finally:
         _end(child)
     return answer
+
+
+def _read_message(line: bytes) -> Mapping[str, Any] | None:
+    """What the child says in one line; None for one that its death has cut, or that a library printed while loading."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) and message.keys() & {"progress", "result", "error"} else None
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -107,7 +120,7 @@ def _death(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name
-    why = ", usually because the machine ran out of memory" if code == -signal.SIGKILL else ""
+    why = " (usually because the machine ran out of memory)" if code == -signal.SIGKILL else ""
     return f"was ended by {name}{why}"
 
 
@@ -124,7 +137,8 @@ def log_tail(log: Path) -> str:
     """The last lines of a log, indented for a message."""
     try:
         with log.open(encoding="utf-8", errors="replace") as file:
-            lines = deque(file, maxlen=_TAIL_LINES)
+            lines = deque((line.rstrip("\n") for line in file), maxlen=_TAIL_LINES)
     except OSError:
         return "  (no log)"
-    return "".join(f"  {line}" for line in lines).rstrip() or "  (the log is empty)"
+    shown = (line if len(line) <= _TAIL_WIDTH else f"{line[:_TAIL_WIDTH]} ..." for line in lines)
+    return "\n".join(f"  {line}" for line in shown).rstrip() or "  (the log is empty)"

@@ -1,8 +1,9 @@
 """The child's side of a heavy step: read one request, report progress, answer once.
 
-The parent (`trtbuild.process`) starts ``python -m trtbuild.<step> REQUEST.json``. The child writes one JSON object a
-line to its standard output: ``{"progress": [done, total, what]}`` any number of times, then ``{"result": {...}}`` or
-``{"error": {...}}``. Everything else that is printed goes to standard error, which the parent keeps as the log.
+The parent (`trtbuild.process`) starts ``python -m trtbuild.<step>`` with the request on standard input; by hand, give
+the request's file: ``python -m trtbuild.<step> REQUEST.json``. The child writes one JSON object a line to its standard
+output: ``{"progress": [done, total, what]}`` any number of times, then ``{"result": {...}}`` or ``{"error": {...}}``.
+Everything else that is printed goes to standard error, which the parent keeps as the log.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from trtbuild.errors import RecipeError, TrtbuildError
 Progress = Callable[[int, int, str], None]
 Run = Callable[[dict[str, Any], Progress], dict[str, Any]]
 
+PARENT_VARIABLE = "TRTBUILD_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
 _MIN_INTERVAL_S = 0.2
 
@@ -31,7 +33,7 @@ def serve(run: Run) -> None:
     """Run one step in this process and end it with exit code 0 (answered) or 1 (died)."""
     channel = _own_stdout()
     _die_with_parent()
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    request = json.loads(Path(sys.argv[1]).read_bytes() if len(sys.argv) > 1 else sys.stdin.buffer.read())
     started = time.monotonic()
     try:
         result = run(request, _progress_writer(channel))
@@ -56,11 +58,14 @@ def _own_stdout() -> TextIO:
 
 def _die_with_parent() -> None:
     """Ask the kernel to end this process when the parent dies, so that no orphan writes into a staging directory."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if sys.platform == "linux" and libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) == 0 and os.getppid() == 1:
-        # The parent was gone before we asked; inside a container pid 1 may be the parent itself.
-        if os.environ.get("TRTBUILD_PARENT_PID") != "1":
-            os._exit(1)
+    # Taken out, so that processes which this one starts do not take themselves for orphans; absent when run by hand.
+    parent = os.environ.pop(PARENT_VARIABLE, None)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        os._exit(1)  # it was gone before we asked, and pid 1 or a subreaper has taken its place
 
 
 def _progress_writer(channel: TextIO) -> Progress:
