@@ -19,6 +19,7 @@ from trtbuild.errors import TrtbuildError
 _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 _SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Change one value of the recipe.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_PORT = click.IntRange(0, 65535)
 _HOST, _INTERRUPTED = 6, 130
 
 
@@ -36,6 +37,11 @@ class _Group(click.Group):
             click.echo(
                 f"error: {error.filename}: {error.strerror}; run as a user who may, or change its mode", err=True
             )
+            ctx.exit(_HOST)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            click.echo(f"error: {error.filename}: {error.strerror}; check this path, and its disk", err=True)
             ctx.exit(_HOST)
         except KeyboardInterrupt:
             click.echo("interrupted; the same command goes on from the last finished step", err=True)
@@ -119,17 +125,27 @@ def build(recipe: Path, output: Path | None, overrides: tuple[str, ...], last: s
     from trtbuild.pipeline import build as run
     from trtbuild.pipeline import prepare
 
+    out = output if output is not None else Path(recipe.stem)
+    _refuse_below_file(out)
     prepared = prepare(recipe, overrides)
     reporter = ConsoleReporter()
     for warning in prepared.plan.warnings:
         reporter.note(f"warning: {warning}")
-    out = output if output is not None else Path(recipe.stem)
     built = run(prepared, out, reporter, last=last)
     if built.package is not None:
         reporter.note(f"package digest {built.digest}")
         click.echo(built.package)
     elif last is not None and last in built.artifacts:
         click.echo(built.artifacts[last].content)
+
+
+def _refuse_below_file(out: Path) -> None:
+    """Refuse an output that could never be made, before hours of work and not after."""
+    from trtbuild.errors import Problem, RecipeError
+
+    nearest = next(folder for folder in out.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        raise RecipeError([Problem("-o", f"{nearest} is a file, {out} cannot be made below it", "name another place")])
 
 
 @main.command()
@@ -149,9 +165,9 @@ _PACKAGE = click.argument("package", type=click.Path(path_type=Path))
 
 @main.command()
 @_PACKAGE
-@click.option("--http-port", default=8000, show_default=True, help="0 takes a free port.")
-@click.option("--grpc-port", default=8001, show_default=True, help="0 takes a free port.")
-@click.option("--metrics-port", default=8002, show_default=True, help="0 takes a free port.")
+@click.option("--http-port", type=_PORT, default=8000, show_default=True, help="0 takes a free port.")
+@click.option("--grpc-port", type=_PORT, default=8001, show_default=True, help="0 takes a free port.")
+@click.option("--metrics-port", type=_PORT, default=8002, show_default=True, help="0 takes a free port.")
 @click.option("--address", default="127.0.0.1", show_default=True, help="Where to listen.")
 @click.option("--startup-timeout", default=180.0, show_default=True, help="Seconds to wait for the models.")
 @click.option("--log", type=click.Path(path_type=Path), help="The server's log [default: PACKAGE-serve.log beside it].")

@@ -20,7 +20,7 @@ from trtbuild.plan import STEP_KINDS, Plan, Step, step_key, until
 from trtbuild.planner import make_plan
 from trtbuild.recipe_file import LoadedRecipe, load_recipe
 from trtbuild.report import Reporter
-from trtbuild.source import Fetched, digest_paths, fetch, local_path, locate
+from trtbuild.source import Fetched, digest_paths, fetch, local_path, locate, missing_files, recipe_path
 from trtbuild.steps import Work, check_repository, deploy_spec, run_step
 from trtbuild.store import Artifact, Store
 from trtbuild.toolchain import require, tool_versions
@@ -65,12 +65,14 @@ def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
     """
     loaded = load_recipe(recipe, overrides)
     source, files = locate(loaded)
-    plan = make_plan(loaded, read_facts(files), source, tool_versions())
-    problems = container.check_deploy(deploy_spec(plan.step("deploy"), engine_digest=""))
-    if problems:
-        raise RecipeError(problems)
+
+    def check(plan: Plan) -> list[Problem]:
+        deploy = deploy_spec(plan.step("deploy"), engine_digest="")
+        return [*missing_files(loaded, plan.steps), *container.check_deploy(deploy)]
+
+    plan = make_plan(loaded, read_facts(files), source, tool_versions(), check=check)
     configured = loaded.recipe.store
-    store = local_path(loaded, configured) if configured is not None else cache_dir() / "store"
+    store = local_path(loaded, configured, at="store") if configured is not None else cache_dir() / "store"
     return Prepared(loaded=loaded, plan=plan, store=store)
 
 
@@ -121,10 +123,13 @@ def _build(prepared: Prepared, out: Path, reporter: Reporter, last: str | None) 
 
 def _have(run: _Run, step: Step) -> Artifact:
     """The artifact of one step: from the store, or built now."""
-    files = {role: local_path(run.prepared.loaded, path) for role, path in step.files.items()}
+    files = {
+        role: local_path(run.prepared.loaded, path, at=recipe_path(step.kind, role))
+        for role, path in step.files.items()
+    }
     inputs = {kind: artifact.digest for kind, artifact in run.artifacts.items()}
     inputs["fetch"] = digest_entries(run.fetched.files)
-    key = step_key(step, inputs, digest_paths(files, run.store.digests))
+    key = step_key(step, inputs, digest_paths(step.kind, files, run.store.digests))
     started = time.monotonic()
 
     def waiting() -> None:

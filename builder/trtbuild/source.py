@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from trtbuild.checkpoint_files import CheckpointFiles, open_directory
 from trtbuild.errors import ArtifactError, Problem, RecipeError
 from trtbuild.manifest import DigestCache, FileEntry
 from trtbuild.model import ModelFacts
-from trtbuild.plan import Plan, Source
+from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.report import Reporter
 
@@ -33,7 +33,7 @@ def locate(loaded: LoadedRecipe) -> tuple[Source, CheckpointFiles]:
         RecipeError: the directory does not exist, or the hub knows no such repository or revision.
     """
     model = loaded.recipe.model
-    directory = local_path(loaded, model.path)
+    directory = local_path(loaded, model.path, at="model.path")
     looks_local = model.path.startswith(("/", ".", "~")) or directory.exists()
     if looks_local or not _HUB_ID.fullmatch(model.path):
         if model.revision is not None:
@@ -46,9 +46,52 @@ def locate(loaded: LoadedRecipe) -> tuple[Source, CheckpointFiles]:
     return Source(path=model.path, repo_id=model.path, commit=commit), hub.HubFiles(model.path, commit)
 
 
-def local_path(loaded: LoadedRecipe, path: str) -> Path:
-    """A path of the recipe: ``~`` is the home directory, a relative path starts at the recipe's directory."""
-    return (loaded.path.parent / Path(path).expanduser()).resolve()
+def local_path(loaded: LoadedRecipe, path: str, *, at: str) -> Path:
+    """A path of the recipe: ``~`` is the home directory, a relative path starts at the recipe's directory.
+
+    Raises:
+        RecipeError: at the place `at` in the recipe, where no path can be made of it.
+    """
+    try:
+        found = (loaded.path.parent / Path(path).expanduser()).resolve()
+        found.exists()  # raises for names that no file can have
+    except PermissionError:
+        raise  # says itself which directory may not be read
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        shown = path if len(path) <= 60 else f"{path[:57]}..."
+        raise RecipeError([Problem(at, f"{shown!r} is no path ({reason})", "name an existing place")]) from None
+    return found
+
+
+def missing_files(loaded: LoadedRecipe, steps: Iterable[Step]) -> list[Problem]:
+    """What is wrong with the user's files that these steps read: by their places in the recipe, each once."""
+    named = {recipe_path(step.kind, role): path for step in steps for role, path in step.files.items()}
+    problems = []
+    for at, path in sorted(named.items()):
+        try:
+            problems += _unfit(at, local_path(loaded, path, at=at))
+        except RecipeError as error:
+            problems += error.problems
+    return problems
+
+
+def recipe_path(kind: str, role: str) -> str:
+    """Where the recipe names the file that a kind of step reads in this role."""
+    if role == "tokenizer":
+        return "model.tokenizer"
+    return "quality.data" if (kind, role) == ("evaluate", "data") else "compress.calibration.data"
+
+
+def _unfit(at: str, path: Path) -> list[Problem]:
+    directory = at == "model.tokenizer"
+    hint = "name a directory with tokenizer files" if directory else "name a .txt, .jsonl or .parquet file"
+    if not path.exists():
+        return [Problem(at, f"{path} does not exist", hint)]
+    if directory != path.is_dir():
+        return [Problem(at, f"{path} is a {'file' if directory else 'directory'}", hint)]
+    empty = not any(path.iterdir()) if directory else path.stat().st_size == 0
+    return [Problem(at, f"{path} is empty", hint)] if empty else []
 
 
 def fetch(plan: Plan, downloads: Path, digests: DigestCache, reporter: Reporter) -> Fetched:
@@ -87,8 +130,8 @@ def _digest_files(
     return tuple(entries)
 
 
-def digest_paths(paths: Mapping[str, Path], digests: DigestCache) -> dict[str, str]:
-    """A digest for each user file (its bytes and suffix) or directory (the files at its top).
+def digest_paths(kind: str, paths: Mapping[str, Path], digests: DigestCache) -> dict[str, str]:
+    """A digest for each user file (its bytes and suffix) or directory (the files at its top) of one kind of step.
 
     Raises:
         RecipeError: one of them does not exist.
@@ -101,5 +144,5 @@ def digest_paths(paths: Mapping[str, Path], digests: DigestCache) -> dict[str, s
             names = sorted(file for file in path.iterdir() if file.is_file())
             found[role] = " ".join(f"{file.name}:{digests.sha256(file)}" for file in names)
         else:
-            raise RecipeError([Problem(role, f"{path} does not exist", "name an existing file")])
+            raise RecipeError([Problem(recipe_path(kind, role), f"{path} does not exist", "name an existing file")])
     return found

@@ -41,6 +41,59 @@ def test_check_reports_all_problems_and_exit_codes(cli: Cli, recipe: Path) -> No
     assert "Usage" in cli("check", check=2).stderr
 
 
+def test_mistakes_of_every_kind_come_in_one_report(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    changes = (
+        "compress.format=fp8",
+        f"compress.calibration.data={tmp_path / 'none.txt'}",
+        f"quality.data={tmp_path / 'empty.txt'}",
+        f"model.tokenizer={tmp_path / 'empty.txt'}",
+        "deploy.image=A B",
+        "runtime.max_num_tokens=1",
+        "speculative.method=ngram",
+    )
+    done = cli("check", recipe, *(part for change in changes for part in ("--set", change)), check=2)
+    assert [line.split(": ")[0] for line in done.stderr.removeprefix("error: ").splitlines()] == [
+        "runtime.max_num_tokens",
+        "compress.calibration.data",
+        "model.tokenizer",
+        "quality.data",
+        "deploy.image",
+        "speculative.method",
+    ]
+    assert "none.txt does not exist; name a .txt, .jsonl or .parquet file" in done.stderr
+    assert "quality.data: " + str(tmp_path / "empty.txt") + " is empty" in done.stderr
+    assert "empty.txt is a file; name a directory with tokenizer files" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("~nosuchuser/x", "model.path: '~nosuchuser/x' is no path (Could not determine home directory.)"),
+        ('"a\\0b"', "model.path: 'a\\x00b' is no path (embedded null byte)"),
+        ("a" * 300, "is no path (File name too long); name an existing place"),
+    ],
+)
+def test_paths_that_no_file_can_have(cli: Cli, recipe: Path, path: str, message: str) -> None:
+    assert message in cli("check", recipe, "--set", f"model.path={path}", check=2).stderr
+
+
+def test_outputs_that_cannot_be_made(cli: Cli, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = cli("build", recipe, "-o", tmp_path / "file" / "x", check=2)
+    assert f"-o: {tmp_path / 'file'} is a file" in done.stderr
+    assert "fetch" not in done.stderr
+    done = cli("init", tiny_llama, "-o", tmp_path / "no" / "dir" / "r.yaml", check=2)
+    assert f"-o: {tmp_path / 'no' / 'dir'} is no directory; make it first" in done.stderr
+    done = cli("init", tiny_llama, "-o", tmp_path / ("a" * 300), check=6)
+    assert "File name too long; check this path" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ports_out_of_range(cli: Cli, tmp_path: Path) -> None:
+    assert "65535" in cli("serve", tmp_path, "--http-port", "99999", check=2).stderr
+
+
 def test_schema_is_json(cli: Cli) -> None:
     assert json.loads(cli("check", "--schema").stdout)["title"] == "trtbuild recipe"
 
