@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -101,6 +101,38 @@ def test_an_empty_stream_is_no_answer(script: Script) -> None:
 def test_nobody_there(scheme: str) -> None:
     with pytest.raises(HostError, match="is the server running"):
         ask(f"{scheme}127.0.0.1:1", "hi", timeout_s=20)
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("https://localhost:8000", "is encrypted"),
+        ("HTTPS://localhost:8000", "is encrypted"),
+        ("grpcs://localhost:8001", "is encrypted"),
+        ("ftp://localhost:8000", "is no address"),
+        ("http://localhost", "is no address"),
+        ("localhost", "is no address"),
+        ("http://:8000", "is no address"),
+        ("http://localhost:eight", "is no address"),
+        ("http://localhost:80000", "is no address"),
+        ("http://[::1:8000", "is no address"),
+        ("http://name:word@localhost:8000", "is no address"),
+        ("http://localhost:8000/v2/models", "is no address"),
+        ("http://localhost:8000?x=1", "is no address"),
+        ("", "is no address"),
+    ],
+)
+def test_addresses_that_are_refused(url: str, why: str) -> None:
+    with pytest.raises(RequestError) as raised:
+        ask(url, "hi")
+    assert raised.value.message.startswith(f"url: {url!r} {why}")
+    assert raised.value.hint == "give http://host:port, grpc://host:port or host:port"
+
+
+@pytest.mark.parametrize("change", [str.upper, lambda url: f"{url}/"], ids=["capitals", "slash"])
+def test_spellings_of_an_address(change: Callable[[str], str], script: Script) -> None:
+    script.body = b'{"text_output": "a"}'
+    assert ask(change(script.url), "hi", streaming=False).text == "a"
 
 
 def test_names_on_the_wire() -> None:

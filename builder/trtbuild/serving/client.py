@@ -74,14 +74,28 @@ def ask(
         **inputs: further inputs by name; ``max_tokens=8`` is short for ``sampling_param_max_tokens=8``.
 
     Raises:
-        RequestError: the server refuses the request; the message is the server's.
+        RequestError: `url` is none of these, or the server refuses the request; then the message is the server's.
         HostError: nobody answers at `url`.
         ToolError: the server failed, or did not finish in time.
     """
     sent = request_inputs(prompt, streaming=streaming, **inputs)
-    parts = urllib.parse.urlsplit(url if "://" in url else f"grpc://{url}")
-    responses = _over_grpc if parts.scheme == "grpc" else _over_http
-    return _collect(responses(parts.netloc, model, sent, timeout_s), on_text, cumulative="streaming_cumulative" in sent)
+    scheme, address = _split_url(url)
+    responses = _over_grpc if scheme == "grpc" else _over_http
+    return _collect(responses(address, model, sent, timeout_s), on_text, cumulative="streaming_cumulative" in sent)
+
+
+def _split_url(url: str) -> tuple[str, str]:
+    """The scheme (``http`` or ``grpc``) and ``host:port``; whatever else a URL may hold would be dropped in silence."""
+    try:
+        parts = urllib.parse.urlsplit(url if "://" in url else f"grpc://{url}")
+        usable = bool(parts.hostname and parts.port) and parts.username is None
+    except ValueError:  # a port that is no number, an IPv6 address without its bracket
+        usable = False
+    if usable and parts.scheme in ("http", "grpc") and not (parts.path.strip("/") or parts.query or parts.fragment):
+        return parts.scheme, parts.netloc
+    secure = usable and parts.scheme in ("https", "grpcs")
+    why = "is encrypted, which this client does not speak" if secure else "is no address that this client can ask"
+    raise RequestError(f"url: {url!r} {why}", "give http://host:port, grpc://host:port or host:port")
 
 
 def request_inputs(
