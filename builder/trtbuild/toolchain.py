@@ -19,6 +19,7 @@ EVALUATE_REVISION = 1
 REPOSITORY_REVISION = 1
 DEPLOY_REVISION = 1
 
+_TEXTS = Path(__file__).resolve().parent / "_text"
 _HINT = "install torch first, alone, then `pip install 'trtbuild[build]'` (see README)"
 
 
@@ -35,8 +36,10 @@ def tool_versions() -> dict[str, Mapping[str, str | None]]:
     libraries = {name: version_of(name) for name in ("torch", "transformers", "nvidia-modelopt", "safetensors")}
     plain = {name: libraries[name] for name in ("torch", "safetensors")}
     evaluate = {name: libraries[name] for name in ("torch", "transformers")}
+    calibration = {"calibration_text": _digest_text("calibration.jsonl")}
+    texts = calibration | {"heldout_text": _digest_text("heldout.jsonl")}  # the second may not repeat the first
     return {
-        "compress": libraries | {"revision": str(COMPRESS_REVISION)},
+        "compress": libraries | calibration | {"revision": str(COMPRESS_REVISION)},
         "copy": plain | {"revision": str(COPY_REVISION)},
         "engine": {"revision": str(ENGINE_REVISION)},
         "repository": {
@@ -48,7 +51,7 @@ def tool_versions() -> dict[str, Mapping[str, str | None]]:
             "files": _digest_shipped(data_dir("templates") / "deploy"),
             "trtbuild": __version__,  # a label of the image
         },
-        "evaluate": evaluate | {"revision": str(EVALUATE_REVISION)},
+        "evaluate": evaluate | texts | {"revision": str(EVALUATE_REVISION)},
     }
 
 
@@ -61,6 +64,11 @@ def require(step: str, tools: Mapping[str, str | None]) -> None:
     missing = [name for name, version in tools.items() if version is None]
     if missing:
         raise HostError(f"the step {step} needs {', '.join(missing)}, not installed in this environment", _HINT)
+
+
+def _digest_text(name: str) -> str:
+    """A digest of one of the texts that ship with the package; they are well below 1 MiB."""
+    return hashlib.sha256((_TEXTS / name).read_bytes()).hexdigest()[:16]
 
 
 def _digest_shipped(*directories: Path) -> str:
