@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from trtbuild.checkpoint_checks import QUANTIZER_FILES, Quantization, contradictions, find_quantization
 from trtbuild.checkpoint_files import CheckpointFiles
 from trtbuild.errors import ArtifactError, CompatibilityError
 from trtbuild.safetensors_header import HeaderError, TensorInfo, read_header
@@ -31,14 +32,6 @@ class SourceFile:
     size: int
     sha256: str
     whole: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """Quantization that a checkpoint already has."""
-
-    method: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +91,11 @@ def read_facts(files: CheckpointFiles) -> ModelFacts:
     nested = config.get("text_config")
     text: Mapping[str, Any] = nested if isinstance(nested, dict) else config
     numbers = _numbers(text, files.where)
+    wrong = contradictions(tensors, text, numbers)
+    if wrong:
+        raise ArtifactError(
+            f"{files.where}: " + "; ".join(wrong), "the config and the weights are of different models: download both"
+        )
     dtypes: dict[str, int] = {}
     for tensor in tensors:
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.bytes
@@ -112,7 +110,7 @@ def read_facts(files: CheckpointFiles) -> ModelFacts:
         has_chat_template="chat_template.jinja" in sizes
         or "chat_template" in _small_json(files, sizes, "tokenizer_config.json"),
         remote_code="auto_map" in config,
-        quantization=_quantization(files, sizes, config),
+        quantization=_quantization(files, sizes, config, tensors),
         linear_parameters=sum(_parameters(tensor) for tensor in tensors if _is_linear(tensor)),
         linear_input_sizes=tuple(sorted({tensor.shape[-1] for tensor in tensors if _is_linear(tensor)})),
         files=tuple(_identities(files, sizes, headers)),
@@ -132,7 +130,7 @@ def _small_json(files: CheckpointFiles, sizes: Mapping[str, int], name: str) -> 
         return {}
     try:
         value = json.loads(files.read(name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{files.where}: {name} is not JSON ({error})", "download it again") from None
     if not isinstance(value, dict):
         raise ArtifactError(f"{files.where}: {name} is not a mapping", "download it again")
@@ -162,6 +160,8 @@ def _headers(files: CheckpointFiles, sizes: Mapping[str, int]) -> dict[str, tupl
             found[shard] = read_header(files, shard)
         except HeaderError as error:
             problems.append(str(error))
+    if not problems and not any(tensors for _, tensors in found.values()):
+        problems.append(f"{', '.join(shards)}: no tensor inside")
     present = {tensor.name: shard for shard, (_, tensors) in found.items() for tensor in tensors}
     if not problems:
         problems += [
@@ -174,6 +174,9 @@ def _headers(files: CheckpointFiles, sizes: Mapping[str, int]) -> dict[str, tupl
 
 def _shards(files: CheckpointFiles, sizes: Mapping[str, int]) -> tuple[list[str], dict[str, str]]:
     weight_map = _small_json(files, sizes, INDEX).get("weight_map", {})
+    if not (isinstance(weight_map, dict) and all(isinstance(shard, str) for shard in weight_map.values())):
+        message = f"{files.where}: weight_map in {INDEX} does not give each tensor's name a file's name"
+        raise ArtifactError(message, "download it again")
     if weight_map:
         return sorted(set(weight_map.values())), weight_map
     shards = sorted(name for name in sizes if name.endswith(".safetensors") and "/" not in name)
@@ -235,17 +238,11 @@ def _is_linear(tensor: TensorInfo) -> bool:
     return inside and len(tensor.shape) in {2, 3} and tensor.name.endswith(("weight", "_proj"))
 
 
-def _quantization(files: CheckpointFiles, sizes: Mapping[str, int], config: Mapping[str, Any]) -> Quantization | None:
-    nested = _small_json(files, sizes, "hf_quant_config.json").get("quantization")
-    if isinstance(nested, dict):
-        return Quantization("modelopt", nested)
-    inline = config.get("quantization_config")
-    if isinstance(inline, dict):
-        return Quantization(
-            str(inline.get("quant_method", "unknown")),
-            {key: value for key, value in inline.items() if key != "quant_method"},
-        )
-    return None
+def _quantization(
+    files: CheckpointFiles, sizes: Mapping[str, int], config: Mapping[str, Any], tensors: Iterable[TensorInfo]
+) -> Quantization | None:
+    names = ("hf_quant_config.json", *QUANTIZER_FILES)
+    return find_quantization(config, {name: _small_json(files, sizes, name) for name in names}, tensors)
 
 
 def _identities(

@@ -75,7 +75,17 @@ def _describe(facts: ModelFacts) -> str:
     quantization = facts.quantization
     if quantization is None:
         return ""
-    wanted = ("quant_algo", "bits", "group_size", "kv_cache_quant_algo", "format")
+    wanted = (
+        "quant_algo",
+        "bits",
+        "w_bit",
+        "group_size",
+        "q_group_size",
+        "kv_cache_quant_algo",
+        "format",
+        "tensor",
+        "dtype",
+    )
     shown = [
         f"{name}={quantization.parameters[name]}" for name in wanted if quantization.parameters.get(name) is not None
     ]

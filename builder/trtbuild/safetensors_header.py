@@ -63,7 +63,7 @@ def read_header(files: CheckpointFiles, shard: str) -> tuple[bytes, list[TensorI
     raw = files.read(shard, LENGTH_BYTES, length)
     try:
         header = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise HeaderError(f"{shard}: the header is not JSON") from None
     if not isinstance(header, dict):
         raise HeaderError(f"{shard}: the header is not a mapping")

@@ -111,7 +111,7 @@ def rewrite_header(shard: Path, change: object) -> None:
     shard.write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + length :])
 
 
-NORM = "model.norm.weight"
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,10 @@ NORM = "model.norm.weight"
         (lambda header: header[NORM].update(data_offsets=[0, 128]), "the tensors leave a gap or overlap at byte"),
         (lambda header: header[NORM].update(shape=[-64]), f"the header entry of {NORM} is malformed"),
         (lambda header: header[NORM].pop("shape"), f"the header entry of {NORM} is malformed"),
+        (
+            lambda header: header[EMBEDDING].update(shape=[64, 320]),
+            r"embed_tokens.weight has shape \[64, 320\], config.js",
+        ),
         (lambda header: header.update({NORM: 3}), f"the header entry of {NORM} is malformed"),
     ],
 )
@@ -138,6 +142,8 @@ def test_a_header_that_lies(checkpoint: Path, change: object, message: str) -> N
         (struct.pack("<Q", 1 << 40) + b"{}", "says its header has 1099511627776 bytes"),
         (struct.pack("<Q", 2) + b"[]", "the header is not a mapping"),
         (struct.pack("<Q", 2) + b"{x", "the header is not JSON"),
+        (struct.pack("<Q", 2) + b"{}", "model.safetensors: no tensor inside; download"),
+        (struct.pack("<Q", 200_000) + b"[" * 200_000, "the header is not JSON"),
     ],
 )
 def test_files_that_are_no_safetensors(checkpoint: Path, data: bytes, message: str) -> None:
@@ -190,6 +196,81 @@ def test_existing_quantization_is_named(checkpoint: Path) -> None:
     found = facts_of(checkpoint).quantization
     assert found is not None
     assert (found.method, found.parameters) == ("gptq", {"bits": 4, "group_size": 128})
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "parameters"),
+    [
+        ("quantize_config.json", "gptq", {"bits": 4}),
+        ("quantize_config.json", "awq", {"w_bit": 4}),
+        ("quant_config.json", "awq", {"w_bit": 4, "q_group_size": 128}),
+    ],
+)
+def test_files_of_other_quantizers_are_heeded(
+    checkpoint: Path, name: str, method: str, parameters: dict[str, int]
+) -> None:
+    (checkpoint / name).write_text(json.dumps(parameters))
+    found = facts_of(checkpoint).quantization
+    assert found is not None
+    assert (found.method, found.parameters) == (method, parameters)
+
+
+GATE = "model.layers.0.mlp.gate_proj."
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape"),
+    [
+        ("qweight", "I32", [64, 64]),
+        ("weight", "F8_E4M3", [128, 128]),
+        ("weight", "I8", [256, 64]),
+        ("weight", "U8", [128, 128]),
+    ],
+)
+def test_weights_that_are_codes_are_heeded(checkpoint: Path, name: str, dtype: str, shape: list[int]) -> None:
+    def change(header: dict[str, dict[str, object]]) -> None:
+        header[GATE + name] = header.pop(GATE + "weight") | {"dtype": dtype, "shape": shape}
+
+    rewrite_header(checkpoint / "model.safetensors", change)
+    found = facts_of(checkpoint).quantization
+    assert found is not None
+    assert found.parameters == {"tensor": GATE + name, "dtype": dtype}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"vocab_size": 321},
+            r"shape \[320, 64\], config.json says vocab_size 321, hidden_size 64; the config and the",
+        ),
+        ({"hidden_size": 128}, r"shape \[320, 64\], config.json says vocab_size 320, hidden_size 128"),
+        ({"num_hidden_layers": 4}, "the weights lack decoder layer 3, config.json says num_hidden_layers 4"),
+        ({"num_hidden_layers": 2}, "the weights hold 3 decoder layers, config.json says num_hidden_layers 2"),
+    ],
+)
+def test_a_config_of_another_model(checkpoint: Path, changes: dict[str, int], message: str) -> None:
+    edit_config(checkpoint, **changes)
+    with pytest.raises(ArtifactError, match=message):
+        facts_of(checkpoint)
+
+
+def test_padded_vocabularies_and_further_layers_are_no_contradiction(checkpoint: Path) -> None:
+    edit_config(checkpoint, vocab_size=300, num_hidden_layers=2, num_nextn_predict_layers=1)
+    assert facts_of(checkpoint).vocab_size == 300
+
+
+@pytest.mark.parametrize("weight_map", [["a"], {"a": 1}, 3])
+def test_an_index_that_is_no_index(checkpoint: Path, weight_map: object) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ArtifactError, match="weight_map in model.safetensors.index.json does not give each tensor"):
+        facts_of(checkpoint)
+
+
+def test_json_nested_too_deep(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ArtifactError, match="config.json is not JSON"):
+        facts_of(checkpoint)
 
 
 def test_a_70b_config_and_headers_take_no_tensor_data(tmp_path: Path) -> None:

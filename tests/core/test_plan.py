@@ -260,6 +260,15 @@ def test_models_that_do_not_fit(tiny_llama: Path, tmp_path: Path, changes: dict[
         plan_for(checkpoint, tmp_path)
 
 
+def test_weights_of_other_quantizers_do_not_fit(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
+    (checkpoint / "quant_config.json").write_text('{"w_bit": 4, "q_group_size": 128}')
+    with pytest.raises(
+        CompatibilityError, match=r"already quantized \(awq, w_bit=4, q_group_size=128\); give the orig"
+    ):
+        plan_for(checkpoint, tmp_path)
+
+
 def test_int4_group_follows_the_model(tiny_llama: Path, tmp_path: Path) -> None:
     plan = plan_for(tiny_llama, tmp_path, "compress.format=int4_awq")
     assert plan.value("compress.group_size") == 64

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "builder" / "trtbuild"
 LAYERS = [
     {"errors", "paths"},
     {
+        "checkpoint_checks",
         "checkpoint_files",
         "safetensors_header",
         "recipe",
