@@ -19,6 +19,7 @@ from trtbuild.recipe import SCHEMA_VERSION, Recipe
 from trtbuild.yaml_text import parse_yaml
 
 _MAX_BYTES = 1 << 20
+_MAX_KEYS = 10  # no field lies deeper
 _PHRASES = {
     "int_type": "must be a whole number",
     "float_type": "must be a number",
@@ -113,7 +114,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
 def _apply_override(document: dict[str, Any], override: str) -> str:
     dotted, equals, value = override.partition("=")
     keys = dotted.split(".")
-    if not equals or not all(keys):
+    if not equals or not all(keys) or len(keys) > _MAX_KEYS:
         raise RecipeError(
             [
                 Problem(
@@ -148,6 +149,7 @@ def _refuse_surrogates(value: Any, path: str) -> None:
     """Refuse text that is no Unicode: YAML reads an emoji in JSON's notation as two lone surrogates."""
     if isinstance(value, dict):
         for key, item in value.items():
+            _refuse_surrogates(key, path)
             _refuse_surrogates(item, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list):
         for index, item in enumerate(value):

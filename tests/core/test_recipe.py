@@ -84,6 +84,8 @@ def test_set_changes_one_value_and_is_remembered(tmp_path: Path) -> None:
         ("runtime.max_batch_size=2001-99-99", "'2001-99-99' is not a YAML value; quote it"),
         ("compress.exclude=[*lm_head*]", "'[*lm_head*]' is not a YAML value; quote it"),
         ("model.path=" + "[" * 3000, "is not a YAML value; quote it"),
+        (f"{'a.' * 3000}a=1", "is not section.field=value"),
+        ('deploy.labels={"\\ud83d": a}', "deploy.labels: holds half of a character"),
         ('model.path="\\ud83d"', "model.path: holds half of a character"),
         ("quality.max_kl_divergence=.nan", "quality.max_kl_divergence: nan must be a finite number"),
         ("runtime.max_batch_size=many", "runtime.max_batch_size: 'many' must be a whole number"),
