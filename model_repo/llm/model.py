@@ -91,12 +91,16 @@ class TritonPythonModel:
         room = max_tokens(parsed, len(ids), self._limits)
         wanted = frozenset(request.requested_output_names())
         self._sender.post(partial(self._sender.add, stream, sender, wanted))
+        # From here on the sender's thread answers, also a refusal: Triton 2.51 crashes when one thread asks whether a
+        # request is cancelled while another sends its final response.
         try:
             self._submit(parsed, stream, ids, room)
-        except BaseException:
-            # The caller of _accept answers; what was submitted already must not go on.
-            self._sender.post(partial(self._sender.forget, stream))
-            raise
+        except BadRequestError as error:
+            self._sender.post(partial(self._sender.refuse, stream, str(error), pb_utils.TritonError.INVALID_ARG))
+        except Exception as error:
+            logger.exception("a request could not be submitted")
+            message = f"{type(error).__name__}: {error}"
+            self._sender.post(partial(self._sender.refuse, stream, message, pb_utils.TritonError.INTERNAL))
 
     def _submit(self, request: Generate, stream: Stream, prompt: list[int], room: int) -> None:
         bad = [ids for word in request.sampling.bad for ids in self._codec.word_ids(word)]

@@ -74,10 +74,10 @@ class Sender:
         """Start to watch a stream."""
         self._routes[stream] = _Route(sender, wanted)
 
-    def forget(self, stream: Stream) -> None:
-        """Drop a stream that somebody else has answered."""
+    def refuse(self, stream: Stream, message: str, code: int) -> None:
+        """End a stream that the engine did not take with an error; what of it runs already is cancelled."""
         stream.cancel()
-        self._routes.pop(stream, None)
+        send_error(self._routes.pop(stream).sender, message, code)
 
     def stop(self, request_id: str, sender: Any) -> None:
         """Cancel the running requests of this id and answer the request that asked for it."""
