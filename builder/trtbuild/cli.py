@@ -132,11 +132,9 @@ def build(recipe: Path, output: Path | None, overrides: tuple[str, ...], last: s
     for warning in prepared.plan.warnings:
         reporter.note(f"warning: {warning}")
     built = run(prepared, out, reporter, last=last)
-    if built.package is not None:
+    if built.digest is not None:
         reporter.note(f"package digest {built.digest}")
-        click.echo(built.package)
-    elif last is not None and last in built.artifacts:
-        click.echo(built.artifacts[last].content)
+    click.echo(built.path)
 
 
 def _refuse_below_file(out: Path) -> None:
@@ -208,7 +206,9 @@ def ask(prompt: str, url: str, *, raw: bool, no_stream: bool, as_json: bool, **i
     show = None if as_json else (lambda piece: click.echo(piece, nl=False))
     answer = send(url, question, streaming=not no_stream, on_text=show, **inputs)
     if as_json:
-        click.echo(json.dumps(asdict(answer), indent=2, ensure_ascii=False))
+        described = asdict(answer)
+        del described["outputs"]  # the same once more, as it came over the wire
+        click.echo(json.dumps(described, indent=2, ensure_ascii=False))
         return
     rate = f"{answer.num_output_tokens} tokens, {answer.tokens_per_second:.1f} tok/s"
     click.echo()

@@ -22,22 +22,23 @@ class ConsoleReporter:
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._step = ""
         self._started = self._shown = time.monotonic()
-        self._phase = ""
+        self._phase, self._done_before = "", 0
 
     def started(self, step: str) -> None:
         """A step begins."""
-        self._step, self._started, self._phase = step, time.monotonic(), ""
-        self._shown = self._started
+        self._step, self._phase = step, ""
+        self._started = self._shown = time.monotonic()
         if not self._live:
             self._line(f"{step}: started")
 
     def progress(self, done: int, total: int, what: str) -> None:
         """Show how much is done, how fast, and how long the rest takes."""
         now = time.monotonic()
-        if what != self._phase:
-            self._phase, self._started = what, now
-        elapsed = now - self._started
-        left = f", {(total - done) * elapsed / done:.0f} s left" if done and elapsed > 1 else ""
+        phase = what.split(":", maxsplit=1)[0]
+        if phase != self._phase:
+            self._phase, self._started, self._done_before = phase, now, done
+        elapsed, fresh = now - self._started, done - self._done_before
+        left = f", {(total - done) * elapsed / fresh:.0f} s left" if fresh > 0 and elapsed > 1 else ""
         text = f"{self._step}: {done}/{total} {what}{left}" if self._step else f"{done}/{total} {what}{left}"
         if self._live:
             self._stream.write(f"\r\033[K{text}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 LINK_FROM_BYTES = 1 << 20
 # Readable for everyone whatever the umask: a container runs as another user than the one who built.
-_COPY_MODE = 0o644
+_COPY_MODE, _LINK_MODE = 0o644, 0o444
 # ioctl_ficlone(2): _IOW(0x94, 9, int)
 _FICLONE = 0x40049409
 _NO_HARD_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP}
@@ -37,14 +37,15 @@ def place_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
         target.chmod(_COPY_MODE | (source.stat().st_mode & 0o111))
         return
-    if _reflink(source, target):
-        return
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINK:
-            raise
-        shutil.copyfile(source, target)
+    if not _reflink(source, target):
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINK:
+                raise
+            shutil.copyfile(source, target)
+    # A hard link shares its mode with the artifact; a clone or a copy gets the same one.
+    target.chmod(_LINK_MODE)
 
 
 def _reflink(source: Path, target: Path) -> bool:

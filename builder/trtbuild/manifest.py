@@ -137,7 +137,10 @@ def list_tree(root: Path, digests: DigestCache, *, skip: Iterable[str] = ()) -> 
 def compare_tree(
     root: Path, entries: Iterable[FileEntry], digests: DigestCache, *, skip: Iterable[str] = ()
 ) -> list[str]:
-    """What differs between the files below `root` and their list, one sentence each; empty when all is well."""
+    """What differs between the files below `root` and their list, one sentence each; empty when all is well.
+
+    Byte code in ``__pycache__`` is overlooked: Triton's python backend writes it beside the models that it serves.
+    """
     expected = {entry.path: entry for entry in entries}
     problems = []
     for path, entry in sorted(expected.items()):
@@ -149,7 +152,8 @@ def compare_tree(
         elif digests.sha256(file) != entry.sha256:
             problems.append(f"{path} has other bytes than were recorded")
     skipped = frozenset(skip)
-    found = (path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
+    there = (path for path in root.rglob("*") if not path.is_dir() and "__pycache__" not in path.parts)
+    found = (path.relative_to(root).as_posix() for path in there)
     problems += [f"{path} was not part of it" for path in sorted(found) if path not in expected and path not in skipped]
     return problems
 

@@ -17,7 +17,7 @@ from trtbuild.checkpoint_files import CheckpointFiles
 from trtbuild.errors import ArtifactError, CompatibilityError
 from trtbuild.safetensors_header import HeaderError, TensorInfo, read_header
 
-INDEX = "model.safetensors.index.json"
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 _WHOLE_FILE_LIMIT = 64 << 20
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".spm", ".vocab")
@@ -179,6 +179,8 @@ def _shards(files: CheckpointFiles, sizes: Mapping[str, int]) -> tuple[list[str]
         raise ArtifactError(message, "download it again")
     if weight_map:
         return sorted(set(weight_map.values())), weight_map
+    if WHOLE in sizes:  # what lies beside it is the same model in another form, as Mistral publishes it
+        return [WHOLE], {}
     shards = sorted(name for name in sizes if name.endswith(".safetensors") and "/" not in name)
     if shards:
         return shards, {}

@@ -56,16 +56,23 @@ class Parts:
 
 
 def refuse_foreign(out: Path) -> None:
-    """Refuse an output directory that holds something other than a package.
+    """Refuse an output directory that holds something other than a package and its own files.
 
     Raises:
         RecipeError: so that nothing of the user's is ever replaced.
     """
-    if out.is_dir() and not any(out.iterdir()):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if out.exists() and not _is_package(out):
+    if not _is_package(out):
         message = f"{out} exists and is no trtbuild package"
         raise RecipeError([Problem("-o", message, "name a new directory, or move that one away")])
+    listed = {entry["path"] for entry in read_manifest(out)["files"]} | {MANIFEST}
+    there = (path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
+    # Byte code that another server left is nobody's work.
+    added = sorted(path for path in there if path not in listed and "__pycache__" not in path)
+    if added:
+        message = f"{out} holds {added[0]}, which is no part of the package there"
+        raise RecipeError([Problem("-o", message, "move it away, or name a new directory")])
 
 
 def assemble(out: Path, parts: Parts, digests: DigestCache) -> tuple[str, str]:
@@ -89,6 +96,7 @@ def assemble(out: Path, parts: Parts, digests: DigestCache) -> tuple[str, str]:
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(staging / path, text)
         write_atomic(staging / MANIFEST, canonical_json(manifest))
+        refuse_foreign(out)  # again: hours may have passed since the build began
         _put_in_place(staging, out)
     finally:
         remove_tree(staging)
@@ -104,7 +112,7 @@ def read_manifest(package: Path) -> dict[str, Any]:
     if not package.is_dir():
         raise ArtifactError(f"{package} is no directory", "name a package that `trtbuild build` made")
     manifest = read_json(package / MANIFEST) if (package / MANIFEST).is_file() else None
-    if not isinstance(manifest, dict) or manifest.get("kind") != "package":
+    if not isinstance(manifest, dict) or manifest.get("kind") != "package" or "files" not in manifest:
         raise ArtifactError(f"{package} is no trtbuild package", "name a package that `trtbuild build` made")
     return manifest
 

@@ -22,7 +22,7 @@ from trtbuild.recipe_file import LoadedRecipe, load_recipe
 from trtbuild.report import Reporter
 from trtbuild.source import Fetched, digest_paths, fetch, local_path, locate, missing_files, recipe_path
 from trtbuild.steps import Work, check_repository, deploy_spec, run_step
-from trtbuild.store import Artifact, Store
+from trtbuild.store import Artifact, Store, remove_tree
 from trtbuild.toolchain import require, tool_versions
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
@@ -39,10 +39,9 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a build left: the package where it ran to the end, and every artifact."""
+    """What a build left: the package and its digest, or the directory of the step after which it stopped."""
 
-    artifacts: Mapping[str, Artifact]
-    package: Path | None
+    path: Path
     digest: str | None
 
 
@@ -55,6 +54,7 @@ class _Run:
     reporter: Reporter
     fetched: Fetched
     artifacts: dict[str, Artifact] = field(default_factory=dict)
+    files: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
 
 
 def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
@@ -106,6 +106,7 @@ def build(prepared: Prepared, out: Path, reporter: Reporter, *, last: str | None
 
 def _build(prepared: Prepared, out: Path, reporter: Reporter, last: str | None) -> Built:
     store = Store(prepared.store)
+    store.sweep()
     started = time.monotonic()
     fetched = fetch(prepared.plan, store.root / "downloads", store.digests, reporter)
     reporter.finished("fetch", "checked", time.monotonic() - started)
@@ -113,12 +114,14 @@ def _build(prepared: Prepared, out: Path, reporter: Reporter, last: str | None) 
     for step in until(prepared.plan.steps, last):
         if step.kind != "fetch":
             run.artifacts[step.kind] = _have(run, step)
+    if "evaluate" in run.artifacts:
+        _gate(run)
     if last is not None:
-        return Built(run.artifacts, None, None)
-    _gate(run)
+        stopped = fetched.directory if last == "fetch" else run.artifacts[last].content
+        return Built(stopped, None)
     check_repository(run.artifacts["repository"].content, run.artifacts["engine"].content)
     digest = _package(run, out)
-    return Built(run.artifacts, out, digest)
+    return Built(out, digest)
 
 
 def _have(run: _Run, step: Step) -> Artifact:
@@ -129,7 +132,9 @@ def _have(run: _Run, step: Step) -> Artifact:
     }
     inputs = {kind: artifact.digest for kind, artifact in run.artifacts.items()}
     inputs["fetch"] = digest_entries(run.fetched.files)
-    key = step_key(step, inputs, digest_paths(step.kind, files, run.store.digests))
+    file_digests = digest_paths(step.kind, files, run.store.digests)
+    run.files[step.kind] = {role: {"path": str(path), "digest": file_digests[role]} for role, path in files.items()}
+    key = step_key(step, inputs, file_digests)
     started = time.monotonic()
 
     def waiting() -> None:
@@ -158,7 +163,12 @@ def _execute(run: _Run, step: Step, key: str, files: Mapping[str, Path]) -> Arti
         staging=staging,
         reporter=run.reporter,
     )
-    record = run_step(work)
+    try:
+        record = run_step(work)
+    except BaseException:
+        # The log stays for the message that names it; half a checkpoint must not keep a full disk full.
+        remove_tree(staging.content)
+        raise
     for note in record.get("result", {}).get("notes", ()):
         run.reporter.note(f"{step.kind}: {note}")
     return run.store.publish(staging, step.kind, key, record)
@@ -188,8 +198,9 @@ def _package(run: _Run, out: Path) -> str:
     }
     parts = package.Parts({name: run.artifacts[kind] for name, kind in trees.items()}, texts)
     started = time.monotonic()
-    with run.store.lock("package", digest_json(str(out.resolve())), waiting=lambda: None):
-        digest, status = package.assemble(out, parts, run.store.digests)
+    target = out.resolve()  # a link to a package stays a link
+    with run.store.lock("package", digest_json(str(target)), waiting=lambda: None):
+        digest, status = package.assemble(target, parts, run.store.digests)
     run.reporter.finished("package", status, time.monotonic() - started)
     return digest
 
@@ -201,5 +212,6 @@ def _lock(run: _Run) -> dict[str, Any]:
         "trtbuild": __version__,
         "plan": run.prepared.plan.to_json(),
         "source": entries_json(run.fetched.files),
+        "files": run.files,
         "artifacts": {kind: {"key": item.key, "digest": item.digest} for kind, item in sorted(run.artifacts.items())},
     }

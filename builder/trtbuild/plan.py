@@ -93,9 +93,14 @@ class Plan:
     def digest(self) -> str:
         """The plan's hash: the source's identity and every step; not the place where the source lies."""
         identity = [asdict(file) for file in self.facts.files]
-        return digest_json(
-            {"identity": identity, "steps": [asdict(step) for step in self.steps], "gates": dict(self.gates)}
-        )
+        return plan_digest(identity, [asdict(step) for step in self.steps], self.gates)
+
+
+def plan_digest(
+    identity: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]], gates: Mapping[str, float | None]
+) -> str:
+    """The hash of a plan, from its parts as `Plan.to_json` writes them."""
+    return digest_json({"identity": list(identity), "steps": list(steps), "gates": dict(gates)})
 
 
 def step_key(step: Step, inputs: Mapping[str, str], file_digests: Mapping[str, str]) -> str:

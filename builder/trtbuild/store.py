@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -97,7 +96,7 @@ class Store:
         A damaged artifact is moved aside (``<store>/damaged/``), so that it is built again and never reused.
         """
         path = self.root / kind / key
-        if not (path / MANIFEST).is_file():
+        if not path.is_dir():
             return None
         try:
             manifest = read_json(path / MANIFEST)
@@ -116,7 +115,7 @@ class Store:
 
         The kernel releases the lock when its holder dies.
         """
-        lock = FileLock(self.root / "locks" / f"{kind}-{key}.lock")
+        lock = self._file_lock(f"{kind}-{key}")
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -128,11 +127,18 @@ class Store:
             lock.release()
 
     def stage(self, kind: str, key: str) -> Staging:
-        """An empty staging directory for one key; what a killed run left there is removed. Call under `lock`."""
+        """An empty staging directory for one key. Call under `lock`."""
         staging = Staging(self.root / "staging" / f"{kind}-{key}")
         remove_tree(staging.path)
         staging.content.mkdir(parents=True)
         return staging
+
+    def sweep(self) -> None:
+        """Remove what killed or failed runs left in staging; a directory whose key somebody is building stays."""
+        for path in sorted((self.root / "staging").iterdir()):
+            lock = self._file_lock(path.name)
+            with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+                remove_tree(path)
 
     def publish(self, staging: Staging, kind: str, key: str, record: Mapping[str, Any]) -> Artifact:
         """Turn a staging directory into the artifact: digests, manifest, one rename. Call under `lock`."""
@@ -157,6 +163,9 @@ class Store:
             self.digests.relearn(path / CONTENT / entry.path, entry.sha256)
         return Artifact(kind, key, path, digest, record, entries)
 
+    def _file_lock(self, name: str) -> FileLock:
+        return FileLock(self.root / "locks" / f"{name}.lock")
+
     def _set_aside(self, path: Path) -> None:
         damaged = self.root / "damaged"
         damaged.mkdir(exist_ok=True)
@@ -166,14 +175,17 @@ class Store:
 def remove_tree(path: Path) -> None:
     """Remove a directory of ours, read-only files included; no error where there is none."""
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
 
 def _settle(path: Path) -> None:
-    """Write a file's bytes to the disk and make it read-only: an artifact is never edited."""
+    """Write a file's bytes to the disk and make it read-only, for everyone: an artifact is never edited."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o222)
+    path.chmod(0o444 | (path.stat().st_mode & 0o111))
 
 
 def _sync_directory(path: Path) -> None:

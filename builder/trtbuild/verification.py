@@ -9,16 +9,18 @@ from typing import Any
 
 from trtbuild.adapters import triton
 from trtbuild.checkpoint_files import LocalFiles
-from trtbuild.errors import TrtbuildError
-from trtbuild.manifest import DigestCache, read_json
+from trtbuild.errors import HostError, TrtbuildError
+from trtbuild.manifest import DigestCache, FileEntry, digest_entries, entries_from_json, read_json
 from trtbuild.model import read_facts
 from trtbuild.package import LOCK, damage, read_manifest
+from trtbuild.plan import plan_digest
 from trtbuild.process import OnProgress
 from trtbuild.serving.verify import ServedReport, verify_served
 
 REPOSITORY = "model_repository"
 ENGINE = "engine"
 QUALITY = "evidence/quality.json"
+_DIRECTORIES = {ENGINE: "engine", REPOSITORY: "repository", "deploy": "deploy"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +60,31 @@ def _check(name: str, look: Callable[[], tuple[list[str], str]]) -> Check:
         problems, detail = look()
     except TrtbuildError as error:
         return Check(name, (str(error),))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return Check(name, (f"cannot be read: {type(error).__name__}: {error}",))
     return Check(name, tuple(problems), detail)
 
 
 def _lock(package: Path) -> tuple[list[str], str]:
-    lock = read_json(package / LOCK)
-    artifacts, plan = (lock.get(name, {}) if isinstance(lock, dict) else {} for name in ("artifacts", "plan"))
-    missing = [kind for kind in ("compress", "engine", "repository", "deploy") if kind not in artifacts]
-    return [f"{LOCK} names no artifact for {kind}" for kind in missing], f"plan {str(plan.get('digest'))[:16]}"
+    """Whether the lock belongs to these files: every artifact's digest, and the plan's own."""
+    lock, manifest = read_json(package / LOCK), read_manifest(package)
+    plan, artifacts = lock["plan"], lock["artifacts"]
+    recomputed = plan_digest(plan["source"]["files"], plan["steps"], plan["gates"])
+    problems = [f"{LOCK}: the plan's digest is not that of its steps"] if recomputed != plan["digest"] else []
+    for directory, kind in _DIRECTORIES.items():
+        if digest_entries(_below(manifest, directory)) != artifacts[kind]["digest"]:
+            problems.append(f"{directory}/ is not the {kind} artifact that {LOCK} names")
+    return problems, f"plan {plan['digest'][:16]}"
+
+
+def _below(manifest: Mapping[str, Any], directory: str) -> list[FileEntry]:
+    """The manifest's entries below one directory, with paths from there."""
+    prefix = f"{directory}/"
+    return [
+        FileEntry(path=entry.path.removeprefix(prefix), size=entry.size, sha256=entry.sha256)
+        for entry in entries_from_json(manifest["files"])
+        if entry.path.startswith(prefix)
+    ]
 
 
 def _engine(package: Path) -> tuple[list[str], str]:
@@ -92,12 +111,12 @@ def verify_answers(package: Path, *, log: Path, on_progress: OnProgress) -> list
     """
     lock = read_json(package / LOCK)
     evidence = read_json(package / QUALITY)
-    data = next(step["files"].get("data") for step in lock["plan"]["steps"] if step["kind"] == "evaluate")
+    data = _held_out(lock)
     report = verify_served(
         package,
         log=log,
         perplexity_tokens=evidence["tokens"],
-        data=None if data is None else Path(data),
+        data=data,
         on_progress=on_progress,
     )
     agreement = f"{report.greedy_agreement:.4f} of {report.tokens_compared} tokens over {report.prompts} prompts"
@@ -108,6 +127,21 @@ def verify_answers(package: Path, *, log: Path, on_progress: OnProgress) -> list
         Check("streaming equals not streaming", streaming, speed),
         _served_gate(report, evidence, lock["plan"]["gates"]["max_perplexity_ratio"]),
     ]
+
+
+def _held_out(lock: Mapping[str, Any]) -> Path | None:
+    """The held-out text that the build measured on; None for the one that trtbuild ships.
+
+    Raises:
+        HostError: the user's file is not here, or has other bytes than it had then.
+    """
+    recorded = lock["files"]["evaluate"].get("data")
+    if recorded is None:
+        return None
+    path = Path(recorded["path"])
+    if not path.is_file() or f"{DigestCache(None).sha256(path)}{path.suffix}" != recorded["digest"]:
+        raise HostError(f"the held-out text {path} is not here as it was at the build", "put the same file there")
+    return path
 
 
 def _served_gate(report: ServedReport, evidence: Mapping[str, Any], threshold: float | None) -> Check:

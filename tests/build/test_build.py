@@ -115,6 +115,44 @@ def test_foreign_directory_is_never_replaced(recipe: Path, cli: Cli, tmp_path: P
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+def test_files_that_a_user_put_into_a_package_are_never_lost(
+    package: Path, recipe: Path, cli: Cli, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(package, tmp_path / "p"))
+    (out / "notes.txt").write_text("mine")
+    done = cli("build", recipe, "-o", out, "--set", "serving.default_max_tokens=7", check=2)
+    assert "holds notes.txt, which is no part of the package there; move it away" in done.stderr
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_to_a_package_stays_a_link(package: Path, recipe: Path, cli: Cli, tmp_path: Path) -> None:
+    real = Path(shutil.copytree(package, tmp_path / "real"))
+    link = tmp_path / "current"
+    link.symlink_to(real)
+    for tokens in (7, 8):
+        cli("build", recipe, "-o", link, "--set", f"serving.default_max_tokens={tokens}")
+        assert link.is_symlink()
+        cli("verify", real)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "real"]
+
+
+def test_until_evaluate_gates_too_and_until_fetch_prints_the_source(
+    recipe: Path, cli: Cli, package: Path, tiny_llama: Path
+) -> None:
+    assert cli("build", recipe, "--until", "fetch").stdout.strip() == str(tiny_llama)
+    assert "quality.json" in {
+        path.name for path in Path(cli("build", recipe, "--until", "evaluate").stdout.strip()).iterdir()
+    }
+    cli("build", recipe, "--until", "evaluate", "--set", "quality.max_kl_divergence=1.0e-30", check=7)
+
+
+def test_linked_files_are_readable_for_all_and_writable_for_nobody(package: Path) -> None:
+    modes = {path.name: path.stat().st_mode & 0o777 for path in package.rglob("*") if path.is_file()}
+    assert modes["launch.sh"] == 0o755
+    assert modes["config.json"] == 0o644
+    assert all(mode & 0o044 for name, mode in modes.items() if not name.startswith(("manifest", "plan.lock", "recipe")))
+
+
 def test_two_builds_at_once_share_the_work(recipe: Path, tmp_path: Path) -> None:
     store = f"store={tmp_path / 'store'}"
     command = [sys.executable, "-m", "trtbuild", "build", str(recipe), "--set", store]
@@ -132,6 +170,39 @@ def test_two_builds_at_once_share_the_work(recipe: Path, tmp_path: Path) -> None
     ]
     assert len(built) == 5 + 2  # each step once, and two packages
     assert (tmp_path / "a" / "manifest.json").read_bytes() == (tmp_path / "b" / "manifest.json").read_bytes()
+
+
+def test_verify_holds_the_files_against_the_lock(package: Path, cli: Cli, tmp_path: Path) -> None:
+    """A change that the manifest was made to agree with is still not what the lock names."""
+    from trtbuild.manifest import DigestCache, canonical_json, entries_json, list_tree
+    from trtbuild.package import _package_digest
+
+    copy = Path(shutil.copytree(package, tmp_path / "p"))
+    (copy / "engine" / "generation_config.json").write_text("{}")
+    entries = list_tree(copy, DigestCache(None), skip=("manifest.json",))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest |= {"files": entries_json(entries), "digest": _package_digest(entries)}
+    (copy / "manifest.json").write_text(canonical_json(manifest))
+    assert "engine/ is not the engine artifact that plan.lock.json names" in cli("verify", copy, check=5).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("manifest.json", '{"kind": "package"}', "is no trtbuild package"),
+        ("manifest.json", "[]", "is no trtbuild package"),
+        ("engine/engine.json", "[]", "engine"),
+        ("plan.lock.json", "[]", "lock"),
+    ],
+)
+def test_verify_of_senseless_files_is_exit_5(
+    package: Path, cli: Cli, tmp_path: Path, name: str, content: str, expected: str
+) -> None:
+    copy = Path(shutil.copytree(package, tmp_path / "p"))
+    (copy / name).write_text(content)
+    done = cli("verify", copy, check=5)
+    assert "Traceback" not in done.stderr
+    assert expected in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove", "add", "lock"])

@@ -185,6 +185,12 @@ def test_pickles_are_refused_with_the_command_that_converts(checkpoint: Path) ->
         facts_of(checkpoint)
 
 
+def test_the_same_weights_in_another_form_do_not_count(checkpoint: Path) -> None:
+    before = facts_of(checkpoint)
+    (checkpoint / "consolidated.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    assert facts_of(checkpoint) == before
+
+
 def test_no_weights(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"there are no \*.safetensors files"):

@@ -51,7 +51,7 @@ def test_equal_bytes_have_equal_digests(tmp_path: Path) -> None:
     assert put(Store(tmp_path / "u"), "k", a=b"z").digest != first.digest
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add", "manifest"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add", "manifest", "no manifest"])
 def test_damaged_artifact_is_set_aside_and_never_reused(tmp_path: Path, damage: str) -> None:
     store = Store(tmp_path / "s")
     artifact = put(store, "k", a=b"x" * 100)
@@ -65,6 +65,8 @@ def test_damaged_artifact_is_set_aside_and_never_reused(tmp_path: Path, damage: 
         file.unlink()
     elif damage == "add":
         (artifact.content / "b").write_bytes(b"")
+    elif damage == "no manifest":
+        (artifact.path / "manifest.json").unlink()
     else:
         (artifact.path / "manifest.json").write_text("{")
     assert store.find("kind", "k") is None
@@ -90,6 +92,15 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     (staging.content / "half").write_bytes(b"x")
     assert store.find("kind", "k") is None
     assert list(store.stage("kind", "k").content.iterdir()) == []
+
+
+def test_sweep_removes_leftovers_but_not_what_is_being_built(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    store.stage("kind", "dead")
+    with store.lock("kind", "alive", waiting=silent):
+        store.stage("kind", "alive")
+        Store(tmp_path / "s").sweep()
+        assert [path.name for path in (tmp_path / "s" / "staging").iterdir()] == ["kind-alive"]
 
 
 def test_unwritable_store_says_so(tmp_path: Path) -> None:

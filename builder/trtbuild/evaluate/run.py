@@ -19,6 +19,7 @@ from trtbuild.errors import ArtifactError
 from trtbuild.evaluate.metrics import Quality, WindowScore, score_window, summarize
 from trtbuild.evaluate.reference import Reference
 from trtbuild.runtime import Engine, EngineConfig, KvCacheConfig
+from trtbuild.runtime.checkpoint_files import weight_files
 from trtbuild.worker import Progress
 
 _BLOCK_TOKENS = 32
@@ -152,7 +153,7 @@ def _number(value: float) -> float | None:
 
 
 def _weight_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_files(directory))
 
 
 def _path(value: str | None) -> Path | None:

@@ -1,0 +1,95 @@
+"""`serve`, `ask` and `verify --served` as a user types them, against the real server."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.triton
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def urls(package: Path) -> Iterator[tuple[str, str]]:
+    """(HTTP, gRPC) of ``trtbuild serve`` over the package; ends with Ctrl-C and exit code 0."""
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trtbuild", "serve", str(package), *ports], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        ready = process.stdout.readline()
+        found = re.fullmatch(r"ready: (http://\S+) \(HTTP\), (\S+) \(gRPC\), (http://\S+) \(metrics\)\n", ready)
+        assert found is not None, ready
+        yield found[1], found[2]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_ask_streams_over_grpc_and_answers_over_http(urls: tuple[str, str], cli: Cli) -> None:
+    http, grpc = urls
+    arguments = ("--model", "tiny", "--max-tokens", 12)
+    streamed = cli("ask", "What is a token?", "--url", grpc, *arguments)
+    whole = cli("ask", "What is a token?", "--url", http, "--no-stream", *arguments)
+    assert streamed.stdout == whole.stdout
+    assert re.search(r"\((stop|length); \d+ tokens, [\d.]+ tok/s, first token after [\d.]+ s\)", streamed.stderr)
+    answer = json.loads(cli("ask", "What is a token?", "--url", grpc, "--json", *arguments).stdout)
+    assert answer["text"] + "\n" == whole.stdout
+    assert 1 <= len(answer["output_ids"]) <= 12
+
+
+def test_sampling_with_a_seed_repeats(urls: tuple[str, str], cli: Cli) -> None:
+    arguments = ("--url", urls[1], "--model", "tiny", "--max-tokens", 12, "--temperature", 1.5, "--seed", 3, "--raw")
+    assert cli("ask", "Once", *arguments).stdout == cli("ask", "Once", *arguments).stdout
+
+
+def test_refusals_of_the_server_are_sentences(urls: tuple[str, str], cli: Cli) -> None:
+    done = cli("ask", "x", "--url", urls[1], "--model", "tiny", "--max-tokens", 100_000, check=2)
+    assert "max_tokens" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert cli("ask", "x", "--url", urls[1], "--model", "other", check=None).returncode != 0
+
+
+def test_nobody_answers(cli: Cli) -> None:
+    done = cli("ask", "x", "--url", "http://127.0.0.1:9", check=6)
+    assert "is the server running? `trtbuild serve PACKAGE`" in done.stderr
+
+
+def test_verify_served_passes_and_a_missed_gate_is_exit_7(
+    package: Path, recipe: Path, cli: Cli, tmp_path: Path
+) -> None:
+    checks = json.loads(cli("verify", package, "--served", "--json").stdout)
+    assert [check["passed"] for check in checks] == [True] * len(checks)
+    assert {"served perplexity", "streaming equals not streaming"} <= {check["name"] for check in checks}
+    # The same package with evidence of a better original: then the served ratio misses the recipe's gate.
+    out = tmp_path / "p"
+    cli("build", recipe, "-o", out)
+    quality = out / "evidence" / "quality.json"
+    evidence = json.loads(quality.read_text())
+    evidence["perplexity"]["reference"] /= 2
+    rewrite(out, "evidence/quality.json", json.dumps(evidence))
+    done = cli("verify", out, "--served", check=7)
+    assert "the ratio exceeds quality.max_perplexity_ratio 1.01" in done.stdout
+
+
+def rewrite(package: Path, name: str, text: str) -> None:
+    """Change a file of a package together with its line in the manifest (evidence is outside the package digest)."""
+    import hashlib
+
+    (package / name).write_text(text)
+    manifest = json.loads((package / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        if entry["path"] == name:
+            entry |= {"size": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (package / "manifest.json").write_text(json.dumps(manifest))
