@@ -32,6 +32,13 @@ def test_init_writes_a_recipe_that_plans_as_it_is(
     assert "does not exist" in cli("init", tmp_path / "no", "-o", tmp_path / "b.yaml", check=2).stderr
 
 
+def test_the_recipe_that_init_writes_builds_as_it_is(cli: Cli, tiny_llama: Path, tmp_path: Path, store: Path) -> None:
+    cli("init", tiny_llama, "-o", tmp_path / "my.yaml")
+    done = cli("build", tmp_path / "my.yaml", "-o", tmp_path / "package", "--set", f"store={store}")
+    assert "quality.max_perplexity_ratio" in done.stderr
+    cli("verify", tmp_path / "package")
+
+
 def test_check_reports_all_problems_and_exit_codes(cli: Cli, recipe: Path) -> None:
     done = cli("check", recipe, "--set", "runtime.max_batch_size=0", "--set", "compress.format=fp7", check=2)
     assert done.stdout == ""
