@@ -33,7 +33,6 @@ SERVE_IMAGE = "localhost/trtbuild-test-serve"
 PACKAGE_IMAGE = "localhost/trtbuild-test-package"
 # python3-distutils: debootstrap does not follow python3.11-venv's dependency on a virtual package.
 _PACKAGES = ("ca-certificates", "libpython3.11", "python3", "python3-distutils", "python3-venv")
-_DEFAULT_MIRROR = ""
 
 
 def missing_on_host() -> str:
@@ -180,7 +179,7 @@ def _ensure_base(lab: Lab) -> None:
     tree = lab.root / "base"
     shutil.rmtree(tree, ignore_errors=True)
     include = f"--include={','.join(_PACKAGES)}"
-    _run(["debootstrap", "--variant=minbase", include, SUITE, str(tree), _mirror()])
+    _run(["debootstrap", "--variant=minbase", include, SUITE, str(tree), *_mirror()])
     for leftover in (tree / "var/cache/apt/archives", tree / "var/lib/apt/lists"):
         shutil.rmtree(leftover)
     with lab.container("scratch") as name:
@@ -189,16 +188,16 @@ def _ensure_base(lab: Lab) -> None:
     shutil.rmtree(tree)
 
 
-def _mirror() -> str:
-    """The mirror from which this host takes the suite, else Debian's own."""
+def _mirror() -> tuple[str, ...]:
+    """The mirror from which this host takes the suite; empty for the one that debootstrap knows by itself."""
     if shutil.which("apt-get") is None:
-        return _DEFAULT_MIRROR
+        return ()
     wanted = ("apt-get", "indextargets", "--format", "$(SITE) $(RELEASE) $(COMPONENT)", "Created-By: Packages")
     for line in _run(wanted).splitlines():
         site, release, component = line.split()
         if (release, component) == (SUITE, "main"):
-            return site
-    return _DEFAULT_MIRROR
+            return (site,)
+    return ()
 
 
 def _run(command: Sequence[str]) -> str:
