@@ -23,6 +23,7 @@ from .wire import tensors
 
 logger = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 5.0
+_UNLOADED = "the model is being unloaded"
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -48,6 +49,7 @@ class Sender:
         self._period_s = check_period_s
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._routes: dict[Stream, _Route] = {}
+        self._closing = False
         self._metrics = _Metrics(model_name, backend.gauges)
         self._thread = threading.Thread(target=self._run, name="trtbuild-sender", daemon=True)
         self._thread.start()
@@ -62,13 +64,12 @@ class Sender:
             self._jobs.put(partial(self._advance, stream))
 
     def close(self) -> None:
-        """End every request with a final response, then the thread."""
+        """End every request with a final response, also one whose job still waits, then the thread."""
         self.post(self._cancel_all)
-        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
-        while self._routes and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self._jobs.put(None)
         self._thread.join(_CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():  # the engine does not answer: end the requests without it
+            self._jobs.put(None)
+            self._thread.join(_CLOSE_TIMEOUT_S)
 
     def add(self, stream: Stream, sender: Any, wanted: frozenset[str]) -> None:
         """Start to watch a stream."""
@@ -92,13 +93,13 @@ class Sender:
 
     def _run(self) -> None:
         next_look = 0.0
-        while True:
+        while not self._closing or self._routes:
             try:
                 job = self._jobs.get(timeout=self._period_s if self._routes else None)
             except queue.Empty:
                 job = self._look
             if job is None:
-                return
+                break
             try:
                 job()
                 if time.monotonic() >= next_look:
@@ -106,6 +107,9 @@ class Sender:
                     next_look = time.monotonic() + self._period_s
             except Exception:  # the others' answers must go on; a stream's own errors are handled in _advance
                 logger.exception("the sender goes on after an error")
+        for route in self._routes.values():
+            send_error(route.sender, _UNLOADED, pb_utils.TritonError.CANCELLED)
+        self._routes.clear()
 
     def _advance(self, stream: Stream) -> None:
         """Send what is new of one stream; a stream that fails here still gets its final response."""
@@ -147,8 +151,9 @@ class Sender:
         self._metrics.update()
 
     def _cancel_all(self) -> None:
+        self._closing = True
         for stream in list(self._routes):
-            stream.cancel("the model is being unloaded")
+            stream.cancel(_UNLOADED)
 
 
 def _response(values: dict[str, list[Any]], wanted: frozenset[str] | None) -> Any:

@@ -318,3 +318,27 @@ def test_unloading_ends_every_request(model: TritonPythonModel, backend: Scripte
     closer.join(10)
     assert backend.closed
     assert sender.wait()[-1].error.text == "the model is being unloaded"
+
+
+def test_unloading_ends_a_request_that_the_sender_has_not_seen_yet(
+    model: TritonPythonModel, backend: ScriptedBackend
+) -> None:
+    busy = threading.Event()
+    model._sender.post(lambda: busy.wait(10))
+    sender = send(model, text_input="x", streaming=True)
+    closer = threading.Thread(target=model.finalize)
+    closer.start()
+    busy.set()
+    assert backend.asked.wait(5)
+    backend.listeners[0](output(finish="cancelled"))
+    closer.join(10)
+    assert sender.wait()[-1].error.text == "the model is being unloaded"
+
+
+def test_unloading_ends_requests_of_an_engine_that_does_not_answer(
+    model: TritonPythonModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model_repo.llm.sender._CLOSE_TIMEOUT_S", 0.2)
+    sender = send(model, text_input="x", streaming=True)
+    model.finalize()
+    assert sender.wait()[-1].error.text == "the model is being unloaded"
