@@ -33,6 +33,7 @@ def write_metadata(request: Request, quantization: dict[str, Any] | None) -> Non
     for section in (config, config.get("text_config")):
         if isinstance(section, dict):
             _set_dtype(section)
+            _add_older_rope_names(section)
     config.pop("quantization_config", None)
     if quantization is not None:
         config["quantization_config"] = quantization
@@ -54,6 +55,27 @@ def _set_dtype(section: dict[str, Any]) -> None:
             section[name] = "bfloat16"
     if "dtype" not in section and "torch_dtype" not in section:
         section["dtype"] = "bfloat16"
+
+
+def _add_older_rope_names(section: dict[str, Any]) -> None:
+    """Name the rotary parameters as Transformers 4 does too, where the source has only the names of Transformers 5.
+
+    TensorRT-LLM up to 1.2 reads configs through Transformers 4.57, which does not know `rope_parameters` and would
+    silently rotate with a base of 10,000. Transformers 5 gives its own names precedence
+    (huggingface/transformers: src/transformers/modeling_rope_utils.py `convert_rope_params_to_dict` @5.14.1).
+    """
+    parameters = section.get("rope_parameters")
+    if not isinstance(parameters, dict) or section.keys() & {"rope_theta", "rope_scaling"}:
+        return
+    local = parameters.get("sliding_attention")
+    whole = parameters.get("full_attention", parameters)
+    if not isinstance(whole, dict) or "rope_theta" not in whole:
+        return
+    section["rope_theta"] = whole["rope_theta"]
+    if whole.get("rope_type", "default") != "default":
+        section["rope_scaling"] = {name: value for name, value in whole.items() if name != "rope_theta"}
+    if isinstance(local, dict) and "rope_theta" in local:
+        section["rope_local_base_freq"] = local["rope_theta"]  # Gemma 3's name
 
 
 def _copy(source: Path, output: Path, patterns: tuple[str, ...]) -> None:
