@@ -220,7 +220,9 @@ def test_configs_of_the_checkpoint(changes: dict[str, Any], sources: Any, compre
     flat = config.pop("quantization_config", None)
     older = {"rope_theta": original["rope_parameters"]["rope_theta"]}  # for readers through Transformers 4
     assert config == original | older | {"dtype": "bfloat16"}
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    tokenizer = read(source / "tokenizer_config.json") | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert read(directory / "tokenizer_config.json") == tokenizer
+    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (directory / name).read_bytes() == (source / name).read_bytes()
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in directory.iterdir())
     wanted = changes.get("format", "none")

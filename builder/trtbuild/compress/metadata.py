@@ -45,6 +45,7 @@ def write_metadata(request: Request, quantization: dict[str, Any] | None) -> Non
     if request.trust_remote_code:
         _copy(request.source, request.output, ("*.py",))
     _copy(request.tokenizer, request.output, _TOKENIZER_FILES)
+    _use_older_tokenizer_names(request.output / "tokenizer_config.json")
     if (request.tokenizer / _CHAT_TEMPLATES).is_dir():
         shutil.copytree(request.tokenizer / _CHAT_TEMPLATES, request.output / _CHAT_TEMPLATES, dirs_exist_ok=True)
 
@@ -76,6 +77,23 @@ def _add_older_rope_names(section: dict[str, Any]) -> None:
         section["rope_scaling"] = {name: value for name, value in whole.items() if name != "rope_theta"}
     if isinstance(local, dict) and "rope_theta" in local:
         section["rope_local_base_freq"] = local["rope_theta"]  # Gemma 3's name
+
+
+def _use_older_tokenizer_names(path: Path) -> None:
+    """Name the tokenizer's class and special tokens as Transformers 4 does, where the source names them as 5 does.
+
+    Transformers 5 reads both; Transformers 4.57, with which TensorRT-LLM 1.2 reads tokenizers, refuses the newer names.
+    """
+    if not path.exists():
+        return
+    config = read_json(path)
+    older = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        older["additional_special_tokens"] = older.pop("extra_special_tokens")
+    if older != config:
+        write_json(path, older)
 
 
 def _copy(source: Path, output: Path, patterns: tuple[str, ...]) -> None:
