@@ -192,7 +192,8 @@ def _choosing(sampling: Sampling) -> dict[str, Any]:
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "min_p": sampling.min_p or None,
-        "seed": sampling.seed,
+        # The sampler keeps seeds as int64 (seed_manager.py @2341856e).
+        "seed": None if sampling.seed is None else sampling.seed % 2**63,
     }
 
 
