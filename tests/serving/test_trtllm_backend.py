@@ -406,6 +406,10 @@ def test_the_mpi_job_of_the_server_is_left_behind() -> None:
     environment = dict(ranks)
     place({}, "m_0_0", 1, environment)
     assert environment == ranks, "a rank of several stays one"
+    place({"gpu_device_ids": "0"}, "m_0_0", 1, environment)
+    assert not {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"} & set(environment), (
+        "an instance with its own GPUs is none"
+    )
 
 
 class Pool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -104,3 +105,44 @@ def run(backend: Any, prompt: list[int], *, banned: list[list[int]] | None = Non
     backend.submit(prompt, Sampling(**{"max_tokens": 8} | sampling), banned or [], collector)
     collector.wait()
     return collector
+
+
+_PLACES = """
+import sysconfig
+print(sysconfig.get_path("purelib"))
+for name in ("LIBDIR", "INSTSONAME", "py_version_short"):
+    print(sysconfig.get_config_var(name))
+"""
+_BLOCKER = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "trtbuild":
+            raise ImportError("trtbuild is blocked in this environment")
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def make_environment(directory: Path, flavour: str, *, python: str = sys.executable, blocked: bool = False) -> Path:
+    """An environment for Triton's stub (EXECUTION_ENV_PATH): the packages of `python`, and the fake."""
+    asked = [python, "-c", _PLACES]
+    purelib, libraries, library, version = subprocess.run(
+        asked, check=True, capture_output=True, text=True
+    ).stdout.split()
+    subprocess.run([python, "-m", "venv", "--without-pip", str(directory)], check=True)
+    packages = directory / "lib" / f"python{version}" / "site-packages"
+    paths = [FAKE / flavour, FAKE / "common", purelib]
+    (packages / "fake_trtllm.pth").write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
+    if blocked:
+        (packages / "sitecustomize.py").write_text(_BLOCKER, encoding="utf-8")
+    (directory / "lib" / library).symlink_to(Path(libraries) / library)  # Triton puts this directory first
+    return directory
+
+
+def use_environment(model: Path, environment: Path) -> None:
+    """Have a model of a repository run in an environment."""
+    config = model / "config.pbtxt"
+    line = f'parameters {{ key: "EXECUTION_ENV_PATH" value {{ string_value: "{environment}" }} }}\n'
+    config.write_text(config.read_text(encoding="utf-8") + line, encoding="utf-8")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -71,7 +72,7 @@ class Network:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
         self.vocab_size = config["vocab_size"]
         self._engine = self._load(model)
-        log(event="network", kind="table" if self._engine is None else "engine")
+        log(event="network", kind="table" if self._engine is None else "engine", python=sys.version_info[:2])
 
     def next(self, tokens: Sequence[int]) -> Any:
         if self._engine is None:
