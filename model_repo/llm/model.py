@@ -146,13 +146,11 @@ def _loader(
         raise pb_utils.TritonModelException(
             f"parameter runtime of config.pbtxt is {runtime!r}; this model drives embedded and trtllm"
         )
-    from . import backend_trtllm
+    from .backend_trtllm import load
     from .trtllm_process import SetupError, place
 
     try:
         gpus = place(parameters, args["model_instance_name"], _instance_count(config), os.environ)
     except SetupError as error:
         raise pb_utils.TritonModelException(str(error)) from error
-    return partial(
-        backend_trtllm.load, engine_dir, gpus=gpus, adapters=json.loads(parameters.get("lora_adapters", "{}"))
-    )
+    return partial(load, engine_dir, gpus=gpus, adapters=json.loads(parameters.get("lora_adapters", "{}")))

@@ -65,7 +65,10 @@ class Sender:
 
     def close(self) -> None:
         """End every request with a final response, then the thread."""
+        cancelled = threading.Event()
         self.post(self._cancel_all)
+        self.post(cancelled.set)
+        cancelled.wait(_CLOSE_TIMEOUT_S)  # a request may be waiting to be added
         deadline = time.monotonic() + _CLOSE_TIMEOUT_S
         while self._routes and time.monotonic() < deadline:
             time.sleep(0.01)
