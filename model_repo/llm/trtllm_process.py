@@ -112,13 +112,21 @@ def read_model(engine_dir: Path) -> Model:
 
 
 def start_llm(args: Mapping[str, Any]) -> Any:
-    """The LLM object on the leader; None on another rank, after it has worked for the leader until the end."""
-    from tensorrt_llm._utils import global_mpi_rank, global_mpi_size
+    """The LLM object on the leader; None on another rank, after it has worked for the leader until the end.
 
+    Raises:
+        SetupError: TensorRT-LLM is not installed, or refuses the arguments.
+    """
+    try:
+        import tensorrt_llm
+        from tensorrt_llm._utils import global_mpi_rank, global_mpi_size
+    except ModuleNotFoundError as error:
+        raise SetupError(
+            f"TensorRT-LLM cannot be imported ({error}); serve this package in a Triton TensorRT-LLM container"
+        ) from error
     if global_mpi_rank() != 0:
         _work_for_leader()
         return None
-    from tensorrt_llm import LLM
     from tensorrt_llm.llmapi.llm_utils import update_llm_args_with_extra_dict
 
     # Makes typed values of the sub-configurations, as trtllm-serve does with its YAML.
@@ -128,7 +136,12 @@ def start_llm(args: Mapping[str, Any]) -> Any:
         from tensorrt_llm.llmapi import MpiCommSession
 
         typed["_mpi_session"] = MpiCommSession(comm=COMM_WORLD, n_workers=COMM_WORLD.Get_size())
-    return LLM(**typed)
+    try:
+        return tensorrt_llm.LLM(**typed)
+    except (ValueError, TypeError) as error:
+        raise SetupError(
+            f"TensorRT-LLM {tensorrt_llm.__version__} refuses {ARGS_FILE} ({error}); build the package for this version"
+        ) from error
 
 
 def _work_for_leader() -> None:

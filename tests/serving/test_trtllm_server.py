@@ -18,7 +18,7 @@ from llm_helpers import START_S, gauge, spec
 from trtllm_helpers import events, make_engine, make_environment, use_environment
 
 from trtbuild.adapters.triton import check_repository, render_repository
-from trtbuild.errors import RequestError
+from trtbuild.errors import RequestError, ToolError
 from trtbuild.serving.client import Answer, ask
 from trtbuild.serving.server import TritonServer
 
@@ -304,6 +304,19 @@ def test_stopping_the_server_lets_a_request_finish_and_shuts_the_llm_down(serve:
         connection.close()
         assert ending.result() == 0
     assert [len(served.events(kind)) for kind in ("abort", "shutdown")] == [0, 1]
+
+
+def test_a_start_that_fails_says_why(serve: Any, package: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ToolError, match=r"TensorRT-LLM 1.4.0rc0 refuses llm_args.yaml \(LLM got invalid argument: sampl"
+    ):
+        serve("newest", args={"sampler_type": "auto"}, blocked=True)
+    make_engine(package / "engine", tmp_path / "engine")
+    render_repository(spec(runtime="trtllm"), tmp_path / "model_repository")
+    with pytest.raises(
+        ToolError, match="TensorRT-LLM cannot be imported .*; serve this package in a Triton TensorRT-LLM"
+    ):
+        TritonServer.start(tmp_path / "model_repository", log=tmp_path / "log", startup_timeout_s=START_S)
 
 
 PYTHON312 = os.environ.get("TRTBUILD_PYTHON312")
