@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,7 @@ class TrtllmBackend:
         self._model = model
         self._can = Abilities.detect(args)
         self._adapters = {name: (number, place) for number, (name, place) in enumerate(sorted(adapters.items()), 1)}
+        self._salts = "cache_salt" in inspect.signature(llm.generate_async).parameters
         self._runs: set[_Run] = set()
         self._stats: Mapping[str, Any] | None = None
         self._reads_stats = bool(args.get("enable_iter_perf_stats"))
@@ -146,10 +149,13 @@ class TrtllmBackend:
         self._thread.join(_CLOSE_TIMEOUT_S)
 
     async def _begin(self, run: _Run, prompt: list[int], params: Any, lora: Any, sampling: Sampling) -> _Run:
+        # A prompt with a salt of its own finds no cached blocks: of what it reuses TensorRT-LLM has no logits, and so no
+        # log-probabilities (NVIDIA/Model-Optimizer issue 1577).
+        salt = {"cache_salt": uuid.uuid4().hex} if sampling.prompt_logprobs is not None and self._salts else {}
         # By keyword: `streaming` is the fifth of the positional parameters, in 1.2 (llmapi/llm.py @4c05a748) and in
         # August 2026 (arusli-nv/TensorRT-LLM @99a813ec) alike.
         result = self._llm.generate_async(
-            inputs=prompt, sampling_params=params, lora_request=lora, streaming=sampling.every_output
+            inputs=prompt, sampling_params=params, lora_request=lora, streaming=sampling.every_output, **salt
         )
         self._runs.add(run)
         run.follow(result)

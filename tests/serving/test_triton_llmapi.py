@@ -127,6 +127,8 @@ OWN_FAULTS: dict[str, tuple[Change, str]] = {
     ),
     "adapters that are no JSON": (config('{\\"formal\\"', "{"), "parameter lora_adapters is no JSON"),
     "adapters without LoRA": (in_yaml(ARGS_FILE, enable_lora=None), "and llm_args.yaml does not switch LoRA on"),
+    "postprocess workers": (in_yaml(ARGS_FILE, num_postprocess_workers=2), "num_postprocess_workers sends whole"),
+    "beams": (in_yaml(ARGS_FILE, max_beam_width=4), "max_beam_width is 4, and this model asks for one beam"),
     "no tokenizer": (write("engine/tokenizer.json", None), "engine: there are no tokenizer files"),
     "missing backend": (
         write(f"model_repository/{MODEL}/1/backend_trtllm.py", None), "imports backend_trtllm.py, which is missing"

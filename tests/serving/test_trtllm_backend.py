@@ -127,6 +127,18 @@ def test_logprobs_are_the_embedded_engine_s(llm: tuple[TrtllmBackend, Path], eng
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
 
 
+def test_a_prompt_that_is_cached_is_measured_again(llm: tuple[TrtllmBackend, Path], engine: Any) -> None:
+    from trtbuild.runtime import SamplingParams
+
+    prompt = [*PROMPT * 15, 9]
+    expected = engine.submit(prompt, SamplingParams(max_tokens=1, prompt_logprobs=0)).result().prompt_logprobs
+    run(llm[0], prompt, max_tokens=1)
+    for _ in range(2):
+        (found,) = (out.prompt_logprobs for out in run(llm[0], prompt, max_tokens=1, prompt_logprobs=0).outputs)
+        assert found is not None
+        assert [entry.logprob for entry in found[1:]] == pytest.approx([one.logprob for one in expected[1:]], abs=1e-4)
+
+
 def test_metrics_and_gauges(llm: tuple[TrtllmBackend, Path]) -> None:
     metrics = run(llm[0], PROMPT, perf_metrics=True).wait().metrics
     assert metrics is not None

@@ -44,6 +44,7 @@ def _settings(model: Model, directory: Path, problems: list[Problem]) -> dict[st
     if faults:
         return None
     problems += triton_llmapi.check_args(model, args)
+    problems += triton_llmapi.check_own(args)
     problems += triton_llmapi.check_adapters(model, args, directory)
     return {"runtime": "trtllm", "max_seq_len": args.get("max_seq_len"), "source": triton_llmapi.ARGS_FILE}
 

@@ -63,6 +63,19 @@ def check_args(model: Model, args: Mapping[str, Any]) -> list[Problem]:
     return [*_groups(model, args), *_longest_prompt(model, args)]
 
 
+def check_own(args: Mapping[str, Any]) -> list[Problem]:
+    """LLM arguments that the served model cannot work with."""
+    problems = []
+    if args.get("num_postprocess_workers"):
+        message = "num_postprocess_workers sends whole answers as text, and this model needs their tokens"
+        problems.append(Problem(f"engine/{ARGS_FILE}", message, "set it to 0: text is made in the served model"))
+    # Every request of an engine runs with one beam width (docs/source/features/sampling.md @05ce57bc).
+    if args.get("max_beam_width") not in (None, 1):
+        message = f"max_beam_width is {args['max_beam_width']}, and this model asks for one beam"
+        problems.append(Problem(f"engine/{ARGS_FILE}", message, "set it to 1, or leave it out"))
+    return problems
+
+
 def check_adapters(model: Model, args: Mapping[str, Any], engine: Path) -> list[Problem]:
     """The LoRA adapters that parameter lora_adapters names, against the engine directory."""
     text = model.parameter("lora_adapters") or "{}"

@@ -113,6 +113,7 @@ class GenerationResult:
         self.prompt_token_ids = prompt
         self.outputs = [CompletionOutput(0)]
         self.context_logits: Any = None
+        self.reused = 0
         self.error: str | None = None
 
     @property
@@ -173,10 +174,11 @@ class BaseLLM:
         self._tokenizer_dir = tokenizer
         self._network = Network(Path(model))
         self._live: dict[int, int] = {}
+        self._cached: set[tuple[Any, ...]] = set()
         self._stats: asyncio.Queue[dict[str, Any]] | None = None
         self._stats_loop: asyncio.AbstractEventLoop | None = None
 
-    def begin(self, prompt: list[int], params: Any, lora: Any, streaming: bool) -> GenerationResult:
+    def begin(self, prompt: list[int], params: Any, lora: Any, streaming: bool, salt: str | None) -> GenerationResult:
         if params.guided_decoding is not None and not self.args.get("guided_decoding_backend"):
             raise ValueError("guided decoding needs guided_decoding_backend")
         if params.end_id is None:
@@ -192,6 +194,7 @@ class BaseLLM:
             lora=None if lora is None else [lora.lora_name, lora.lora_int_id, lora.lora_path, lora.lora_ckpt_source],
         )
         result = GenerationResult(self, prompt, params, streaming)
+        result.reused = self._reused(prompt, salt)
         threading.Thread(target=self._generate, args=(result, prompt, params, lora), daemon=True).start()
         return result
 
@@ -207,6 +210,14 @@ class BaseLLM:
                 yield await asyncio.wait_for(self._stats.get(), wait_s)
             except TimeoutError:
                 return
+
+    def _reused(self, prompt: list[int], salt: str | None) -> int:
+        """How many of the prompt's tokens lie in cached blocks, which give no logits; the last token never does."""
+        ends = range(BLOCK, len(prompt), BLOCK)
+        keys = [(salt, *prompt[:end]) for end in ends]
+        found = sum(key in self._cached for key in keys) * BLOCK
+        self._cached.update(keys)
+        return found if (self.args.get("kv_cache_config") or {}).get("enable_block_reuse", True) else 0
 
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -224,7 +235,7 @@ class BaseLLM:
 
     def _run(self, result: GenerationResult, prompt: list[int], params: Any, lora: Any) -> None:
         times = [time.monotonic()]
-        context = self._context(prompt, params)
+        context = self._context(prompt, params, result.reused)
         held: dict[str, list[Any]] = {"tokens": [], "logprobs": []}
         for token, entries, reason in self._tokens(result, prompt, params, lora):
             times.append(time.monotonic())
@@ -294,18 +305,19 @@ class BaseLLM:
             entry[token] = Logprob(float(row[token]), int((row > row[token]).sum()) + 1)
         return [entry]
 
-    def _context(self, prompt: list[int], params: Any) -> dict[str, Any]:
+    def _context(self, prompt: list[int], params: Any, reused: int) -> dict[str, Any]:
         wanted = params.prompt_logprobs
         asked = wanted is not None if self.flavour.reports_sampled_token else bool(wanted)
         if not asked and not params.return_context_logits:
             return {"prompt_logprobs": None, "context_logits": None}
-        rows = [self._network.next(prompt[: end + 1]) for end in range(len(prompt))]
+        rows = [self._network.next(prompt[: end + 1]) for end in range(reused, len(prompt))]
         logits = np.stack(rows)[None] if params.return_context_logits else None
         if not asked:
             return {"prompt_logprobs": None, "context_logits": logits}
+        # As upstream pairs them, from the first token on, whatever the first row is of.
         followers = [*prompt[1:], int(rows[-1].argmax())]
         entries = [
-            entry for row, token in zip(rows, followers, strict=True) for entry in self._entries(row, token, wanted)
+            entry for row, token in zip(rows, followers, strict=False) for entry in self._entries(row, token, wanted)
         ]
         return {"prompt_logprobs": entries, "context_logits": logits}
 

@@ -76,7 +76,7 @@ class LLM(BaseLLM):
         scheduling_params: Any = None,
         cache_salt: str | None = None,
     ) -> GenerationResult:
-        return self.begin(inputs, sampling_params, lora_request, streaming)
+        return self.begin(inputs, sampling_params, lora_request, streaming, cache_salt)
 
     def get_stats_async(self, timeout: float | None = 2) -> AsyncIterator[dict[str, Any]]:
         return self.stats(timeout or 2)
