@@ -149,7 +149,7 @@ class TrtllmBackend:
         self._thread.join(_CLOSE_TIMEOUT_S)
 
     async def _begin(self, run: _Run, prompt: list[int], params: Any, lora: Any, sampling: Sampling) -> _Run:
-        # A prompt with a salt of its own finds no cached blocks: of what it reuses TensorRT-LLM has no logits, and so no
+        # A prompt with a salt of its own finds no cached blocks: TensorRT-LLM has no logits of what it reuses, so no
         # log-probabilities (NVIDIA/Model-Optimizer issue 1577).
         salt = {"cache_salt": uuid.uuid4().hex} if sampling.prompt_logprobs is not None and self._salts else {}
         # By keyword: `streaming` is the fifth of the positional parameters, in 1.2 (llmapi/llm.py @4c05a748) and in
