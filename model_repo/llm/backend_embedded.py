@@ -1,53 +1,17 @@
-"""The embedded engine behind the small interface that model.py drives; another runtime would stand beside it."""
+"""The embedded engine behind the small interface that model.py drives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from .backend import Gauges, Handle
 from .contract import Sampling
 from .wire import INPUTS, PREFIX, BadRequestError
 
 _NO_LORA = "this package was built without LoRA adapters"
 _NO_GUIDE = "the embedded engine does no guided decoding"
-
-
-class Handle(Protocol):
-    """One running sequence."""
-
-    def cancel(self) -> None:
-        """Stop generating and free what it holds; does nothing when it has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gauges:
-    """A moment's counts of one runtime: KV cache blocks and requests."""
-
-    max_blocks: int
-    used_blocks: int
-    free_blocks: int
-    reusable_blocks: int
-    running: int
-    waiting: int
-
-
-class Backend(Protocol):
-    """What model.py needs of a runtime. `on_output` gets values with the fields of `trtbuild.runtime.Output`."""
-
-    refused: Mapping[str, str]
-
-    def submit(
-        self, prompt: list[int], sampling: Sampling, bad_words: list[list[int]], on_output: Callable[[Any], None]
-    ) -> Handle:
-        """Queue one sequence; raises BadRequestError for what can never run."""
-
-    def gauges(self) -> Gauges:
-        """Counts of this moment."""
-
-    def close(self) -> None:
-        """Cancel what is in flight and free the memory."""
 
 
 class EmbeddedBackend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ from .wire import BadRequestError, Inputs, flag, ids, messages, number, text, wh
 
 _PROMPTS = ("text_input", "messages", "input_ids")
 _MAX_CHOICES = 64
+_GUIDES = ("json", "json_schema", "regex", "ebnf_grammar", "structural_tag")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,24 @@ class Limits:
     max_output_tokens: int
     default_max_tokens: int
     streaming: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA adapter: one of the package by its `name`, or one that the client brings, with `id` and `path` too."""
+
+    name: str
+    id: int | None = None
+    path: str | None = None
+    source: str = "hf"
+
+
+@dataclass(frozen=True, slots=True)
+class Guide:
+    """What the answer must conform to; `text` is empty for the kind ``json``."""
+
+    kind: str
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +62,11 @@ class Sampling:
     bad: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    lora: Lora | None = None
+    guide: Guide | None = None
+    perf_metrics: bool = False
+    # Whether somebody looks at an output before the last one.
+    every_output: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +87,11 @@ class Generate:
     return_cumulative_logprob: bool = False
     return_perf_metrics: bool = False
 
+    @property
+    def every_output(self) -> bool:
+        """Whether the answer is looked at before its end: it is streamed, or its text is searched for stop strings."""
+        return self.streaming or bool(self.stop)
+
     def for_engine(self, room: int, choice: int) -> Sampling:
         """What the engine is asked for one of the answers: answers to one seed differ, and so can be told apart."""
         sampling = self.sampling
@@ -69,7 +99,14 @@ class Generate:
         if logprobs is None and self.return_cumulative_logprob:
             logprobs = 0
         seed = None if sampling.seed is None else (sampling.seed + choice) % 2**64
-        return replace(sampling, max_tokens=room, seed=seed, logprobs=logprobs)
+        return replace(
+            sampling,
+            max_tokens=room,
+            seed=seed,
+            logprobs=logprobs,
+            perf_metrics=self.return_perf_metrics,
+            every_output=self.every_output,
+        )
 
 
 def parse(inputs: Inputs, limits: Limits, refused: Mapping[str, str]) -> Generate:
@@ -152,7 +189,45 @@ def _sampling(inputs: Inputs) -> Sampling:
         bad=words(inputs, "sampling_param_bad"),
         logprobs=whole(inputs, "sampling_param_logprobs"),
         prompt_logprobs=whole(inputs, "sampling_param_prompt_logprobs"),
+        lora=_lora(inputs),
+        guide=_guide(inputs),
     )
+
+
+def _lora(inputs: Inputs) -> Lora | None:
+    name, path, source = text(inputs, "lora_name"), text(inputs, "lora_path"), text(inputs, "lora_ckpt_source")
+    number = whole(inputs, "lora_id")
+    if (name, path, number, source) == (None, None, None, None):
+        return None
+    if name is None or (path is None) != (number is None) or (source is not None and path is None):
+        raise BadRequestError(
+            "lora_name: send it alone for an adapter of this package, or with lora_id and lora_path (and "
+            "lora_ckpt_source) for one that lies on the server"
+        )
+    if source not in (None, "hf", "nemo"):
+        raise BadRequestError(f"lora_ckpt_source: {source!r} is not known; send hf or nemo")
+    return Lora(name, number, path, source or "hf")
+
+
+def _guide(inputs: Inputs) -> Guide | None:
+    kind, guide = text(inputs, "guided_decoding_guide_type"), text(inputs, "guided_decoding_guide") or ""
+    if kind is None:
+        if guide:
+            raise BadRequestError("guided_decoding_guide: its type is missing; send guided_decoding_guide_type with it")
+        return None
+    if kind not in _GUIDES:
+        raise BadRequestError(f"guided_decoding_guide_type: {kind!r} is not known; send one of {', '.join(_GUIDES)}")
+    if (kind == "json") == bool(guide):
+        what = "json takes no guide; leave it out" if guide else f"{kind} needs one; send it as text"
+        raise BadRequestError(f"guided_decoding_guide: {what}")
+    if kind == "json_schema":
+        try:
+            schema = json.loads(guide)
+        except ValueError as error:
+            raise BadRequestError(f"guided_decoding_guide: not valid JSON ({error}); send a JSON schema") from error
+        if not isinstance(schema, dict):
+            raise BadRequestError("guided_decoding_guide: not a JSON object; send a JSON schema")
+    return Guide(kind, guide)
 
 
 def _choices(inputs: Inputs) -> int:

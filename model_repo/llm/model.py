@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from .backend_embedded import Backend, EmbeddedBackend
+from .backend import Backend
 from .contract import Generate, Limits, max_tokens, parse
 from .sender import Sender, send_error
 from .stream import Stream
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 class TritonPythonModel:
     """What Triton's Python backend drives: initialize, execute, finalize."""
+
+    _instances = 1
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load tokenizer and engine; an exception here ends up in the server's log, so its text says what is wrong."""
@@ -46,14 +49,23 @@ class TritonPythonModel:
             default_max_tokens=int(parameters["default_max_tokens"]),
             streaming=decoupled,
         )
+        # A runtime may have to prepare the process before anything else is imported.
+        load = _loader(args, config, parameters, engine_dir)
         codec = Codec.load(
             engine_dir,
             max_input_tokens=limits.max_input_tokens,
             trust_remote_code=parameters["trust_remote_code"] == "true",
         )
-        backend = EmbeddedBackend.load(engine_dir)
-        period_s = int(parameters["cancellation_check_period_ms"]) / 1000
-        self.start(limits, codec, backend, Sender(backend, model_name=args["model_name"], check_period_s=period_s))
+        backend = load()
+        self._instances = _instance_count(config)
+        sender = Sender(
+            backend,
+            model_name=args["model_name"],
+            check_period_s=int(parameters["cancellation_check_period_ms"]) / 1000,
+            # Each instance is a process of its own and would overwrite the others' gauges.
+            instance=args["model_instance_name"] if self._instances > 1 else None,
+        )
+        self.start(limits, codec, backend, sender)
         pb_utils.Logger.log_info(f"{args['model_name']}: {backend.summary}")
 
     def start(self, limits: Limits, codec: Codec, backend: Backend, sender: Sender) -> None:
@@ -83,6 +95,11 @@ class TritonPythonModel:
         if flag(inputs, "stop"):
             if not request_id:
                 raise BadRequestError("stop: the request has no id; send the id of the request that is to be stopped")
+            if self._instances > 1:
+                raise BadRequestError(
+                    f"stop: this model has {self._instances} instances, and the other request may run in any of them; "
+                    "cancel its call or close its connection instead"
+                )
             self._sender.post(partial(self._sender.stop, request_id, sender))
             return
         parsed = parse(inputs, self._limits, self._backend.refused)
@@ -110,3 +127,30 @@ class TritonPythonModel:
                 choice,
                 self._backend.submit(prompt, sampling, bad, partial(self._sender.deliver, stream, choice)),
             )
+
+
+def _instance_count(config: Mapping[str, Any]) -> int:
+    return sum(int(group.get("count", 1)) for group in config.get("instance_group", [])) or 1
+
+
+def _loader(
+    args: Mapping[str, str], config: Mapping[str, Any], parameters: Mapping[str, str], engine_dir: Path
+) -> Callable[[], Backend]:
+    """What loads the runtime that config.pbtxt names; the other's modules are never imported."""
+    runtime = parameters["runtime"]
+    if runtime == "embedded":
+        from .backend_embedded import EmbeddedBackend
+
+        return partial(EmbeddedBackend.load, engine_dir)
+    if runtime != "trtllm":
+        raise pb_utils.TritonModelException(
+            f"parameter runtime of config.pbtxt is {runtime!r}; this model drives embedded and trtllm"
+        )
+    from .backend_trtllm import load
+    from .trtllm_process import SetupError, place
+
+    try:
+        gpus = place(parameters, args["model_instance_name"], _instance_count(config), os.environ)
+    except SetupError as error:
+        raise pb_utils.TritonModelException(str(error)) from error
+    return partial(load, engine_dir, gpus=gpus, adapters=json.loads(parameters.get("lora_adapters", "{}")))

@@ -17,7 +17,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from .backend_embedded import Backend, Gauges
+from .backend import Backend, Gauges
 from .stream import Stream
 from .wire import tensors
 
@@ -44,13 +44,15 @@ class _Route:
 class Sender:
     """Owns the running streams."""
 
-    def __init__(self, backend: Backend, *, model_name: str, check_period_s: float) -> None:
+    def __init__(
+        self, backend: Backend, *, model_name: str, check_period_s: float, instance: str | None = None
+    ) -> None:
         self._backend = backend
         self._period_s = check_period_s
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._routes: dict[Stream, _Route] = {}
         self._closing = False
-        self._metrics = _Metrics(model_name, backend.gauges)
+        self._metrics = _Metrics(model_name, instance, backend.gauges)
         self._thread = threading.Thread(target=self._run, name="trtbuild-sender", daemon=True)
         self._thread.start()
 
@@ -164,7 +166,7 @@ def _response(values: dict[str, list[Any]], wanted: frozenset[str] | None) -> An
 class _Metrics:
     """Gauges on the server's metrics port, named as those of TensorRT-LLM's C++ backend, so that dashboards work."""
 
-    def __init__(self, model_name: str, read: Callable[[], Gauges]) -> None:
+    def __init__(self, model_name: str, instance: str | None, read: Callable[[], Gauges]) -> None:
         self._read = read
         self._last: Gauges | None = None
         gauge = pb_utils.MetricFamily.GAUGE
@@ -172,23 +174,27 @@ class _Metrics:
             pb_utils.MetricFamily(name="nv_trt_llm_kv_cache_block_metrics", description="KV cache blocks", kind=gauge),
             pb_utils.MetricFamily(name="nv_trt_llm_request_metrics", description="Requests", kind=gauge),
         ]
-        labels = {"model": model_name, "version": "1"}
+        labels = {"model": model_name, "version": "1"} | ({} if instance is None else {"instance": instance})
         blocks, requests = self._families
-        self._gauges = {
-            "max_blocks": blocks.Metric(labels={**labels, "kv_cache_block_type": "max"}),
-            "used_blocks": blocks.Metric(labels={**labels, "kv_cache_block_type": "used"}),
-            "free_blocks": blocks.Metric(labels={**labels, "kv_cache_block_type": "free"}),
-            "reusable_blocks": blocks.Metric(labels={**labels, "kv_cache_block_type": "reusable"}),
-            "running": requests.Metric(labels={**labels, "request_type": "active"}),
-            "waiting": requests.Metric(labels={**labels, "request_type": "waiting"}),
+        self._places = {
+            "max_blocks": (blocks, {**labels, "kv_cache_block_type": "max"}),
+            "used_blocks": (blocks, {**labels, "kv_cache_block_type": "used"}),
+            "free_blocks": (blocks, {**labels, "kv_cache_block_type": "free"}),
+            "reusable_blocks": (blocks, {**labels, "kv_cache_block_type": "reusable"}),
+            "running": (requests, {**labels, "request_type": "active"}),
+            "waiting": (requests, {**labels, "request_type": "waiting"}),
         }
+        self._gauges: dict[str, Any] = {}
         self.update()
 
     def update(self) -> None:
-        """Set the gauges that have changed; each costs a message to the server."""
+        """Set the gauges that have changed; each costs a message to the server. One never told is never shown."""
         now = self._read()
-        for name, metric in self._gauges.items():
+        for name, (family, labels) in self._places.items():
             value = getattr(now, name)
-            if self._last is None or getattr(self._last, name) != value:
-                metric.set(value)
+            if value is None or (self._last is not None and getattr(self._last, name) == value):
+                continue
+            if name not in self._gauges:
+                self._gauges[name] = family.Metric(labels=labels)
+            self._gauges[name].set(value)
         self._last = now

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .backend_embedded import Handle
+from .backend import Handle
 from .contract import Generate
 from .text import IncrementalDecoder, StopScanner
 from .wire import logprob_json
@@ -21,6 +21,10 @@ _METRICS = (
     "kv_cache_alloc_new_blocks",
     "kv_cache_alloc_total_blocks",
     "kv_cache_hit_rate",
+    # Only a runtime that drafts has these.
+    "acceptance_rate",
+    "total_accepted_draft_tokens",
+    "total_draft_tokens",
 )
 
 
@@ -124,7 +128,7 @@ class Stream:
         self._sent = (0, 0, 0)
         self._prompt_logprobs_sent = False
         # Only a stream, or a text to search, needs the sender before the end.
-        self._every_output = request.streaming or bool(request.stop)
+        self._every_output = request.every_output
 
     def deliver(self, choice: int, output: Any) -> bool:
         """Keep one output (engine's thread); whether the sender should look at it now."""
@@ -206,7 +210,8 @@ class Stream:
             values["cumulative_logprob"] = [choice.cumulative_logprob for choice in choices]
         metrics = choices[0].metrics
         if request.return_perf_metrics and metrics is not None:
-            values |= {name: [getattr(metrics, name)] for name in _METRICS}
+            found = {name: getattr(metrics, name, None) for name in _METRICS}
+            values |= {name: [value] for name, value in found.items() if value is not None}
         return values
 
     def _cancel_choice(self, choice: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from llm_helpers import arrays
 from model_repo.llm.backend_embedded import EmbeddedBackend
-from model_repo.llm.contract import Generate, Limits, Sampling, max_tokens, parse
+from model_repo.llm.contract import Generate, Guide, Limits, Lora, Sampling, max_tokens, parse
 from model_repo.llm.wire import OUTPUTS, BadRequestError, logprob_json, tensors
 
 LIMITS = Limits(max_seq_len=100, max_input_tokens=60, max_output_tokens=80, default_max_tokens=16, streaming=True)
@@ -49,6 +49,49 @@ def test_messages_keep_their_fields_and_join_text_parts() -> None:
         {"role": "user", "content": "one two", "name": "me"},
         {"role": "assistant", "content": "yes"},
     ]
+
+
+def read_all(**inputs: Any) -> Generate:
+    """As a runtime reads them that refuses nothing."""
+    return parse(arrays(text_input="a", **inputs), LIMITS, {})
+
+
+def test_adapters_and_guides_arrive() -> None:
+    assert read_all(lora_name="formal").sampling.lora == Lora("formal")
+    brought = read_all(lora_name="x", lora_id=2**40, lora_path="/adapters/x", lora_ckpt_source="nemo")
+    assert brought.sampling.lora == Lora("x", 2**40, "/adapters/x", "nemo")
+    assert read_all(guided_decoding_guide_type="json").sampling.guide == Guide("json")
+    schema = '{"type": "object"}'
+    found = read_all(guided_decoding_guide_type="json_schema", guided_decoding_guide=schema)
+    assert found.sampling.guide == Guide("json_schema", schema)
+    assert (read_all().sampling.lora, read_all().sampling.guide) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"lora_id": 1}, "lora_name: send it alone for an adapter of this package, or with lora_id and lora_path"),
+        ({"lora_name": "x", "lora_path": "/x"}, "lora_name: send it alone"),
+        ({"lora_name": "x", "lora_ckpt_source": "hf"}, "lora_name: send it alone"),
+        (
+            {"lora_name": "x", "lora_id": 1, "lora_path": "/x", "lora_ckpt_source": "zip"},
+            "lora_ckpt_source: 'zip' is not known; send hf or nemo",
+        ),
+        ({"guided_decoding_guide": "x"}, "guided_decoding_guide: its type is missing"),
+        (
+            {"guided_decoding_guide_type": "xml"},
+            "guided_decoding_guide_type: 'xml' is not known; send one of json, json",
+        ),
+        ({"guided_decoding_guide_type": "regex"}, "guided_decoding_guide: regex needs one; send it as text"),
+        ({"guided_decoding_guide_type": "json", "guided_decoding_guide": "{}"}, "json takes no guide; leave it out"),
+        ({"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": "{"}, "not valid JSON"),
+        ({"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": "[]"}, "not a JSON object"),
+    ],
+)
+def test_adapters_and_guides_that_do_not_add_up(inputs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        read_all(**inputs)
+    assert sentence in str(caught.value)
 
 
 def test_answers_to_one_seed_differ() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_triton import Request
 from llm_helpers import arrays
-from model_repo.llm.backend_embedded import Gauges
+from model_repo.llm.backend import Gauges
 from model_repo.llm.contract import Limits, Sampling
 from model_repo.llm.model import TritonPythonModel
 from model_repo.llm.sender import Sender

@@ -215,11 +215,11 @@ def test_rendering_is_the_same_every_time(tmp_path: Path) -> None:
     for name in ("one", "two"):
         render_repository(spec(), tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert len(files) == 8
+    assert len(files) == 13
     assert all((tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes() for path in files)
 
 
-@pytest.mark.parametrize("change", [{"layout": "ensemble"}, {"runtime": "trtllm"}])
+@pytest.mark.parametrize("change", [{"layout": "ensemble"}, {"runtime": "trtllm-engine"}])
 def test_what_has_no_repository_is_refused(tmp_path: Path, change: dict[str, str]) -> None:
     with pytest.raises(RecipeError, match=next(iter(change.values()))):
         render_repository(spec(**change), tmp_path)

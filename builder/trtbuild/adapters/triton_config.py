@@ -15,6 +15,11 @@ CONFIG = "config.pbtxt"
 _BACKENDS = ("python", "tensorrtllm")
 _PLACEHOLDER = re.compile(r"\$\{[^}]*\}?|\{\{.*?(\}\}|$)|\{%.*?(%\}|$)")
 _ENSEMBLE = "ensemble"
+# Runtimes that Triton must not place.
+_CHOOSES_DEVICE = {
+    "embedded": "the embedded engine chooses its device by engine.json",
+    "trtllm": "TensorRT-LLM takes the GPUs of gpu_device_ids, or all",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +139,9 @@ def _instances(model: Model) -> list[Problem]:
     for group in model.config.instance_group:
         if group.kind != model_config_pb2.ModelInstanceGroup.KIND_GPU:
             continue
-        if model.parameter("runtime") == "embedded":
-            hint = "use KIND_CPU: the embedded engine chooses its device by engine.json"
+        chooses = _CHOOSES_DEVICE.get(model.parameter("runtime") or "")
+        if chooses is not None:
+            hint = f"use KIND_CPU: {chooses}"
             problems.append(model.problem("the instance group has kind KIND_GPU", hint))
         elif not _has_gpu():
             problems.append(model.problem("the instance group has kind KIND_GPU and this host has no GPU", "KIND_CPU"))

@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+from trtbuild.adapters import triton_llmapi
 from trtbuild.adapters.triton_config import Model
 from trtbuild.errors import Problem
 
@@ -25,13 +26,27 @@ def check_against_engine(model: Model, engine: Path | None) -> list[Problem]:
         message = f"engine_dir {model.parameter('engine_dir')!r}: there is no directory {directory}"
         return [model.problem(message, "keep engine/ and model_repository/ of the package together")]
     limits, problems = _limits(model)
-    settings = _read_json(directory / "engine.json", problems)
+    settings = _settings(model, directory, problems)
     checkpoint = _read_json(directory / "config.json", problems)
     if settings is not None:
         problems += _sizes(model, limits, settings)
     if checkpoint is not None:
         problems += _tokenizer(directory, checkpoint)
     return problems
+
+
+def _settings(model: Model, directory: Path, problems: list[Problem]) -> dict[str, Any] | None:
+    """What the engine directory says of its runtime and sizes: engine.json, or the LLM arguments."""
+    if model.parameter("runtime") != "trtllm":
+        return _read_json(directory / "engine.json", problems)
+    args, faults = triton_llmapi.read_args(directory / triton_llmapi.ARGS_FILE, f"engine/{triton_llmapi.ARGS_FILE}")
+    problems += faults
+    if faults:
+        return None
+    problems += triton_llmapi.check_args(model, args)
+    problems += triton_llmapi.check_own(args)
+    problems += triton_llmapi.check_adapters(model, args, directory)
+    return {"runtime": "trtllm", "max_seq_len": args.get("max_seq_len"), "source": triton_llmapi.ARGS_FILE}
 
 
 def _limits(model: Model) -> tuple[dict[str, int], list[Problem]]:
@@ -72,13 +87,13 @@ def _sizes(model: Model, limits: dict[str, int], settings: dict[str, Any]) -> li
     problems = []
     if settings.get("runtime") != model.parameter("runtime"):
         message = (
-            f"the repository is for the runtime {model.parameter('runtime')}, engine.json for {settings['runtime']}"
+            f"the repository is for the runtime {model.parameter('runtime')}, engine.json for {settings.get('runtime')}"
         )
         problems.append(model.problem(message, "build the package again"))
     longest = settings.get("max_seq_len")
     ours = limits.get("max_seq_len")
     if isinstance(longest, int) and ours is not None and ours != longest:
-        message = f"max_seq_len is {ours}, and the engine's is {longest} (engine.json)"
+        message = f"max_seq_len is {ours}, and the engine's is {longest} ({settings.get('source', 'engine.json')})"
         problems.append(model.problem(message, f"write {longest}"))
     for name, room in (("max_input_tokens", 1), ("max_output_tokens", 1)):
         if name in limits and isinstance(longest, int) and limits[name] > longest - room:

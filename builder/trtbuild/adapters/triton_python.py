@@ -9,8 +9,16 @@ from pathlib import Path
 from trtbuild.adapters.triton_config import Model
 from trtbuild.errors import Problem
 
-# What a self-contained repository may import beside the standard library and its own files.
-_ALLOWED = ("numpy", "yaml", "transformers", "triton_python_backend_utils", "tensorrt_llm", "trtbuild.runtime")
+# What a self-contained repository may import beside the standard library and its own files; tensorrt_llm needs mpi4py.
+_ALLOWED = (
+    "numpy",
+    "yaml",
+    "transformers",
+    "triton_python_backend_utils",
+    "tensorrt_llm",
+    "mpi4py",
+    "trtbuild.runtime",
+)
 # The embedded runtime raises these.
 _ALLOWED_EXACTLY = ("trtbuild.errors",)
 _CLASS = "TritonPythonModel"

@@ -1,0 +1,1 @@
+"""There since mid-2026 (NVIDIA/TensorRT-LLM, this path @50aec1cb)."""
