@@ -21,7 +21,7 @@ def compat() -> Mapping[str, Any]:
 
 @cache
 def facts(name: str) -> Mapping[str, Any]:
-    """One table of ``_compat/``, parsed once: ``containers``, ``lines``, ``gpus``, ``speculative``, ``architectures``."""
+    """One file of ``_compat/`` by its name without ending, for example ``containers``; parsed once."""
     return tomllib.loads((DATA / f"{name}.toml").read_text(encoding="utf-8"))
 
 

@@ -1,10 +1,12 @@
 """Argument schemas of TensorRT-LLM's LLM API, one TOML file of ``_compat/llm_args/`` per upstream file that was read.
 
-A file says where it comes from (repo, path, commit, the release it is proven to be or its era) and, per strict class, each
-field's type, default, bounds, status and other spellings. A field without ``default`` that is not ``required`` is null.
+A file says where it comes from (repo, path, commit, the release it is proven to be or its era) and, per strict class,
+each field's type, default, bounds, status and other spellings. A field without ``default`` that is not ``required`` is
+null.
 
-Types are a small part of Python's notation: ``int | None``, ``list[int]``, ``dict[str, int]``, ``Literal['a', 'b']``, names
-of classes, enums and discriminated unions of the same file, ``Any``, and ``object`` for Python objects that no file holds.
+Types are a small part of Python's notation: ``int | None``, ``list[int]``, ``dict[str, int]``, ``Literal['a', 'b']``,
+names of classes, enums and discriminated unions of the same file, ``Any``, and ``object`` for Python objects that no file
+holds.
 """
 
 from __future__ import annotations
@@ -160,9 +162,7 @@ def schema_header(name: str) -> Header:
 
 
 def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: tuple(value) if isinstance(value, list) and key != "default" else value for key, value in row.items()
-    }
+    return {key: tuple(value) if isinstance(value, list) and key != "default" else value for key, value in row.items()}
 
 
 @cache
@@ -183,7 +183,9 @@ def _kind(node: ast.expr) -> Kind:
             return Kind(name)
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             parts = [_kind(left), _kind(right)]
-            return Kind("union", tuple(part for kind in parts for part in (kind.parts if kind.name == "union" else (kind,))))
+            return Kind(
+                "union", tuple(part for kind in parts for part in (kind.parts if kind.name == "union" else (kind,)))
+            )
         case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
             return Kind("Literal", tuple(ast.literal_eval(item) for item in _items(inner)))
         case ast.Subscript(value=ast.Name(id=name), slice=inner):

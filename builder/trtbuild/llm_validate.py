@@ -1,7 +1,7 @@
 """A document of LLM arguments against the schema of one version, as strict as TensorRT-LLM itself or stricter.
 
-TensorRT-LLM refuses unknown keys at start-up (``extra="forbid"``); we refuse them here, and say whether another version knows
-the key. Numbers in text (``"8"``), which upstream would convert, are refused.
+TensorRT-LLM refuses unknown keys at start-up (``extra="forbid"``); we refuse them here, and say whether another version
+knows the key. Numbers in text (``"8"``), which upstream would convert, are refused.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class _Run:
             self.problems += fitting[0].problems
         else:
             allowed = self.allowed(kind)
-            self.problem(path, f"{value!r} is not allowed by {_version(self.schema)}; allowed: {allowed}", _near(value, kind))
+            self.problem(
+                path, f"{value!r} is not allowed by {_version(self.schema)}; allowed: {allowed}", _near(value, kind)
+            )
 
     def of_shape(self, value: Any, kind: Kind) -> bool:
         if kind.name in self.schema.classes or kind.name in self.schema.unions or kind.name == "dict":
@@ -107,7 +109,9 @@ class _Run:
         chosen = value.get(union.key, union.default)
         usable = [name for name in union.members if name not in union.engine_only]
         if chosen in union.engine_only:
-            message = f"{chosen} runs in TensorRT engines only, not on the PyTorch backend; allowed: {', '.join(usable)}"
+            message = (
+                f"{chosen} runs in TensorRT engines only, not on the PyTorch backend; allowed: {', '.join(usable)}"
+            )
             self.problem(f"{path}.{union.key}", message)
         elif chosen not in union.members:
             found = "is required" if chosen is None else f"{chosen!r} is not known to {_version(self.schema)}"
@@ -167,8 +171,14 @@ class _Run:
         shown = []
         for part in kind.parts:
             enum = self.schema.enums.get(part.name)
-            shown.append(", ".join(enum.values) if enum else "null" if part.name == "None" else str(part))
+            words = part.name in {"Literal", "union"} or part.parts
+            shown.append(", ".join(enum.values) if enum else str(part) if words else self.described(part.name))
         return ", ".join(shown)
+
+    def described(self, name: str) -> str:
+        """A type in words."""
+        known = name in self.schema.classes or name in self.schema.unions
+        return "a section of its own" if known else _described(name)
 
 
 def unknown_argument(schema: Schema, path: str, key: str, known: Iterable[str]) -> tuple[str, str]:
@@ -176,12 +186,31 @@ def unknown_argument(schema: Schema, path: str, key: str, known: Iterable[str]) 
     renamed = _renamed(schema, path)
     if renamed is not None:
         return f"is not an argument of {_version(schema)}", f"there it is called {renamed}"
-    others = [name for name in schema_names() if name != schema.header.name and load_schema(name).has(path)]
+    others = [name for name in _oldest_first() if name != schema.header.name and load_schema(name).has(path)]
     if others:
-        where = ", ".join(_version(load_schema(name)) for name in others)
-        return f"is not an argument of {_version(schema)}, only of {where}", "remove it, or choose that runtime.version"
+        return (
+            f"is not an argument of {_version(schema)}; {_when(schema, others)}",
+            "remove it, or change runtime.version",
+        )
     near = difflib.get_close_matches(key, list(known), n=1)
     return f"is not an argument of {_version(schema)}", f"did you mean {near[0]}?" if near else "remove it"
+
+
+def _oldest_first() -> list[str]:
+    """Every schema by the order of the release lines that use it."""
+    used = [row["schema"] for row in facts("lines")["line"] if "schema" in row]
+    return sorted(schema_names(), key=used.index)
+
+
+def _when(schema: Schema, others: list[str]) -> str:
+    """Since when, or until when, `others` have what this schema does not."""
+    order = _oldest_first()
+    here = order.index(schema.header.name)
+    if all(order.index(name) < here for name in others):
+        return f"it was removed after {_version(load_schema(others[-1]))}"
+    if all(order.index(name) > here for name in others):
+        return f"it came with {_version(load_schema(others[0]))}"
+    return f"only of {', '.join(_version(load_schema(name)) for name in others)}"
 
 
 def _renamed(schema: Schema, path: str) -> str | None:

@@ -74,6 +74,12 @@ def refused_format(line: Line, algo: str | None, sm: int) -> str | None:
     return f"TensorRT-LLM {line.name} lists {algo.removeprefix('kv:')} for {names} only"
 
 
+def group_sizes(algo: str) -> tuple[int, ...]:
+    """The sizes of INT4 groups that TensorRT-LLM's kernels take; empty for formats without groups of INT4 weights."""
+    found = facts("gpus")["groups"].get(algo, [])
+    return tuple(found)
+
+
 def refused_architecture(flow: Flow, architecture: str) -> str | None:
     """Why a flow does not run models of this class, or None."""
     table = facts("architectures")[flow]
