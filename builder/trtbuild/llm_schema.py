@@ -5,8 +5,7 @@ each field's type, default, bounds, status and other spellings. A field without 
 null.
 
 Types are a small part of Python's notation: ``int | None``, ``list[int]``, ``dict[str, int]``, ``Literal['a', 'b']``,
-names of classes, enums and discriminated unions of the same file, ``Any``, and ``object`` for Python objects that no file
-holds.
+names of classes, enums and discriminated unions of the same file, ``Any``, and ``object`` for what no file holds.
 """
 
 from __future__ import annotations

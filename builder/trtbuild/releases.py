@@ -60,6 +60,10 @@ class Line:
         """Whether `version` belongs to this line."""
         return Version(self.first) <= version <= Version(self.last)
 
+    def has(self, version: str) -> bool:
+        """Whether the version that `version` spells belongs to this line."""
+        return self.holds(Version(version))
+
 
 @dataclass(frozen=True, slots=True)
 class Release:

@@ -92,6 +92,7 @@ def trtllm_warnings(settings: Settings) -> list[str]:
     if recipe.compress.sparsity == "2:4":
         warnings.append("2:4 brings the LLM API no speed: its PyTorch backend multiplies the weights as dense ones")
     if recipe.compress.kv_cache != "none":
+        # NVIDIA/TensorRT-LLM, tensorrt_llm/_torch/modules/linear.py @ed53795b, FP8QDQLinearMethod: off by default.
         warnings.append(
             "TensorRT-LLM takes 1 for k_scale and v_scale unless the server's environment has TRTLLM_LOAD_KV_SCALES=1; "
             "quality is measured with the checkpoint's scales"

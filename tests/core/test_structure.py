@@ -52,6 +52,7 @@ LAYERS = [
     {"adapters", "compress", "evaluate", "runtime", "serving"},
     {"source", "steps", "package", "evidence", "pipeline", "init_recipe", "inspection", "verification", "doctor"},
     {"console"},
+    {"versions"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,23 +1,28 @@
 """TensorRT-LLM's LLM API: from a planned engine step to the engine directory that a server loads.
 
 An engine directory is the checkpoint with ``llm_args.yaml`` (the arguments of `tensorrt_llm.LLM` besides the place of
-model and tokenizer, which the server knows), ``engine.json`` (what this is, for people and checks) and ``adapters/NAME``.
+model and tokenizer, which the server knows), ``engine.json`` (what this is, for people and checks) and LoRA adapters
+as ``adapters/NAME``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trtbuild.errors import CompatibilityError, Problem
+from ruamel.yaml.error import YAMLError
+
+from trtbuild.errors import ArtifactError, CompatibilityError, Problem
 from trtbuild.linking import place_tree
 from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.llm_schema import load_schema
 from trtbuild.llm_validate import validate
 from trtbuild.manifest import canonical_json, write_atomic
+from trtbuild.yaml_text import parse_yaml
 
 ARGS_FILE, ENGINE_FILE, ADAPTERS = "llm_args.yaml", "engine.json", "adapters"
 _LIMITS = ("max_batch_size", "max_num_tokens", "max_seq_len")
@@ -68,6 +73,39 @@ def check_arguments(arguments: Mapping[str, Any], schema: str) -> list[Problem]:
     places = sorted({"model", "tokenizer"} & set(arguments))
     problems = [Problem(name, f"is the server's to say, not that of {ARGS_FILE}", "remove it") for name in places]
     return problems + validate(dict(arguments) | {"model": "."}, load_schema(schema))
+
+
+def read_arguments(directory: Path) -> dict[str, Any]:
+    """The ``llm_args.yaml`` of an engine directory.
+
+    Raises:
+        ArtifactError: it is missing or holds no mapping.
+    """
+    path = directory / ARGS_FILE
+    try:
+        arguments = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({error})", "build the package again") from None
+    if not isinstance(arguments, dict):
+        raise ArtifactError(f"{path}: holds no mapping of LLM arguments", "build the package again")
+    return arguments
+
+
+def check_engine(directory: Path, engine: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with an engine directory: its arguments, and where they contradict ``engine.json``."""
+    problems = check_arguments(arguments, engine["llm_args"]["name"])
+    for name in _LIMITS:
+        if arguments.get(name) != engine[name]:
+            message = f"{arguments.get(name)} in {ARGS_FILE}, {engine[name]} in {ENGINE_FILE}"
+            problems.append(Problem(name, message, "build the package again"))
+    world = math.prod(arguments.get(f"{name}_parallel_size", 1) for name in ("tensor", "pipeline", "context"))
+    if world != engine["world_size"]:
+        message = f"{engine['world_size']} in {ENGINE_FILE}, the parallel sizes of {ARGS_FILE} need {world}"
+        problems.append(Problem("world_size", message, "build the package again"))
+    for name, place in engine["adapters"].items():
+        if not (directory / place / "adapter_config.json").is_file():
+            problems.append(Problem(f"adapters.{name}", f"{place} holds no adapter", "build the package again"))
+    return problems
 
 
 def engine_json(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,8 +104,9 @@ def recognize(config: Mapping[str, Any], beside: Mapping[str, Any]) -> tuple[rul
         group_size=nested.get("group_size"),
         exclude=tuple(nested.get("exclude_modules") or ()),
     )
-    if found.algo is None and found.kv_algo is None:
-        problems.append(f"{HF_QUANT_CONFIG}: names neither quant_algo nor kv_cache_quant_algo")
+    if found.algo is None:
+        # ValueError in llmapi/llm_utils.py (@0066b2a5), also where only the KV cache is quantized.
+        problems.append(f"{HF_QUANT_CONFIG}: names no quant_algo, which TensorRT-LLM requires of this file")
     if found.algo is not None and found.algo not in rules.LAYOUTS:
         known = ", ".join(sorted(rules.LAYOUTS))
         problems.append(

@@ -296,7 +296,9 @@ def divisions(layers: Iterable[Linear], quantized: Quantized, size: int, attenti
             continue
         outputs, inputs = logical_shape(layer, storage)
         shared = layer.short in {"k_proj", "v_proj"}  # key-value heads may be repeated over ranks
-        if layer.short in _ROW_PARALLEL and (inputs % size or (layer.is_quantized and (inputs // size) % group)):
+        if layer.short in _ROW_PARALLEL and inputs % size:
+            problems.append(f"{layer.name}: {inputs} inputs are not divided by {size}")
+        elif layer.short in _ROW_PARALLEL and layer.is_quantized and (inputs // size) % group:
             problems.append(f"{layer.name}: {inputs} inputs are not divided by {size} into whole groups of {group}")
         if layer.short in _COLUMN_PARALLEL and outputs % size and not shared:
             problems.append(f"{layer.name}: {outputs} outputs are not divided by {size}")
