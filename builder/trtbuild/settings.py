@@ -270,7 +270,10 @@ def _serving(settings: Settings) -> None:
 def _deploy(settings: Settings) -> None:
     settings.take("deploy.image", f"localhost/{_image_part(settings['serving.model_name'])}:latest", "model_name")
     settings.take("deploy.labels")
-    settings.take("deploy.files")
+    if settings.recipe.runtime.kind == "trtllm":
+        settings.take("deploy.files", (), "there are none for this runtime yet")
+    else:
+        settings.take("deploy.files")
 
 
 def _image_part(model_name: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import fnmatch
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trtbuild.errors import Problem
@@ -22,8 +24,13 @@ from trtbuild.support import (
     speculative_method,
     unknown_gpu,
 )
+from trtbuild.trtllm_parallel import parallel_refusals
 from trtbuild.trtllm_settings import FLOW, planned_release, release_schema, wanted_release, world_size
 
+_JOINED = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
 _EMBEDDED_ONLY = "only the embedded runtime has it"
 
 
@@ -68,12 +75,12 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     release = planned_release(recipe)
     schema = release_schema(release)
     problems = [wanted] if isinstance(wanted, Problem) else []
-    problems += _elsewhere(recipe)
+    problems += _elsewhere(settings)
     problems += _fields(settings, schema)
     problems += _model(facts)
-    problems += _format(settings)
+    problems += _format(settings, facts)
     problems += _gpu(recipe, release)
-    problems += _parallel(settings, facts)
+    problems += parallel_refusals(settings, facts)
     problems += _speculation(recipe, release, schema)
     problems += _lora(recipe)
     return problems
@@ -97,6 +104,7 @@ def trtllm_warnings(settings: Settings) -> list[str]:
             "TensorRT-LLM takes 1 for k_scale and v_scale unless the server's environment has TRTLLM_LOAD_KV_SCALES=1; "
             "quality is measured with the checkpoint's scales"
         )
+    warnings += _untested(recipe)
     if any("model" in key for key in recipe.runtime.extra.get("speculative_config") or {}):
         warnings.append(
             "runtime.extra.speculative_config names a draft model on the serving host: the package has none"
@@ -104,8 +112,30 @@ def trtllm_warnings(settings: Settings) -> list[str]:
     return warnings
 
 
-def _elsewhere(recipe: Recipe) -> Iterable[Problem]:
+def _untested(recipe: Recipe) -> list[str]:
+    """Combinations that upstream calls untested (docs/source/features/feature-combination-matrix.md @01edceae)."""
+    runtime = recipe.runtime
+    pairs = [
+        (
+            runtime.enable_chunked_prefill and runtime.pipeline_parallel_size > 1,
+            "chunked prefill",
+            "pipeline parallelism",
+        ),
+        (bool(recipe.model.adapters) and runtime.enable_attention_dp, "LoRA", "attention data parallelism"),
+        (bool(recipe.model.adapters) and runtime.moe_expert_parallel_size is not None, "LoRA", "expert parallelism"),
+        (bool(recipe.model.adapters) and runtime.context_parallel_size > 1, "LoRA", "context parallelism"),
+        (bool(recipe.model.adapters) and runtime.guided_decoding_backend is not None, "LoRA", "guided decoding"),
+        (bool(recipe.model.adapters) and "speculative_config" in runtime.extra, "LoRA", "speculative decoding"),
+    ]
+    return [f"TensorRT-LLM calls {one} with {other} untested" for both, one, other in pairs if both]
+
+
+def _elsewhere(settings: Settings) -> Iterable[Problem]:
     """What other runtimes do, or nothing yet."""
+    recipe = settings.recipe
+    if settings.given("deploy.files") and recipe.deploy.files:
+        message = f"{', '.join(recipe.deploy.files)}: this version of trtbuild has no deployment files for trtllm"
+        yield Problem("deploy.files", message, "remove it")
     for name in ("device", "compute_dtype", "weights"):
         value = getattr(recipe.runtime, name)
         if value != "auto":
@@ -142,7 +172,7 @@ def _model(facts: ModelFacts) -> Iterable[Problem]:
         yield Problem("model.path", reason, "use runtime.kind: embedded, or another model")
 
 
-def _format(settings: Settings) -> Iterable[Problem]:
+def _format(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     """What TensorRT-LLM's loader and kernels take of what `compress` can make."""
     group, allowed = settings["compress.group_size"], group_sizes("W4A16_AWQ")
     if settings["compress.format"] == "int4_awq" and group is not None and group not in allowed:
@@ -154,6 +184,19 @@ def _format(settings: Settings) -> Iterable[Problem]:
             "TensorRT-LLM takes no checkpoint with KV scales whose weights are not quantized (quant_algo is required)"
         )
         yield Problem("compress.kv_cache", message, "set compress.format too, or use none")
+    yield from _excluded_in_part(settings["compress.exclude"], facts)
+
+
+def _excluded_in_part(patterns: Sequence[str], facts: ModelFacts) -> Iterable[Problem]:
+    """Projections that TensorRT-LLM joins must be quantized together; by the names that most decoders give them."""
+    for layer, names in itertools.product(range(facts.num_layers if patterns else 0), _JOINED):
+        modules = [f"model.layers.{layer}.{name}" for name in names]
+        left = [name for name in modules if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        if left and len(left) < len(modules):
+            rest = next(name for name in modules if name not in left)
+            message = f"names {left[0]}, but not {rest}: TensorRT-LLM joins them into one layer"
+            yield Problem("compress.exclude", message, "name all of them or none")
+            return
 
 
 def _gpu(recipe: Recipe, release: Release) -> Iterable[Problem]:
@@ -176,58 +219,6 @@ def _gpu(recipe: Recipe, release: Release) -> Iterable[Problem]:
         if why is not None:
             message = f"{recipe.compress.kv_cache} does not run on {at}: {why}"
             yield Problem("compress.kv_cache", message, "use none")
-
-
-def _parallel(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
-    runtime = settings.recipe.runtime
-    tensor, pipeline, experts = (
-        runtime.tensor_parallel_size,
-        runtime.pipeline_parallel_size,
-        runtime.moe_expert_parallel_size,
-    )
-    if pipeline > facts.num_layers:
-        message = f"{pipeline} is more than the model's {facts.num_layers} layers"
-        yield Problem("runtime.pipeline_parallel_size", message, f"use at most {facts.num_layers}")
-    if tensor > 1 and not runtime.enable_attention_dp:
-        yield from _tensor_parallel(settings, facts, tensor)
-    if experts is None:
-        return
-    at = "runtime.moe_expert_parallel_size"
-    if not facts.num_experts:
-        yield Problem(at, f"{experts} is set, but {facts.architecture} has no experts", "remove it")
-    elif tensor % experts:
-        yield Problem(at, f"{experts} does not divide tensor_parallel_size {tensor}", "use a divisor of it")
-    elif facts.num_experts % experts:
-        yield Problem(at, f"{experts} does not divide the model's {facts.num_experts} experts", "use a divisor of both")
-
-
-def _tensor_parallel(settings: Settings, facts: ModelFacts, size: int) -> Iterable[Problem]:
-    """Every rank gets whole attention heads, whole columns of the MLP, and whole INT4 groups."""
-    at, heads, shared = "runtime.tensor_parallel_size", facts.num_attention_heads, facts.num_key_value_heads
-    fitting = [number for number in range(1, heads + 1) if _divides_heads(facts, number)]
-    hint = f"use one of {', '.join(map(str, fitting))}"
-    if heads % size:
-        yield Problem(at, f"{size} does not divide the model's {heads} attention heads", hint)
-        return
-    if shared % size and size % shared:
-        yield Problem(at, f"{size} and the model's {shared} key-value heads: neither divides the other", hint)
-        return
-    inner = facts.intermediate_size
-    if inner is not None and inner % size:
-        yield Problem(at, f"{size} does not divide the intermediate size {inner}", hint)
-        return
-    group = settings["compress.group_size"]
-    if group is None:
-        return
-    for what, inputs in (("attention output", heads * facts.head_dim), ("intermediate", inner)):
-        if inputs is not None and (inputs // size) % group:
-            message = f"each of {size} ranks gets {inputs // size} {what} inputs, no whole number of groups of {group}"
-            yield Problem(at, message, "use a smaller compress.group_size or tensor_parallel_size")
-
-
-def _divides_heads(facts: ModelFacts, size: int) -> bool:
-    shared, inner = facts.num_key_value_heads, facts.intermediate_size or 0
-    return not (facts.num_attention_heads % size or inner % size or (shared % size and size % shared))
 
 
 def _speculation(recipe: Recipe, release: Release, schema: Schema) -> Iterable[Problem]:

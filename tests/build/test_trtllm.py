@@ -179,6 +179,21 @@ def test_the_engine_step_refuses_a_checkpoint_that_would_not_load(
     assert not staging.content.exists()
 
 
+def test_int4_checkpoints_are_taken(trtllm_recipe: Path, cli: Cli, tmp_path: Path) -> None:
+    """What `compress` exports has pre_quant_scale exactly where TensorRT-LLM wants it."""
+    changes = ("compress.format=int4_awq", "compress.group_size=64", "compress.kv_cache=none", "model.adapters=[]")
+    options = [word for change in changes for word in ("--set", change)]
+    engine = Path(cli("build", trtllm_recipe, "--until", "engine", *options).stdout.strip())
+    checks = {check.name: check for check in verify_trtllm(as_package(engine, tmp_path, "A100"))}
+    assert all(check.passed for check in checks.values()), checks
+    assert checks["checkpoint: AWQ input scales"].detail.startswith("6 layers with a scale of their own")
+
+
+def test_there_are_no_deployment_files(trtllm_recipe: Path, cli: Cli) -> None:
+    deploy = Path(cli("build", trtllm_recipe, "--until", "deploy").stdout.strip())
+    assert list(deploy.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -39,6 +39,7 @@ LAYERS = [
         "plan",
         "settings",
         "trtllm_settings",
+        "trtllm_parallel",
         "refusals",
         "trtllm_refusals",
         "comparison",

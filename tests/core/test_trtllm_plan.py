@@ -141,6 +141,20 @@ def test_switches_and_formats(tiny_llama: Path, tmp_path: Path) -> None:
     assert any("TRTLLM_LOAD_KV_SCALES" in warning for warning in plan.warnings)
 
 
+def test_layers_left_out_as_a_whole(tiny_llama: Path, tmp_path: Path) -> None:
+    patterns = "['*.1.self_attn.*', '*.mlp.gate_proj', '*.mlp.up_proj', '*o_proj']"
+    plan_for(tiny_llama, tmp_path, "compress.format=fp8", f"compress.exclude={patterns}")
+
+
+def test_untested_combinations_are_named(tiny_llama: Path, tmp_path: Path) -> None:
+    sizes = ("runtime.pipeline_parallel_size=2", "runtime.guided_decoding_backend=xgrammar", "model.adapters=[a]")
+    lora = "runtime.lora_config={max_lora_rank: 8, lora_target_modules: [attn_q]}"
+    warnings = plan_for(tiny_llama, tmp_path, *sizes, lora).warnings
+    assert "TensorRT-LLM calls chunked prefill with pipeline parallelism untested" in warnings
+    assert "TensorRT-LLM calls LoRA with guided decoding untested" in warnings
+    assert not any("untested" in warning for warning in plan_for(tiny_llama, tmp_path).warnings)
+
+
 def test_experts(tiny_llama: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
     edit_config(checkpoint, num_local_experts=4, architectures=["MixtralForCausalLM"], model_type="mixtral")
@@ -191,6 +205,14 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
         (
             ["runtime.version='27.01'"],
             "27.01: there is no Triton image 27.01-trtllm-python-py3 in compatibility data; near",
+        ),
+        (
+            ["deploy.files=[compose]"],
+            "deploy.files: compose: this version of trtbuild has no deployment files for trtllm",
+        ),
+        (
+            ["compress.format=fp8", "compress.exclude=['*.1.self_attn.q_proj']"],
+            "compress.exclude: names model.layers.1.self_attn.q_proj, but not model.layers.1.self_attn.k_proj: Tensor",
         ),
         (["runtime.device=cpu"], "runtime.device: cpu: only the embedded runtime has it; use auto"),
         (
