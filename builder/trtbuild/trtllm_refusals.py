@@ -14,7 +14,7 @@ from trtbuild.llm_validate import validate
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Release
-from trtbuild.settings import Settings
+from trtbuild.settings import Settings, fitting_group_sizes
 from trtbuild.support import (
     QUANT_ALGO,
     group_sizes,
@@ -178,7 +178,9 @@ def _format(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     if settings["compress.format"] == "int4_awq" and group is not None and group not in allowed:
         sizes = " or ".join(map(str, allowed))
         message = f"{group}: TensorRT-LLM's INT4 kernels take groups of {sizes} only"
-        yield Problem("compress.group_size", message, f"use {sizes}, or another format such as fp8")
+        fitting = [size for size in allowed if size in fitting_group_sizes(facts)]
+        hint = f"use {' or '.join(map(str, fitting))}" if fitting else "neither divides every layer: use another format"
+        yield Problem("compress.group_size", message, f"{hint}, such as fp8" if not fitting else hint)
     if settings["compress.format"] == "none" and settings["compress.kv_cache"] != "none":
         message = (
             "TensorRT-LLM takes no checkpoint with KV scales whose weights are not quantized (quant_algo is required)"
