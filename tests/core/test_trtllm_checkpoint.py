@@ -215,6 +215,9 @@ def test_recognition(tmp_path: Path) -> None:
     inline = {"quantization_config": {"quant_algo": "NVFP4"}}
     path = write(tmp_path / "a", tensors_of("FP8"), said("FP8"), **inline)
     assert problems(path)["recognition"] == ["config.json names quant_algo NVFP4, hf_quant_config.json FP8"]
+    other = {"producer": {"name": "other"}, "quantization": said("FP8")}
+    (path / "hf_quant_config.json").write_text(json.dumps(other))
+    assert "producer.name is not modelopt" in problems(path)["recognition"][0]
     (path / "hf_quant_config.json").write_text(json.dumps({"quantization": said("FP8")}))
     assert "producer.name is not modelopt" in problems(path)["recognition"][0]
     (path / "hf_quant_config.json").write_text(json.dumps({"quant_algo": "FP8"}))

@@ -146,6 +146,23 @@ def test_layers_left_out_as_a_whole(tiny_llama: Path, tmp_path: Path) -> None:
     plan_for(tiny_llama, tmp_path, "compress.format=fp8", f"compress.exclude={patterns}")
 
 
+def test_what_a_recipe_leaves_open_is_left_to_the_vendor(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "runtime.lora_config.max_lora_rank=16")
+    assert arguments(plan)["lora_config"] == {"max_lora_rank": 16}
+    assert origins(plan)["runtime.lora_config.lora_target_modules"] == "default of TensorRT-LLM 1.2.1"
+
+
+def test_key_value_heads_that_do_not_divide(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
+    edit_config(checkpoint, num_attention_heads=12, num_key_value_heads=4, intermediate_size=120)
+    with pytest.raises(
+        CompatibilityError, match="6 and the model's 4 key-value heads: neither divides the other; use on"
+    ):
+        plan_for(checkpoint, tmp_path, "runtime.tensor_parallel_size=6")
+    plan_for(checkpoint, tmp_path, "runtime.tensor_parallel_size=12", "runtime.enable_attention_dp=true")
+    plan_for(checkpoint, tmp_path, "runtime.tensor_parallel_size=4")
+
+
 def test_untested_combinations_are_named(tiny_llama: Path, tmp_path: Path) -> None:
     sizes = ("runtime.pipeline_parallel_size=2", "runtime.guided_decoding_backend=xgrammar", "model.adapters=[a]")
     lora = "runtime.lora_config={max_lora_rank: 8, lora_target_modules: [attn_q]}"
