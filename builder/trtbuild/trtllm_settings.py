@@ -152,7 +152,7 @@ def engine_parameters(settings: Settings) -> dict[str, Any]:
 
 def _is_said(settings: Settings, path: str) -> bool:
     """Whether a value goes into the arguments: not where the recipe leaves it to TensorRT-LLM."""
-    if not settings.has(path) or settings[path] in (None, ()):
+    if not settings.has(path) or settings[path] in (None, (), []):
         return False
     return path in _WORKED_OUT or _stated(settings, path)
 
