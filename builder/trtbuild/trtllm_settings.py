@@ -19,6 +19,7 @@ _OPTIONAL = (
     *("context_chunking_policy", "attn_backend", "guided_decoding_backend", "stream_interval", "return_perf_metrics"),
     "enable_iter_perf_stats",
 )
+_USUAL_TOKENS = 8192  # what releases that have a default of their own take
 _GRAPHS = ("batch_sizes", "max_batch_size", "enable_padding")
 _LORA = ("max_lora_rank", "lora_target_modules", "max_loras", "max_cpu_loras")
 # What the plan works out itself and therefore always says to TensorRT-LLM.
@@ -73,8 +74,11 @@ def take_trtllm(settings: Settings, facts: ModelFacts) -> None:
     if facts.num_experts or settings.given("runtime.moe_expert_parallel_size"):
         _vendor(settings, schema, "runtime.moe_expert_parallel_size")
     settings.take("runtime.enable_attention_dp")
-    origin = f"default of TensorRT-LLM {release.version}"
-    take_limits(settings, facts, _usual_tokens(schema), origin)
+    usual = schema.root["max_num_tokens"].default
+    if isinstance(usual, int):
+        take_limits(settings, facts, usual, f"default of TensorRT-LLM {release.version}")
+    else:
+        take_limits(settings, facts, _USUAL_TOKENS, "default")
     for name in _OPTIONAL:
         _vendor(settings, schema, f"runtime.{name}")
     if facts.num_experts or settings.given("runtime.moe_config.backend"):
@@ -85,13 +89,6 @@ def take_trtllm(settings: Settings, facts: ModelFacts) -> None:
     _adapters(settings, schema)
     _kv_cache(settings, schema)
     settings.take("runtime.extra")
-
-
-def _usual_tokens(schema: Schema) -> int:
-    found = schema.root["max_num_tokens"].default
-    if not isinstance(found, int):
-        raise TypeError(f"the schema {schema.header.name} has no default for max_num_tokens")
-    return found
 
 
 def _where(release: Release) -> str:

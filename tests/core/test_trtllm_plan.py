@@ -117,7 +117,7 @@ def nested(document: dict[str, Any], path: str) -> Any:
     return document
 
 
-@pytest.mark.parametrize("version", ["1.2.1", "1.3.0rc22", "1.4.0rc1"])
+@pytest.mark.parametrize("version", ["1.1.0", "1.2.1", "1.3.0rc22", "1.4.0rc1"])
 def test_everything_that_a_recipe_can_say_arrives(tiny_llama: Path, tmp_path: Path, version: str) -> None:
     overrides = [f"{path}={json.dumps(value)}" for path, value in EVERYTHING.items()]
     plan = plan_for(tiny_llama, tmp_path, f"runtime.version={version}", *overrides)
@@ -212,8 +212,8 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
             "TensorRT-LLM 0.21.0 has no LLM API that trtbuild writes arguments for, engines only",
         ),
         (
-            ["runtime.version='25.12'"],
-            "the LLM arguments of TensorRT-LLM 1.1 were not read, so nothing could be checked; use",
+            ["runtime.version='25.10'"],
+            "the LLM arguments of TensorRT-LLM 1.0 were not read, so nothing could be checked; use",
         ),
         (
             ["runtime.version=1.2.9"],
@@ -389,6 +389,15 @@ def test_versions_that_no_table_has(tiny_llama: Path, tmp_path: Path) -> None:
     assert any("schema: 58fb435e, not proven identical to 1.2.0" in warning for warning in plan.warnings)
     plan = plan_for(tiny_llama, tmp_path, "runtime.version='26.05'")
     assert "container 26.05, newest container 26.07" in origins(plan)["runtime.version"]
+
+
+def test_a_release_without_a_default(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "runtime.version='26.02'")
+    assert (plan.value("runtime.version"), plan.value("runtime.max_num_tokens")) == ("1.1.0", 8192)
+    assert origins(plan)["runtime.max_num_tokens"] == "default"
+    with pytest.raises(RecipeError, match=r"there it is called speculative_config\.speculative_model_dir"):
+        extra = "runtime.extra.speculative_config={decoding_type: Eagle, speculative_model: x}"
+        plan_for(tiny_llama, tmp_path, "runtime.version=1.1.0", extra)
 
 
 def test_the_version_decides_the_engine_and_nothing_before(tiny_llama: Path, tmp_path: Path) -> None:
