@@ -395,8 +395,8 @@ def test_a_release_without_a_default(tiny_llama: Path, tmp_path: Path) -> None:
     plan = plan_for(tiny_llama, tmp_path, "runtime.version='26.02'")
     assert (plan.value("runtime.version"), plan.value("runtime.max_num_tokens")) == ("1.1.0", 8192)
     assert origins(plan)["runtime.max_num_tokens"] == "default"
+    extra = "runtime.extra.speculative_config={decoding_type: Eagle, speculative_model: x}"
     with pytest.raises(RecipeError, match=r"there it is called speculative_config\.speculative_model_dir"):
-        extra = "runtime.extra.speculative_config={decoding_type: Eagle, speculative_model: x}"
         plan_for(tiny_llama, tmp_path, "runtime.version=1.1.0", extra)
 
 
