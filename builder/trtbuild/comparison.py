@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from trtbuild.compat import facts as table
 from trtbuild.llm_keys import LLM_ARGUMENT, leaves
-from trtbuild.llm_schema import load_schema
 from trtbuild.llm_validate import validate
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Cell, Comparison, Row
@@ -22,7 +21,7 @@ from trtbuild.support import (
     sm_version,
     speculative_method,
 )
-from trtbuild.trtllm_settings import planned_release
+from trtbuild.trtllm_settings import planned_release, release_schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +43,7 @@ def compare(settings: Settings, facts: ModelFacts) -> Comparison:
         columns.append(_Column(newest, "llm-api"))
     asks: list[tuple[str, Callable[[_Column], Cell]]] = [
         ("runtime", _runtime),
-        (
-            f"model {facts.architecture}",
-            lambda column: _refusable(refused_architecture(column.flow, facts.architecture)),
-        ),
+        (f"model {facts.architecture}", lambda column: _model(facts.architecture, column)),
         (f"format {recipe.compress.format}", lambda column: _format(settings, column)),
     ]
     if recipe.compress.kv_cache != "none":
@@ -86,6 +82,14 @@ def _refusable(reason: str | None) -> Cell:
     return Cell("available") if reason is None else Cell("not available", reason)
 
 
+def _model(architecture: str, column: _Column) -> Cell:
+    reason = refused_architecture(column.flow, architecture)
+    if reason is not None:
+        return Cell("not available", reason)
+    older = column.flow == "llm-api" and column.release.version != newest_of_all().version
+    return Cell("available", "by the newest release's list" if older else "")
+
+
 def _format(settings: Settings, column: _Column) -> Cell:
     algo, group = QUANT_ALGO[settings["compress.format"]], settings["compress.group_size"]
     allowed = group_sizes(algo or "")
@@ -119,9 +123,7 @@ def _setting(path: str) -> Callable[[_Column], Cell]:
     def look(column: _Column) -> Cell:
         if column.flow == "engine":
             return _engine_name(path)
-        if column.release.line.schema is None:
-            return Cell("not available", "its arguments were not read")
-        if load_schema(column.release.line.schema).has(argument):
+        if release_schema(column.release).has(argument):
             return Cell("available") if path.endswith(argument) else Cell("available", argument)
         return Cell("not available", f"no argument {argument}")
 
@@ -142,9 +144,7 @@ def _extra(path: str, value: object) -> Callable[[_Column], Cell]:
     def look(column: _Column) -> Cell:
         if column.flow == "engine":
             return Cell("not available", "an argument of the LLM API")
-        if column.release.line.schema is None:
-            return Cell("not available", "its arguments were not read")
-        schema = load_schema(column.release.line.schema)
+        schema = release_schema(column.release)
         problems = validate(_nested(path, value), schema, partial=True)
         # A part of a choice between classes is not judged alone.
         if not problems or schema.has(path):

@@ -46,8 +46,9 @@ def trtllm_mistakes(settings: Settings) -> list[Problem]:
     if not graph.enabled and given:
         at = f"runtime.cuda_graph_config.{given[0]}"
         problems.append(Problem(at, "is set while cuda_graph_config.enabled is false", "remove one of the two"))
-    if graph.batch_sizes and graph.max_batch_size not in (None, max(graph.batch_sizes)):
-        message = f"{graph.max_batch_size} is not the largest of batch_sizes, {max(graph.batch_sizes)}"
+    if graph.batch_sizes is not None and graph.max_batch_size is not None:
+        # Releases differ in which pairs they take (TorchLlmArgs.validate_cuda_graph_config).
+        message = f"{graph.max_batch_size} is set together with batch_sizes, which says it too"
         problems.append(Problem("runtime.cuda_graph_config.max_batch_size", message, "remove one of the two"))
     return problems
 

@@ -33,7 +33,7 @@ def planned_release(recipe: Recipe) -> Release:
 
 
 def wanted_release(recipe: Recipe) -> Release | Problem:
-    """The release that the recipe means, if it has an LLM API whose arguments are known."""
+    """The release that the recipe means, if it has an LLM API."""
     runtime = recipe.runtime
     found = find_release(runtime.version, allow_unknown=runtime.allow_unknown_version, flow=FLOW)
     if isinstance(found, Problem):
@@ -42,9 +42,6 @@ def wanted_release(recipe: Recipe) -> Release | Problem:
     if FLOW not in found.line.flows:
         message = f"TensorRT-LLM {found.version} has no LLM API that trtbuild writes arguments for, engines only"
         return Problem("runtime.version", message, f"use {usual}, or runtime.kind: trtllm-engine")
-    if found.line.schema is None:
-        message = f"the LLM arguments of TensorRT-LLM {found.line.name} were not read, so nothing could be checked"
-        return Problem("runtime.version", message, f"use {usual}")
     return found
 
 

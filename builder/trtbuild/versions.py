@@ -68,7 +68,7 @@ def _line(container: Container) -> Line:
 
 def _schema(line: Line) -> str:
     if line.schema is None:
-        return "none read"
+        return "-"
     header = schema_header(line.schema)
     proven = f"proven for {header.release}" if header.release else "not proven for a release"
     return f"{header.name} ({header.commit[:8]}, {proven})"

@@ -227,8 +227,8 @@ def test_doctor_versions(cli: Cli) -> None:
     newest = next(line for line in lines if line.startswith("26.07"))
     assert newest.split()[1:4] == ["1.2.1", "10.14.1.48", "13.1.0.036"]
     assert "unknown" in newest
-    assert any(line.startswith("1.0 ") and "none read" in line for line in lines)
+    assert any(line.startswith("1.3 ") and "not proven for a release" in line for line in lines)
     found = json.loads(cli("doctor", "--versions", "--json").stdout)
     assert found["containers"][0]["image"] == "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
     assert found["containers"][0]["transformers"] is None
-    assert {row["name"] for row in found["schemas"]} == {"1.1.0", "1.2.1", "1.3rc", "newest"}
+    assert {row["name"] for row in found["schemas"]} == {"1.0.0", "1.1.0", "1.2.1", "1.3rc", "newest"}

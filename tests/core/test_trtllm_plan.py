@@ -92,7 +92,6 @@ EVERYTHING = {
     "runtime.return_perf_metrics": True,
     "runtime.enable_iter_perf_stats": True,
     "runtime.cuda_graph_config.batch_sizes": [1, 4],
-    "runtime.cuda_graph_config.max_batch_size": 4,
     "runtime.cuda_graph_config.enable_padding": True,
     "runtime.moe_config.backend": "CUTLASS",
     "runtime.lora_config.max_lora_rank": 16,
@@ -125,6 +124,7 @@ def test_everything_that_a_recipe_can_say_arrives(tiny_llama: Path, tmp_path: Pa
     for path, value in EVERYTHING.items():
         assert nested(made, LLM_ARGUMENT[path]) == value, path
     tested = {*EVERYTHING, "model.trust_remote_code", "compress.kv_cache", "runtime.cuda_graph_config.enabled"}
+    tested |= {"runtime.cuda_graph_config.max_batch_size"}
     tested |= {"runtime.pipeline_parallel_size", "runtime.moe_expert_parallel_size"}
     assert tested == set(LLM_ARGUMENT)
     assert plan.step("engine").parameters["world_size"] == plan.value("target.count") == 4
@@ -137,6 +137,8 @@ def test_switches_and_formats(tiny_llama: Path, tmp_path: Path) -> None:
     assert made["kv_cache_config"]["dtype"] == "fp8"
     assert made["cuda_graph_config"] is None
     assert made["pipeline_parallel_size"] == 2
+    graphs = arguments(plan_for(tiny_llama, tmp_path, "runtime.cuda_graph_config.max_batch_size=4"))
+    assert graphs["cuda_graph_config"] == {"max_batch_size": 4}
     assert "runtime.cuda_graph_config.batch_sizes" not in origins(plan)
     assert any("TRTLLM_LOAD_KV_SCALES" in warning for warning in plan.warnings)
 
@@ -210,10 +212,6 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
         (
             ["runtime.version=0.21.0"],
             "TensorRT-LLM 0.21.0 has no LLM API that trtbuild writes arguments for, engines only",
-        ),
-        (
-            ["runtime.version='25.10'"],
-            "the LLM arguments of TensorRT-LLM 1.0 were not read, so nothing could be checked; use",
         ),
         (
             ["runtime.version=1.2.9"],
@@ -353,7 +351,7 @@ def test_what_the_llm_api_does_not_do(tiny_llama: Path, tmp_path: Path, override
         ),
         (
             ["runtime.cuda_graph_config={batch_sizes: [1, 2], max_batch_size: 4}"],
-            "runtime.cuda_graph_config.max_batch_size: 4 is not the largest of batch_sizes, 2; remove one of the two",
+            "runtime.cuda_graph_config.max_batch_size: 4 is set together with batch_sizes, which says it too; remove",
         ),
     ],
 )
@@ -396,6 +394,13 @@ def test_a_release_without_a_default(tiny_llama: Path, tmp_path: Path) -> None:
     assert (plan.value("runtime.version"), plan.value("runtime.max_num_tokens")) == ("1.1.0", 8192)
     assert origins(plan)["runtime.max_num_tokens"] == "default"
     extra = "runtime.extra.speculative_config={decoding_type: Eagle, speculative_model: x}"
+    oldest = plan_for(tiny_llama, tmp_path, "runtime.version='25.10'")
+    assert oldest.value("runtime.version") == "1.0.0"
+    assert "tokens_per_block" not in arguments(oldest)["kv_cache_config"]
+    with pytest.raises(
+        CompatibilityError, match="runtime.kv_cache.tokens_per_block: is not an argument of TensorRT-LLM 1"
+    ):
+        plan_for(tiny_llama, tmp_path, "runtime.version=1.0.0", "runtime.kv_cache.tokens_per_block=64")
     with pytest.raises(RecipeError, match=r"there it is called speculative_config\.speculative_model_dir"):
         plan_for(tiny_llama, tmp_path, "runtime.version=1.1.0", extra)
 
@@ -418,6 +423,11 @@ def test_what_runs_where(tiny_llama: Path, tmp_path: Path) -> None:
     assert rows["runtime"][0] == ("available", "container 26.07")
     assert rows["runtime"][2] == ("available", "no Triton container")
     assert [status for status, _ in rows["format int4_awq"]] == ["available", "available", "not available"]
+    assert rows["model LlamaForCausalLM"] == [
+        ("available", ""),
+        ("available", "by the newest release's list"),
+        ("available", ""),
+    ]
     assert rows["sparsity 2:4"][1] == ("available", "without more speed")
     assert rows["runtime.stream_interval"] == [
         ("not available", "no counterpart"),
