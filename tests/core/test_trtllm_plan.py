@@ -53,7 +53,10 @@ def test_the_default_plan(tiny_llama: Path, tmp_path: Path) -> None:
     assert origins(plan)["runtime.stream_interval"] == "default of TensorRT-LLM 1.2.1"
     assert origins(plan)["runtime.max_num_tokens"] == "default of TensorRT-LLM 1.2.1"
     assert (plan.value("target.count"), plan.value("runtime.kv_cache.max_tokens")) == (1, None)
-    assert plan.step("evaluate").parameters["device"] == "auto"
+    assert plan.value("deploy.files") == ()
+    evaluate = plan.step("evaluate").parameters
+    assert (evaluate["device"], evaluate["kv_cache_dtype"]) == ("auto", "auto")
+    assert plan.estimates["kv_bytes_per_token"] == 2 * plan.facts.kv_elements_per_token
     assert arguments(plan) == {
         "backend": "pytorch",
         "tensor_parallel_size": 1,
@@ -135,6 +138,8 @@ def test_switches_and_formats(tiny_llama: Path, tmp_path: Path) -> None:
     plan = plan_for(tiny_llama, tmp_path, *overrides, "runtime.pipeline_parallel_size=2")
     made = arguments(plan)
     assert made["kv_cache_config"]["dtype"] == "fp8"
+    assert plan.step("evaluate").parameters["kv_cache_dtype"] == "fp8"
+    assert plan.estimates["kv_bytes_per_token"] == plan.facts.kv_elements_per_token
     assert made["cuda_graph_config"] is None
     assert made["pipeline_parallel_size"] == 2
     graphs = arguments(plan_for(tiny_llama, tmp_path, "runtime.cuda_graph_config.max_batch_size=4"))
