@@ -47,6 +47,7 @@ RESERVED: Mapping[str, str] = MappingProxyType(
         "tokenizer": "the package holds the tokenizer",
         "revision": "the package holds the model",
         "tokenizer_revision": "the package holds the tokenizer",
+        "load_format": "the package's weights are loaded as they are",
         "backend": "trtbuild writes arguments for the pytorch backend",
         "enable_lora": "runtime.lora_config says it",
         "lora_config.lora_dir": "the package holds the adapters of model.adapters",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from trtbuild.errors import Problem
@@ -27,6 +29,7 @@ from trtbuild.support import (
 from trtbuild.trtllm_parallel import parallel_refusals
 from trtbuild.trtllm_settings import FLOW, planned_release, release_schema, wanted_release, world_size
 
+_ADAPTER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _JOINED = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
@@ -264,7 +267,13 @@ def _lora(recipe: Recipe) -> Iterable[Problem]:
     lora, adapters = recipe.runtime.lora_config, recipe.model.adapters
     if not adapters:
         return
-    names = [path.rstrip("/").rpartition("/")[2] for path in adapters]
+    names = [PurePosixPath(path).name for path in adapters]
+    for path, name in zip(adapters, names, strict=True):
+        if not _ADAPTER.fullmatch(name):
+            message = f"{path}: {name!r} is no name that clients could send"
+            yield Problem(
+                "model.adapters", message, "name the adapter's directory itself, in letters, digits, . _ and -"
+            )
     for name in sorted({name for name in names if names.count(name) > 1}):
         message = f"two adapters are called {name}; clients ask for an adapter by its directory's name"
         yield Problem("model.adapters", message, "rename one directory")
