@@ -309,6 +309,14 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
             "runtime.lora_config.max_lora_rank: is not set; an adapter of a higher rank than the def",
         ),
         (
+            ["model.adapters=['..']"],
+            "model.adapters: ..: '..' is no name that clients could send; name the adapter's dir",
+        ),
+        (
+            ["model.adapters=['.']"],
+            "model.adapters: .: '' is no name that clients could send; name the adapter's directo",
+        ),
+        (
             ["model.adapters=[a/x, b/x]"],
             "model.adapters: two adapters are called x; clients ask for an adapter by its di",
         ),
@@ -333,6 +341,10 @@ def test_what_the_llm_api_does_not_do(tiny_llama: Path, tmp_path: Path, override
             "runtime.extra.enable_sleep: is not an argument of TensorRT-LLM newest (00043967); there it is called slee",
         ),
         (["runtime.extra.model=x"], "runtime.extra.model: the package holds the model; remove it"),
+        (
+            ["runtime.extra.load_format=dummy"],
+            "runtime.extra.load_format: the package's weights are loaded as they are",
+        ),
         (
             ["runtime.extra.backend=tensorrt"],
             "runtime.extra.backend: trtbuild writes arguments for the pytorch backend",
