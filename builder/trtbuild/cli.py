@@ -244,9 +244,15 @@ def _log_beside(package: Path, verb: str) -> Path:
 
 
 @main.command()
+@click.option("--versions", is_flag=True, help="Print the tables of TensorRT-LLM's containers and releases instead.")
 @_JSON
-def doctor(*, as_json: bool) -> None:
+def doctor(*, versions: bool, as_json: bool) -> None:
     """Compare this host with what each part of trtbuild needs."""
+    if versions:
+        from trtbuild.versions import versions_json, versions_text
+
+        click.echo(json.dumps(versions_json(), indent=2) if as_json else versions_text())
+        return
     from dataclasses import asdict
 
     from trtbuild.console import table

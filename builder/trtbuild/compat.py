@@ -1,4 +1,4 @@
-"""Typed look-ups in ``compat.toml``: the version facts of other projects, as data."""
+"""Look-ups in the version facts of other projects, which are data: ``compat.toml`` and the tables in ``_compat/``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 _FILE = Path(__file__).with_name("compat.toml")
+DATA = _FILE.with_name("_compat")
 
 
 @cache
 def compat() -> Mapping[str, Any]:
     """The whole table, parsed once."""
     return tomllib.loads(_FILE.read_text(encoding="utf-8"))
+
+
+@cache
+def facts(name: str) -> Mapping[str, Any]:
+    """One file of ``_compat/`` by its name without ending, for example ``containers``; parsed once."""
+    return tomllib.loads((DATA / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def causal_lm_class(model_type: str) -> str | None:

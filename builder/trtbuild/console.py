@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from trtbuild.init_recipe import human_bytes, human_count
-from trtbuild.plan import Plan
+from trtbuild.plan import Comparison, Plan
 
 _PLAIN_INTERVAL_S = 10.0
 
@@ -88,8 +88,15 @@ def plan_text(plan: Plan) -> str:
     sizes = table((name.replace("_", " "), human_bytes(size)) for name, size in plan.estimates.items())
     gates = table((name, "off" if limit is None else f"{limit:g}") for name, limit in plan.gates.items())
     sections = [("values", values), ("steps", steps), ("expected sizes", sizes), ("gates", gates)]
+    if plan.comparison is not None:
+        sections.append(("what runs where", _comparison(plan.comparison)))
     warnings = "".join(f"\nwarning: {warning}" for warning in plan.warnings)
     return "\n".join(head) + "".join(f"\n\n{title}\n{_indent(text)}" for title, text in sections) + warnings
+
+
+def _comparison(comparison: Comparison) -> str:
+    rows = [(row.what, *map(str, row.cells)) for row in comparison.rows]
+    return table([("this recipe on", *comparison.columns), *rows])
 
 
 def _indent(text: str) -> str:

@@ -118,6 +118,15 @@ def read_facts(files: CheckpointFiles) -> ModelFacts:
     )
 
 
+def read_tensors(files: CheckpointFiles) -> list[TensorInfo]:
+    """Every tensor of a checkpoint as the headers describe it.
+
+    Raises:
+        ArtifactError, CompatibilityError: as `read_facts`.
+    """
+    return [tensor for _, found in _headers(files, files.names_and_sizes()).values() for tensor in found]
+
+
 def _config(files: CheckpointFiles, sizes: Mapping[str, int]) -> dict[str, Any]:
     if "config.json" not in sizes:
         raise ArtifactError(f"{files.where}: config.json is missing", "give the directory of a Hugging Face checkpoint")

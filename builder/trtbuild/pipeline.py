@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild import __version__, evidence, package
-from trtbuild.adapters import container
+from trtbuild.adapters import container, trtllm
 from trtbuild.errors import GateError, HostError, Problem, RecipeError
 from trtbuild.gates import check_gates
 from trtbuild.manifest import canonical_json, digest_entries, digest_json, entries_json
@@ -68,12 +68,24 @@ def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
 
     def check(plan: Plan) -> list[Problem]:
         deploy = deploy_spec(plan.step("deploy"), engine_digest="")
-        return [*missing_files(loaded, plan.steps), *container.check_deploy(deploy)]
+        missing = missing_files(loaded, plan.steps)
+        return [*missing, *container.check_deploy(deploy), *(() if missing else _check_adapters(loaded, plan))]
 
     plan = make_plan(loaded, read_facts(files), source, tool_versions(), check=check)
     configured = loaded.recipe.store
     store = local_path(loaded, configured, at="store") if configured is not None else cache_dir() / "store"
     return Prepared(loaded=loaded, plan=plan, store=store)
+
+
+def _check_adapters(loaded: LoadedRecipe, plan: Plan) -> list[Problem]:
+    """What is wrong with the LoRA adapters of a recipe, before anything is compressed."""
+    engine = plan.step("engine")
+    places = {name: local_path(loaded, path, at="model.adapters") for name, path in engine.files.items()}
+    return [
+        problem
+        for name, place in places.items()
+        for problem in trtllm.check_adapter(name, place, engine.parameters["values"])
+    ]
 
 
 def build(prepared: Prepared, out: Path, reporter: Reporter, *, last: str | None = None) -> Built:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from trtbuild.manifest import digest_json
 from trtbuild.model import ModelFacts
@@ -53,9 +53,36 @@ class Source:
     commit: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Whether one runtime has one thing that a recipe asks for; `detail` says why not, or under which name."""
+
+    status: Literal["available", "not available", "renamed"]
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.detail}" if self.detail else self.status
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One thing that a recipe asks for, in every column of a comparison."""
+
+    what: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a recipe would get from other runtimes: a row for each thing that it asks for."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything a build will do, in order."""
+    """Everything a build will do, in order; `comparison` is for runtimes of TensorRT-LLM."""
 
     source: Source
     facts: ModelFacts
@@ -64,6 +91,7 @@ class Plan:
     gates: Mapping[str, float | None]
     estimates: Mapping[str, int]
     warnings: tuple[str, ...]
+    comparison: Comparison | None = None
 
     def step(self, kind: str) -> Step:
         """The step of one kind."""
@@ -87,6 +115,8 @@ class Plan:
             "estimates": dict(self.estimates),
             "warnings": list(self.warnings),
         }
+        if self.comparison is not None:
+            body["comparison"] = asdict(self.comparison)
         return body | {"digest": self.digest}
 
     @property

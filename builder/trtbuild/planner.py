@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from trtbuild.comparison import compare
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.refusals import model_refusals, recipe_refusals
-from trtbuild.settings import Settings, is_compressed, resolve
+from trtbuild.settings import Settings, is_compressed, resolve, take_embedded
+from trtbuild.trtllm_refusals import trtllm_mistakes, trtllm_warnings
+from trtbuild.trtllm_settings import adapter_names, engine_parameters, take_trtllm
 
 _FORMAT_BITS = {"none": 16.0, "fp8": 8.0, "int4_awq": 4.0}
 _SCALE_BITS = 16
 _EVALUATION_LENGTH = 512
-_KV_BYTES = {"none": 4, "fp8": 1}  # the embedded engine computes in float32 on a CPU
+_KV_BYTES = {"embedded": 4, "trtllm": 2}  # the embedded engine computes in float32 on a CPU
+_TRTLLM = "trtllm"
 
 
 def _no_problems(_: Plan) -> Sequence[Problem]:
@@ -44,10 +48,11 @@ def make_plan(
         CompatibilityError: without mistakes, every demand that this runtime, model or version of trtbuild cannot meet.
     """
     settings = Settings(loaded.recipe, loaded.document, loaded.overridden)
-    resolve(settings, facts)
+    for_trtllm = loaded.recipe.runtime.kind == _TRTLLM
+    resolve(settings, facts, take_trtllm if for_trtllm else take_embedded)
     plan = _draft(settings, facts, source, tools)
-    mistakes = [*settings.problems, *check(plan)]
-    refused = [*recipe_refusals(loaded.recipe), *model_refusals(facts, loaded.recipe)]
+    mistakes = [*settings.problems, *(trtllm_mistakes(settings) if for_trtllm else ()), *check(plan)]
+    refused = [*recipe_refusals(settings, facts), *model_refusals(facts, loaded.recipe)]
     if mistakes:
         raise RecipeError([*mistakes, *refused])
     if refused:
@@ -70,16 +75,16 @@ def _draft(
         },
         estimates=_estimates(settings, facts),
         warnings=_warnings(settings, facts),
+        comparison=compare(settings, facts) if _is_trtllm(settings) else None,
     )
 
 
 def _steps(settings: Settings, tools: Mapping[str, Mapping[str, str | None]]) -> tuple[Step, ...]:
     compress = _compress_parameters(settings)
     compressed = is_compressed(settings)
-    engine = _engine_parameters(settings)
-    numerics = {name: engine[name] for name in ("device", "compute_dtype", "weights")}
-    evaluate = numerics | {
-        "kv_cache_dtype": engine["kv_cache"]["dtype"],
+    engine = engine_parameters(settings) if _is_trtllm(settings) else _engine_parameters(settings)
+    evaluate = {name: _numerics(settings, name) for name in ("device", "compute_dtype", "weights")} | {
+        "kv_cache_dtype": _kv_cache_dtype(settings),
         "tokens": settings["quality.tokens"],
         "length": _evaluation_length(settings),
         "trust_remote_code": settings["model.trust_remote_code"],
@@ -88,7 +93,7 @@ def _steps(settings: Settings, tools: Mapping[str, Mapping[str, str | None]]) ->
     return (
         Step("fetch", {}, (), {}),
         Step("compress", compress, ("fetch",), tools["compress" if compressed else "copy"], _compress_files(settings)),
-        Step("engine", engine, ("compress",), tools["engine"]),
+        Step("engine", engine, ("compress",), tools["engine"], _adapter_files(settings)),
         Step("repository", _repository_parameters(settings), (), tools["repository"]),
         Step("deploy", _deploy_parameters(settings), ("engine",), tools["deploy"]),
         # Limits of the engine do not change a logit: the evaluation follows the checkpoint and the numerics alone.
@@ -102,7 +107,7 @@ def _compress_parameters(settings: Settings) -> dict[str, Any]:
     parameters["exclude"] = list(parameters["exclude"])
     parameters["trust_remote_code"] = settings["model.trust_remote_code"]
     if is_compressed(settings):
-        parameters["device"] = settings["runtime.device"]
+        parameters["device"] = _numerics(settings, "device")
         calibration = ("column", "count", "length", "seed")
         parameters["calibration"] = {name: settings[f"compress.calibration.{name}"] for name in calibration}
     return parameters
@@ -117,6 +122,24 @@ def _evaluate_files(settings: Settings) -> dict[str, str]:
     """Held-out text, and the calibration text that it must not be."""
     calibration = settings["compress.calibration.data"] if is_compressed(settings) else None
     return _files(data=settings["quality.data"], calibration=calibration)
+
+
+def _adapter_files(settings: Settings) -> dict[str, str]:
+    """The directories of LoRA adapters, by the name that clients send."""
+    return adapter_names(settings.recipe) if _is_trtllm(settings) else {}
+
+
+def _is_trtllm(settings: Settings) -> bool:
+    return settings.recipe.runtime.kind == _TRTLLM
+
+
+def _numerics(settings: Settings, name: str) -> str:
+    """How the embedded engine computes; packages of other runtimes are calibrated and measured as it likes best."""
+    return "auto" if _is_trtllm(settings) else settings[f"runtime.{name}"]
+
+
+def _kv_cache_dtype(settings: Settings) -> str:
+    return "fp8" if settings["compress.kv_cache"] == "fp8" else "auto"
 
 
 def _evaluation_length(settings: Settings) -> int:
@@ -136,7 +159,7 @@ def _engine_parameters(settings: Settings) -> dict[str, Any]:
     )
     cache = ("tokens_per_block", "max_tokens", "free_gpu_memory_fraction", "enable_block_reuse")
     kv_cache = {name: settings[f"runtime.kv_cache.{name}"] for name in cache}
-    kv_cache["dtype"] = "fp8" if settings["compress.kv_cache"] == "fp8" else "auto"
+    kv_cache["dtype"] = _kv_cache_dtype(settings)
     return {
         "schema_version": 1,
         "runtime": settings["runtime.kind"],
@@ -147,11 +170,13 @@ def _engine_parameters(settings: Settings) -> dict[str, Any]:
 
 def _repository_parameters(settings: Settings) -> dict[str, Any]:
     names = ("layout", "model_name", "streaming", "max_input_tokens", "max_output_tokens", "default_max_tokens")
-    return {name: settings[f"serving.{name}"] for name in names} | {
+    parameters = {name: settings[f"serving.{name}"] for name in names} | {
         "runtime": settings["runtime.kind"],
         "max_seq_len": settings["runtime.max_seq_len"],
         "trust_remote_code": settings["model.trust_remote_code"],
     }
+    adapters = _adapter_files(settings)
+    return parameters | ({"lora_adapters": {name: f"adapters/{name}" for name in adapters}} if adapters else {})
 
 
 def _deploy_parameters(settings: Settings) -> dict[str, Any]:
@@ -170,7 +195,8 @@ def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
     if settings["compress.group_size"] is not None:
         bits += _SCALE_BITS * 2 / settings["compress.group_size"]  # one float32 scale a group
     rest = facts.parameters - facts.linear_parameters
-    per_token = facts.kv_bytes_per_token(_KV_BYTES[settings["compress.kv_cache"]])
+    plain = _KV_BYTES[_TRTLLM if _is_trtllm(settings) else "embedded"]
+    per_token = facts.kv_bytes_per_token(1 if settings["compress.kv_cache"] == "fp8" else plain)
     estimates = {
         "checkpoint_bytes": int(facts.linear_parameters * bits / 8) + 2 * rest,
         "kv_bytes_per_token": per_token,
@@ -188,4 +214,6 @@ def _warnings(settings: Settings, facts: ModelFacts) -> tuple[str, ...]:
         )
     if not facts.has_chat_template:
         warnings.append("the checkpoint has no chat template: requests with `messages` will be refused")
+    if _is_trtllm(settings):
+        warnings += trtllm_warnings(settings)
     return tuple(warnings)

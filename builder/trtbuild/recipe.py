@@ -96,6 +96,38 @@ class KvCache(_Section):
     max_tokens: PositiveInt | None = Field(default=None, description="Capacity in tokens.")
     tokens_per_block: Annotated[int, Field(ge=1, le=1024)] = Field(default=32, description="Tokens per block.")
     enable_block_reuse: bool = Field(default=True, description="Share the blocks of equal prompt beginnings.")
+    host_cache_size: PositiveInt | None = Field(
+        default=None, description="trtllm: bytes of host memory that blocks are offloaded to."
+    )
+    max_attention_window: tuple[PositiveInt, ...] | None = Field(
+        default=None, description="trtllm: tokens each layer attends to, repeated over the layers."
+    )
+
+
+class CudaGraph(_Section):
+    """CUDA graphs for steps that only decode."""
+
+    enabled: bool = Field(default=True, description="Whether graphs are captured at all.")
+    batch_sizes: tuple[PositiveInt, ...] | None = Field(default=None, description="Batch sizes to capture.")
+    max_batch_size: PositiveInt | None = Field(default=None, description="Largest batch size to capture.")
+    enable_padding: bool | None = Field(default=None, description="Round batches up to the next captured size.")
+
+
+class Moe(_Section):
+    """Mixture of experts."""
+
+    backend: NonEmpty | None = Field(default=None, description="Which kernels run the experts, for example CUTLASS.")
+
+
+class Lora(_Section):
+    """LoRA adapters."""
+
+    max_lora_rank: PositiveInt | None = Field(default=None, description="Highest rank of an adapter.")
+    lora_target_modules: tuple[NonEmpty, ...] = Field(
+        default=(), description="TensorRT-LLM's names of the adapted modules, for example attn_q."
+    )
+    max_loras: PositiveInt | None = Field(default=None, description="Adapters in GPU memory at the same time.")
+    max_cpu_loras: PositiveInt | None = Field(default=None, description="Adapters in host memory at the same time.")
 
 
 class Runtime(_Section):
@@ -105,8 +137,16 @@ class Runtime(_Section):
         description="embedded, trtllm (PyTorch LLM API) or trtllm-engine (TensorRT engines, <= 1.2.x)."
     )
     version: NonEmpty | None = Field(default=None, description="Version of TensorRT-LLM, or a Triton container tag.")
+    allow_unknown_version: bool = Field(
+        default=False, description="Take a version that no table has, with the argument schema of its release line."
+    )
     tensor_parallel_size: PositiveInt = 1
     pipeline_parallel_size: PositiveInt = 1
+    context_parallel_size: PositiveInt = Field(default=1, description="trtllm: ranks that share one long prompt.")
+    moe_expert_parallel_size: PositiveInt | None = Field(
+        default=None, description="trtllm: ranks that share the experts; divides tensor_parallel_size."
+    )
+    enable_attention_dp: bool = Field(default=False, description="trtllm: attention data parallel, experts sharded.")
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=8, description="Requests that run at the same time."
     )
@@ -116,7 +156,23 @@ class Runtime(_Section):
     capacity_scheduler_policy: CapacityPolicy = Field(
         default="GUARANTEED_NO_EVICT", description="Reserve to completion, or fill up and pre-empt when blocks run out."
     )
+    context_chunking_policy: NonEmpty | None = Field(
+        default=None, description="trtllm: how chunked prefill divides a step, for example EQUAL_PROGRESS."
+    )
     enable_chunked_prefill: bool = Field(default=True, description="Split long prompts over several steps.")
+    cuda_graph_config: CudaGraph = CudaGraph()
+    attn_backend: Literal["TRTLLM", "FLASHINFER", "VANILLA"] | None = Field(
+        default=None, description="trtllm: attention kernels."
+    )
+    moe_config: Moe = Moe()
+    guided_decoding_backend: Literal["xgrammar", "llguidance"] | None = Field(
+        default=None,
+        description="trtllm: what follows a grammar or JSON schema; without one, such requests are refused.",
+    )
+    lora_config: Lora = Lora()
+    stream_interval: PositiveInt | None = Field(default=None, description="trtllm: tokens per streamed answer.")
+    return_perf_metrics: bool = Field(default=False, description="trtllm: times and cache counts of each request.")
+    enable_iter_perf_stats: bool = Field(default=False, description="trtllm: statistics of each step, for the gauges.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="embedded only: where the engine runs.")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="embedded only: arithmetic type."

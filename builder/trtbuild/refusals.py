@@ -4,18 +4,43 @@ from __future__ import annotations
 
 from trtbuild import compat
 from trtbuild.errors import Problem
+from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
+from trtbuild.settings import Settings, recipe_value
+from trtbuild.trtllm_refusals import trtllm_refusals
 
 _NOT_HERE = "cannot be done by this version of trtbuild"
 _ONE_DEVICE = "the embedded runtime runs on one device"
+_TRTLLM_ONLY = "only the trtllm runtime has it"
+# What the embedded runtime does itself, or refuses with a sentence of its own.
+_OWN = frozenset(
+    {
+        *("model.trust_remote_code", "serving.max_input_tokens", "compress.kv_cache"),
+        *(f"runtime.{name}_parallel_size" for name in ("tensor", "pipeline")),
+        *(f"runtime.max_{name}" for name in ("batch_size", "num_tokens", "seq_len")),
+        *("runtime.enable_chunked_prefill", "runtime.capacity_scheduler_policy", "runtime.kv_cache.max_tokens"),
+        *(
+            f"runtime.kv_cache.{name}"
+            for name in ("free_gpu_memory_fraction", "tokens_per_block", "enable_block_reuse")
+        ),
+    }
+)
 
 
-def recipe_refusals(recipe: Recipe) -> list[Problem]:
-    """Every demand of the recipe that cannot be met, with the value to use instead."""
+def recipe_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
+    """Every demand of the recipe that its runtime cannot meet, with the value to use instead."""
+    kind = settings.recipe.runtime.kind
+    if kind == "trtllm":
+        return trtllm_refusals(settings, facts)
+    if kind == "trtllm-engine":
+        return [Problem("runtime.kind", f"{kind}: {_NOT_HERE}", "use embedded or trtllm")]
+    return _embedded(settings.recipe)
+
+
+def _embedded(recipe: Recipe) -> list[Problem]:
     runtime = recipe.runtime
     demands: list[tuple[str, object, object, str]] = [
-        ("runtime.kind", runtime.kind, "embedded", _NOT_HERE),
         ("runtime.version", runtime.version, None, "the embedded runtime has trtbuild's own version"),
         ("runtime.tensor_parallel_size", runtime.tensor_parallel_size, 1, _ONE_DEVICE),
         ("runtime.pipeline_parallel_size", runtime.pipeline_parallel_size, 1, _ONE_DEVICE),
@@ -26,6 +51,12 @@ def recipe_refusals(recipe: Recipe) -> list[Problem]:
         ("serving.layout", recipe.serving.layout, "llm", _NOT_HERE),
         ("compress.max_memory", recipe.compress.max_memory, None, "this version of trtbuild holds the model in memory"),
         ("target.count", recipe.target.count if (recipe.target.count or 0) > 1 else 1, 1, _ONE_DEVICE),
+    ]
+    silent = Recipe.model_validate({"schema_version": 1, "model": {"path": "."}, "runtime": {"kind": "embedded"}})
+    demands += [
+        (path, recipe_value(recipe, path), recipe_value(silent, path), _TRTLLM_ONLY)
+        for path in ("runtime.allow_unknown_version", *LLM_ARGUMENT)
+        if path not in _OWN
     ]
     return [
         Problem(path, f"{_show(value)}: {why}", f"use {_show(only)}" if only else "remove it")

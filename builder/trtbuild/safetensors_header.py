@@ -24,12 +24,13 @@ DTYPE_BITS: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor as its header describes it."""
+    """One tensor as its header describes it; its data begin at byte `begin` of the shard."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     shard: str
+    begin: int = 0
 
     @property
     def elements(self) -> int:
@@ -68,16 +69,17 @@ def read_header(files: CheckpointFiles, shard: str) -> tuple[bytes, list[TensorI
     if not isinstance(header, dict):
         raise HeaderError(f"{shard}: the header is not a mapping")
     header.pop("__metadata__", None)
-    tensors = _check(shard, header, size - LENGTH_BYTES - length)
+    tensors = _check(shard, header, LENGTH_BYTES + length, size)
     return raw, tensors
 
 
-def _check(shard: str, header: Mapping[str, Any], data_bytes: int) -> list[TensorInfo]:
+def _check(shard: str, header: Mapping[str, Any], data_begin: int, size: int) -> list[TensorInfo]:
     """Every tensor's description, if together they cover the data exactly once."""
+    data_bytes = size - data_begin
     spans: list[tuple[int, int]] = []
     tensors: list[TensorInfo] = []
     for name, entry in header.items():
-        info, span = _entry(shard, name, entry)
+        info, span = _entry(shard, name, entry, data_begin)
         if span[1] - span[0] != info.bytes:
             raise HeaderError(
                 f"{shard}: {name} has shape {list(info.shape)} of {info.dtype}, {info.bytes} bytes, "
@@ -97,7 +99,7 @@ def _check(shard: str, header: Mapping[str, Any], data_bytes: int) -> list[Tenso
     return tensors
 
 
-def _entry(shard: str, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+def _entry(shard: str, name: str, entry: Any, data_begin: int) -> tuple[TensorInfo, tuple[int, int]]:
     try:
         dtype, shape, (begin, stop) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         whole = all(isinstance(number, int) and number >= 0 for number in (*shape, begin, stop))
@@ -107,4 +109,4 @@ def _entry(shard: str, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, in
         raise HeaderError(f"{shard}: the header entry of {name} is malformed")
     if dtype not in DTYPE_BITS:
         raise HeaderError(f"{shard}: {name} has the unknown type {dtype}")
-    return TensorInfo(name=name, dtype=dtype, shape=shape, shard=shard), (begin, stop)
+    return TensorInfo(name=name, dtype=dtype, shape=shape, shard=shard, begin=data_begin + begin), (begin, stop)

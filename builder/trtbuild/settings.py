@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ _DEFAULT_MAX_SEQ_LEN = 2048
 _DEFAULT_MAX_NUM_TOKENS = 512
 _CALIBRATION_LENGTH = 512
 _GPU_ONLY = "only a GPU heeds it"
+FROM_GPU_MEMORY = "from the free GPU memory at start"
 # An evaluation predicts at least one token from one, and a served request needs room for an answer.
 _LEAST_SEQ_LEN, _LEAST_INPUT_TOKENS = 3, 2
 _NOTHING_COMPRESSED = (
@@ -53,15 +54,21 @@ class Settings:
 
         `note` is added to the origin.
         """
-        value: Any = self.recipe
-        for key in path.split("."):
-            value = getattr(value, key)
+        value = recipe_value(self.recipe, path)
+        if not self.given(path):
+            value = default if default is not None or value is None else value
+        self.put(path, value, origin, note=note)
+        return value
+
+    def put(self, path: str, value: Any, origin: str, *, note: str = "") -> None:
+        """Record `value` for a setting that the recipe may state in other words; `origin` is where it does not."""
         if self.given(path):
             origin = "--set" if self._was_set(path) else "recipe"
-        else:
-            value = default if default is not None or value is None else value
         self.values.append(Value(path, value, f"{origin}; {note}" if note else origin))
-        return value
+
+    def has(self, path: str) -> bool:
+        """Whether a value of this setting was recorded."""
+        return any(value.path == path for value in self.values)
 
     def _was_set(self, path: str) -> bool:
         """Whether ``--set`` gave this value, the section around it, or a part of it."""
@@ -72,14 +79,26 @@ class Settings:
         self.problems.append(Problem(path, message, hint))
 
 
-def resolve(settings: Settings, facts: ModelFacts) -> None:
-    """Fill `settings` for this model, in the order in which a plan shows them."""
+def recipe_value(recipe: Recipe, path: str) -> Any:
+    """What the recipe has at a dotted path; its own default where it is silent."""
+    value: Any = recipe
+    for key in path.split("."):
+        value = getattr(value, key)
+    return value
+
+
+def resolve(settings: Settings, facts: ModelFacts, take_runtime: Callable[[Settings, ModelFacts], None]) -> None:
+    """Fill `settings` for this model, in the order in which a plan shows them.
+
+    Args:
+        settings: are filled.
+        facts: of the model.
+        take_runtime: takes the sections `target` and `runtime`, which differ between the kinds of runtime.
+    """
     _model(settings)
     _compress(settings, facts)
     settings.take("speculative.method")
-    for name in ("gpu", "count"):
-        settings.take(f"target.{name}", note=_GPU_ONLY if settings.given(f"target.{name}") else "")
-    _runtime(settings, facts)
+    take_runtime(settings, facts)
     _serving(settings)
     _deploy(settings)
     _quality(settings)
@@ -156,17 +175,20 @@ def _group_size(settings: Settings, facts: ModelFacts, compress_format: str) -> 
     settings.take(path, fitting[0] if fitting else None, origin)
 
 
-def _runtime(settings: Settings, facts: ModelFacts) -> None:
-    for name in (
-        "kind",
-        "version",
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "device",
-        "compute_dtype",
-        "weights",
-    ):
+def take_embedded(settings: Settings, facts: ModelFacts) -> None:
+    """The target and the runtime, for the embedded engine."""
+    for name in ("gpu", "count"):
+        settings.take(f"target.{name}", note=_GPU_ONLY if settings.given(f"target.{name}") else "")
+    for name in ("kind", "version", "tensor_parallel_size", "pipeline_parallel_size"):
         settings.take(f"runtime.{name}")
+    for name in ("device", "compute_dtype", "weights"):
+        settings.take(f"runtime.{name}")
+    take_limits(settings, facts, _DEFAULT_MAX_NUM_TOKENS, "default")
+    _kv_cache(settings)
+
+
+def take_limits(settings: Settings, facts: ModelFacts, usual_tokens: int, origin: str) -> None:
+    """How much a runtime does at the same time; `usual_tokens` of one step come from `origin`."""
     batch = settings.take("runtime.max_batch_size")
     length = settings.take(
         "runtime.max_seq_len",
@@ -183,9 +205,8 @@ def _runtime(settings: Settings, facts: ModelFacts) -> None:
         message = f"{length} leaves no token to predict when quality is measured"
         settings.problem("runtime.max_seq_len", message, f"use at least {_LEAST_SEQ_LEN}")
     chunked = settings.take("runtime.enable_chunked_prefill")
-    tokens = settings.take(
-        "runtime.max_num_tokens", max(_DEFAULT_MAX_NUM_TOKENS, batch) if chunked else max(length, batch)
-    )
+    usual, origin = (usual_tokens, origin) if chunked else (length, "max_seq_len, without chunked prefill")
+    tokens = settings.take("runtime.max_num_tokens", max(usual, batch), origin)
     if tokens < batch:
         settings.problem(
             "runtime.max_num_tokens", f"{tokens} is less than max_batch_size {batch}", f"use at least {batch}"
@@ -197,18 +218,24 @@ def _runtime(settings: Settings, facts: ModelFacts) -> None:
             f"raise it to {length} or set enable_chunked_prefill: true",
         )
     settings.take("runtime.capacity_scheduler_policy")
-    _kv_cache(settings, batch, length)
 
 
-def _kv_cache(settings: Settings, batch: int, length: int) -> None:
+def _kv_cache(settings: Settings) -> None:
+    batch, length = settings["runtime.max_batch_size"], settings["runtime.max_seq_len"]
     for name in ("tokens_per_block", "enable_block_reuse"):
         settings.take(f"runtime.kv_cache.{name}")
     settings.take("runtime.kv_cache.free_gpu_memory_fraction", note=_GPU_ONLY)
     from_memory = settings.recipe.runtime.device == "cuda" or settings.recipe.target.gpu is not None
     if from_memory:
-        tokens = settings.take("runtime.kv_cache.max_tokens", None, "from the free GPU memory at start")
+        settings.take("runtime.kv_cache.max_tokens", None, FROM_GPU_MEMORY)
     else:
-        tokens = settings.take("runtime.kv_cache.max_tokens", batch * length, "max_batch_size x max_seq_len")
+        settings.take("runtime.kv_cache.max_tokens", batch * length, "max_batch_size x max_seq_len")
+    check_capacity(settings)
+
+
+def check_capacity(settings: Settings) -> None:
+    """The longest request must fit into the KV cache."""
+    tokens, length = settings["runtime.kv_cache.max_tokens"], settings["runtime.max_seq_len"]
     if tokens is not None and tokens < length:
         settings.problem(
             "runtime.kv_cache.max_tokens",
@@ -243,7 +270,10 @@ def _serving(settings: Settings) -> None:
 def _deploy(settings: Settings) -> None:
     settings.take("deploy.image", f"localhost/{_image_part(settings['serving.model_name'])}:latest", "model_name")
     settings.take("deploy.labels")
-    settings.take("deploy.files")
+    if settings.recipe.runtime.kind == "trtllm":
+        settings.take("deploy.files", (), "there are none for this runtime yet")
+    else:
+        settings.take("deploy.files")
 
 
 def _image_part(model_name: str) -> str:

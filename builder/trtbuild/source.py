@@ -15,6 +15,10 @@ from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.report import Reporter
 
+_DIRECTORIES = {
+    "model.tokenizer": "name a directory with tokenizer files",
+    "model.adapters": "name a directory with adapter_config.json and adapter_model.safetensors",
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -66,9 +70,9 @@ def local_path(loaded: LoadedRecipe, path: str, *, at: str) -> Path:
 
 def missing_files(loaded: LoadedRecipe, steps: Iterable[Step]) -> list[Problem]:
     """What is wrong with the user's files that these steps read: by their places in the recipe, each once."""
-    named = {recipe_path(step.kind, role): path for step in steps for role, path in step.files.items()}
+    named = {(recipe_path(step.kind, role), path) for step in steps for role, path in step.files.items()}
     problems = []
-    for at, path in sorted(named.items()):
+    for at, path in sorted(named):
         try:
             problems += _unfit(at, local_path(loaded, path, at=at))
         except RecipeError as error:
@@ -78,14 +82,16 @@ def missing_files(loaded: LoadedRecipe, steps: Iterable[Step]) -> list[Problem]:
 
 def recipe_path(kind: str, role: str) -> str:
     """Where the recipe names the file that a kind of step reads in this role."""
+    if kind == "engine":
+        return "model.adapters"
     if role == "tokenizer":
         return "model.tokenizer"
     return "quality.data" if (kind, role) == ("evaluate", "data") else "compress.calibration.data"
 
 
 def _unfit(at: str, path: Path) -> list[Problem]:
-    directory = at == "model.tokenizer"
-    hint = "name a directory with tokenizer files" if directory else "name a .txt, .jsonl or .parquet file"
+    hint = _DIRECTORIES.get(at, "name a .txt, .jsonl or .parquet file")
+    directory = at in _DIRECTORIES
     if not path.exists():
         return [Problem(at, f"{path} does not exist", hint)]
     if directory != path.is_dir():

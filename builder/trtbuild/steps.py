@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtbuild.adapters import container, triton
-from trtbuild.errors import ToolError
+from trtbuild.adapters import container, triton, trtllm, trtllm_checkpoint
+from trtbuild.checkpoint_files import LocalFiles
+from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.linking import place_tree
 from trtbuild.manifest import canonical_json, write_atomic
 from trtbuild.plan import Plan, Step
@@ -73,9 +74,25 @@ def _compress(work: Work) -> dict[str, Any]:
 
 
 def _engine(work: Work) -> dict[str, Any]:
+    if work.step.parameters["runtime"] == "trtllm":
+        return _trtllm_engine(work)
     place_tree(work.inputs["compress"].content, work.staging.content)
     write_atomic(work.staging.content / ENGINE_FILE, canonical_json(dict(work.step.parameters)))
     return {}
+
+
+def _trtllm_engine(work: Work) -> dict[str, Any]:
+    """The checkpoint, after the rules by which TensorRT-LLM takes one, with its arguments."""
+    parameters, checkpoint = work.step.parameters, work.inputs["compress"].content
+    layout = trtllm_checkpoint.Layout.of(parameters["values"], gpu=work.plan.value("target.gpu"))
+    checks = trtllm_checkpoint.check(LocalFiles(checkpoint), parameters["version"], layout)
+    wrong = [problem for check in checks for problem in check.problems]
+    if wrong:
+        raise CompatibilityError(
+            f"TensorRT-LLM {parameters['version']} would not take the checkpoint {checkpoint}:\n" + "\n".join(wrong)
+        )
+    trtllm.write_engine(parameters, checkpoint, work.files, work.staging.content)
+    return {"result": {"checks": [check.name for check in checks]}}
 
 
 def _repository(work: Work) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trtbuild.adapters import triton
+from trtbuild.adapters import triton, trtllm, trtllm_checkpoint
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import HostError, TrtbuildError
 from trtbuild.manifest import DigestCache, FileEntry, digest_entries, entries_from_json, read_json
@@ -20,6 +20,7 @@ from trtbuild.serving.verify import ServedReport, verify_served
 REPOSITORY = "model_repository"
 ENGINE = "engine"
 QUALITY = "evidence/quality.json"
+_GPU = "target.gpu"
 _DIRECTORIES = {ENGINE: "engine", REPOSITORY: "repository", "deploy": "deploy"}
 
 
@@ -51,8 +52,34 @@ def verify_files(package: Path) -> list[Check]:
         Check("bytes", tuple(damage(package, DigestCache(None))), count),
         _check("lock", lambda: _lock(package)),
         _check("engine", lambda: _engine(package)),
+        *verify_trtllm(package),
         _check("model repository", lambda: _repository(package)),
     ]
+
+
+def verify_trtllm(package: Path) -> list[Check]:
+    """Of a package for TensorRT-LLM's LLM API: its arguments, and the rules by which it takes a checkpoint."""
+    directory = package / ENGINE
+    try:
+        engine = read_json(directory / "engine.json")
+        if engine["runtime"] != "trtllm":
+            return []
+        gpu = next((row["value"] for row in read_json(package / LOCK)["plan"]["values"] if row["path"] == _GPU), None)
+        arguments = trtllm.read_arguments(directory)
+        layout = trtllm_checkpoint.Layout(
+            tensor_parallel_size=arguments.get("tensor_parallel_size", 1),
+            attention_dp=arguments.get("enable_attention_dp", False),
+            gpu=gpu,
+        )
+        rules = trtllm_checkpoint.check(LocalFiles(directory), engine["version"], layout)
+        found = trtllm.check_engine(directory, engine, arguments)
+    except TrtbuildError as error:
+        return [Check("TensorRT-LLM", (str(error),))]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return [Check("TensorRT-LLM", (f"cannot be read: {type(error).__name__}: {error}",))]
+    schema = f"{len(arguments)} arguments, TensorRT-LLM {engine['version']}, schema {engine['llm_args']['name']}"
+    checks = [Check("LLM arguments", tuple(map(str, found)), schema)]
+    return checks + [Check(f"checkpoint: {rule.name}", rule.problems, rule.detail) for rule in rules]
 
 
 def _check(name: str, look: Callable[[], tuple[list[str], str]]) -> Check:

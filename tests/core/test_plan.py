@@ -207,8 +207,23 @@ def test_mistakes_demands_and_further_checks_come_together(tiny_llama: Path, tmp
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("runtime.kind=trtllm", "runtime.kind: trtllm: cannot be done by this version of trtbuild; use embedded"),
-        ("runtime.kind=trtllm-engine", "runtime.kind: trtllm-engine: cannot be done"),
+        (
+            "runtime.kind=trtllm-engine",
+            "runtime.kind: trtllm-engine: cannot be done by this version of trtbuild; use emb",
+        ),
+        ("runtime.stream_interval=4", "runtime.stream_interval: 4: only the trtllm runtime has it; remove it"),
+        (
+            "runtime.enable_attention_dp=true",
+            "runtime.enable_attention_dp: True: only the trtllm runtime has it; remove",
+        ),
+        (
+            "runtime.kv_cache.host_cache_size=9",
+            "runtime.kv_cache.host_cache_size: 9: only the trtllm runtime has it; rem",
+        ),
+        (
+            "runtime.allow_unknown_version=true",
+            "runtime.allow_unknown_version: True: only the trtllm runtime has it; re",
+        ),
         ("runtime.version=1.2.1", "runtime.version: 1.2.1: the embedded runtime has trtbuild's own version; remove it"),
         (
             "runtime.tensor_parallel_size=2",

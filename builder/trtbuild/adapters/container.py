@@ -96,7 +96,7 @@ def write_deploy(spec: DeploySpec, out: Path) -> None:
         CompatibilityError: there is no serve image for this runtime.
         RecipeError: the image's name or a label cannot be written into the files; all problems at once.
     """
-    if spec.runtime != "embedded":
+    if spec.runtime != "embedded" and spec.files:
         raise CompatibilityError(
             f"deploy: there is no serve image for the runtime {spec.runtime!r} in this version of trtbuild",
             "use runtime.kind: embedded, or leave the deployment files out with deploy.files: []",

@@ -1,0 +1,163 @@
+"""What one recipe gets from the engines and the LLM API of its TensorRT-LLM release, and from the newest LLM API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from trtbuild.compat import facts as table
+from trtbuild.llm_keys import LLM_ARGUMENT, leaves
+from trtbuild.llm_validate import validate
+from trtbuild.model import ModelFacts
+from trtbuild.plan import Cell, Comparison, Row
+from trtbuild.recipe import Recipe
+from trtbuild.releases import Flow, Release, newest_of_all
+from trtbuild.settings import Settings
+from trtbuild.support import (
+    QUANT_ALGO,
+    group_sizes,
+    refused_architecture,
+    refused_format,
+    sm_version,
+    speculative_method,
+)
+from trtbuild.trtllm_settings import planned_release, release_schema
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    release: Release
+    flow: Flow
+
+    @property
+    def title(self) -> str:
+        return f"{self.release.version} {'engine' if self.flow == 'engine' else 'LLM API'}"
+
+
+def compare(settings: Settings, facts: ModelFacts) -> Comparison:
+    """The comparison for a recipe whose settings are resolved."""
+    recipe, release = settings.recipe, planned_release(settings.recipe)
+    columns = [_Column(release, "engine"), _Column(release, "llm-api")]
+    newest = newest_of_all()
+    if newest.version != release.version:
+        columns.append(_Column(newest, "llm-api"))
+    asks: list[tuple[str, Callable[[_Column], Cell]]] = [
+        ("runtime", _runtime),
+        (f"model {facts.architecture}", lambda column: _model(facts.architecture, column)),
+        (f"format {recipe.compress.format}", lambda column: _format(settings, column)),
+    ]
+    if recipe.compress.kv_cache != "none":
+        algo = f"kv:{recipe.compress.kv_cache.upper()}"
+        asks.append((f"KV cache {recipe.compress.kv_cache}", lambda column: _on_gpu(recipe, column, algo)))
+    if recipe.compress.sparsity != "none":
+        asks.append((f"sparsity {recipe.compress.sparsity}", _sparsity))
+    if recipe.speculative.method != "none":
+        name = recipe.speculative.method
+        asks.append((f"speculation {name}", lambda column: _speculation(name, column)))
+    if recipe.model.adapters:
+        asks.append(("LoRA adapters", lambda _: Cell("available")))
+    asks += [(path, _setting(path)) for path in LLM_ARGUMENT if settings.given(path)]
+    asks += [(f"runtime.extra.{path}", _extra(path, value)) for path, value in leaves(dict(recipe.runtime.extra))]
+    return Comparison(
+        columns=tuple(column.title for column in columns),
+        rows=tuple(Row(what, tuple(_cell(column, look) for column in columns)) for what, look in asks),
+    )
+
+
+def _cell(column: _Column, look: Callable[[_Column], Cell]) -> Cell:
+    """A runtime that the release does not have has nothing else either."""
+    if column.flow in column.release.line.flows or look is _runtime:
+        return look(column)
+    return Cell("not available")
+
+
+def _runtime(column: _Column) -> Cell:
+    if column.flow not in column.release.line.flows:
+        return Cell("not available", "engines ended with 1.3.0rc20" if column.flow == "engine" else "no LLM API")
+    container = column.release.container
+    return Cell("available", f"container {container.tag}" if container else "no Triton container")
+
+
+def _refusable(reason: str | None) -> Cell:
+    return Cell("available") if reason is None else Cell("not available", reason)
+
+
+def _model(architecture: str, column: _Column) -> Cell:
+    reason = refused_architecture(column.flow, architecture)
+    if reason is not None:
+        return Cell("not available", reason)
+    older = column.flow == "llm-api" and column.release.version != newest_of_all().version
+    return Cell("available", "by the newest release's list" if older else "")
+
+
+def _format(settings: Settings, column: _Column) -> Cell:
+    algo, group = QUANT_ALGO[settings["compress.format"]], settings["compress.group_size"]
+    allowed = group_sizes(algo or "")
+    if allowed and group is not None and group not in allowed:
+        return Cell("not available", f"groups of {' or '.join(map(str, allowed))} only, not {group}")
+    return _on_gpu(settings.recipe, column, algo)
+
+
+def _on_gpu(recipe: Recipe, column: _Column, algo: str | None) -> Cell:
+    sm = sm_version(recipe.target.gpu) if recipe.target.gpu else None
+    if sm is None:
+        return Cell("available", "no GPU named")
+    return _refusable(refused_format(column.release.line, algo, sm))
+
+
+def _sparsity(column: _Column) -> Cell:
+    return Cell("available", "--weight_sparsity" if column.flow == "engine" else "without more speed")
+
+
+def _speculation(name: str, column: _Column) -> Cell:
+    method = speculative_method(name)
+    if column.flow == "engine":
+        return Cell("available", method.engine) if method.engine else Cell("not available", "not in trtllm-build")
+    known = method.decoding_type.get(column.release.line.schema or "")
+    return Cell("available", f"decoding_type {known}") if known else Cell("not available", "TensorRT engines only")
+
+
+def _setting(path: str) -> Callable[[_Column], Cell]:
+    argument = LLM_ARGUMENT[path]
+
+    def look(column: _Column) -> Cell:
+        if column.flow == "engine":
+            return _engine_name(path)
+        if release_schema(column.release).has(argument):
+            return Cell("available") if path.endswith(argument) else Cell("available", argument)
+        return Cell("not available", f"no argument {argument}")
+
+    return look
+
+
+def _engine_name(path: str) -> Cell:
+    names = table("engine_names")
+    if path == "model.trust_remote_code":
+        return Cell("available")
+    found = next((names[part][path] for part in ("build", "checkpoint", "triton") if path in names[part]), None)
+    if found is None:
+        return Cell("not available", "no counterpart")
+    return Cell("available" if found.lstrip("-") == path.rpartition(".")[2] else "renamed", found)
+
+
+def _extra(path: str, value: object) -> Callable[[_Column], Cell]:
+    def look(column: _Column) -> Cell:
+        if column.flow == "engine":
+            return Cell("not available", "an argument of the LLM API")
+        schema = release_schema(column.release)
+        problems = validate(_nested(path, value), schema, partial=True)
+        # A part of a choice between classes is not judged alone.
+        if not problems or schema.has(path):
+            return Cell("available")
+        first = problems[0]
+        called = "there it is called "
+        if first.hint.startswith(called):
+            return Cell("renamed", first.hint.removeprefix(called))
+        return Cell("not available", first.message.rpartition("; ")[2])
+
+    return look
+
+
+def _nested(path: str, value: object) -> dict[str, object]:
+    first, _, rest = path.partition(".")
+    return {first: _nested(rest, value) if rest else value}

@@ -1,0 +1,96 @@
+"""What TensorRT-LLM supports, by GPU architecture, model class and release line: look-ups in ``_compat/``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trtbuild.compat import facts
+from trtbuild.errors import Problem
+from trtbuild.releases import Flow, Line
+
+# The recipe's weight formats under the names that TensorRT-LLM gives them (`quant_algo` of hf_quant_config.json).
+QUANT_ALGO: Mapping[str, str | None] = {"none": None, "fp8": "FP8", "int4_awq": "W4A16_AWQ"}
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculativeMethod:
+    """One method: the LLM API's name per argument schema, trtllm-build's name, and whether it takes a draft."""
+
+    name: str
+    decoding_type: Mapping[str, str]
+    engine: str | None
+    needs_draft: bool
+
+
+def sm_version(gpu: str) -> int | None:
+    """The SM version of a GPU's name, such as ``H100``, ``NVIDIA A100-SXM4-80GB`` or ``l40s``; None if unknown."""
+    words = _words(gpu)
+    fitting = [
+        (len(known), version)
+        for name, version in facts("gpus")["names"]["sm"].items()
+        if (known := _words(name)) == words[: len(known)]
+    ]
+    return max(fitting)[1] if fitting else None
+
+
+def _words(name: str) -> list[str]:
+    """A GPU's name in lower-case words, without what every name may have in front."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    while words and words[0] in {"nvidia", "geforce", "tesla"}:
+        words = words[1:]
+    return words
+
+
+def unknown_gpu(gpu: str) -> Problem:
+    """The refusal of a GPU that no table has."""
+    names = list(facts("gpus")["names"]["sm"])
+    near = difflib.get_close_matches(gpu, names, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(names)}"
+    return Problem("target.gpu", f"{gpu!r} is no known GPU", hint)
+
+
+def refused_format(line: Line, algo: str | None, sm: int) -> str | None:
+    """Why a format does not run on an architecture in this release line, or None.
+
+    Args:
+        line: the release line, which decides the table.
+        algo: ``quant_algo``, ``kv:`` and the algorithm of the KV cache, or None for bf16.
+        sm: the architecture.
+    """
+    data = facts("gpus")
+    if algo is None:
+        least = data["plain"]["least_sm"]
+        return None if sm >= least else f"TensorRT-LLM runs bf16 from SM{least} on"
+    table = next((row for row in data["support"] if line.name in row["lines"]), None)
+    if table is None:
+        return None
+    listed = table["sm"].get(algo, [])
+    if sm in listed:
+        return None
+    names = ", ".join(f"SM{version}" for version in listed) or "none"
+    return f"TensorRT-LLM {line.name} lists {algo.removeprefix('kv:')} for {names} only"
+
+
+def group_sizes(algo: str) -> tuple[int, ...]:
+    """The sizes of INT4 groups that TensorRT-LLM's kernels take; empty for formats without groups of INT4 weights."""
+    found = facts("gpus")["groups"].get(algo, [])
+    return tuple(found)
+
+
+def refused_architecture(flow: Flow, architecture: str) -> str | None:
+    """Why a flow does not run models of this class, or None."""
+    table = facts("architectures")[flow]
+    if architecture in table["classes"]:
+        return None
+    if architecture in table.get("autodeploy", ()):
+        return f"TensorRT-LLM runs {architecture} through its AutoDeploy backend only"
+    return f"{architecture} is not among the classes that TensorRT-LLM lists for its {flow} flow"
+
+
+def speculative_method(name: str) -> SpeculativeMethod:
+    """One speculative method by the recipe's name."""
+    row = next(row for row in facts("speculative")["method"] if row["name"] == name)
+    return SpeculativeMethod(name, row.get("decoding_type", {}), row.get("engine"), row["needs_draft"])

@@ -1,0 +1,285 @@
+"""What a recipe may say that TensorRT-LLM's LLM API does not do: in a release, for a model, on a GPU."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from trtbuild.errors import Problem
+from trtbuild.llm_keys import LLM_ARGUMENT, RESERVED, leaves
+from trtbuild.llm_schema import Schema
+from trtbuild.llm_validate import validate
+from trtbuild.model import ModelFacts
+from trtbuild.recipe import Recipe
+from trtbuild.releases import Release
+from trtbuild.settings import Settings, fitting_group_sizes
+from trtbuild.support import (
+    QUANT_ALGO,
+    group_sizes,
+    refused_architecture,
+    refused_format,
+    sm_version,
+    speculative_method,
+    unknown_gpu,
+)
+from trtbuild.trtllm_parallel import parallel_refusals
+from trtbuild.trtllm_settings import FLOW, planned_release, release_schema, wanted_release, world_size
+
+_ADAPTER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_JOINED = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
+_EMBEDDED_ONLY = "only the embedded runtime has it"
+
+
+def trtllm_mistakes(settings: Settings) -> list[Problem]:
+    """What is wrong with the recipe itself: ``runtime.extra`` against the schema and the rest of the recipe."""
+    recipe = settings.recipe
+    schema = release_schema(planned_release(recipe))
+    extra = dict(recipe.runtime.extra)
+    problems = [problem for path, _ in leaves(extra) for problem in _contradiction(path)]
+    problems += validate(extra, schema, at="runtime.extra", partial=True)
+    graph = recipe.runtime.cuda_graph_config
+    given = [name for name in ("batch_sizes", "max_batch_size", "enable_padding") if getattr(graph, name) is not None]
+    if not graph.enabled and given:
+        at = f"runtime.cuda_graph_config.{given[0]}"
+        problems.append(Problem(at, "is set while cuda_graph_config.enabled is false", "remove one of the two"))
+    if graph.batch_sizes is not None and graph.max_batch_size is not None:
+        # Releases differ in which pairs they take (TorchLlmArgs.validate_cuda_graph_config).
+        message = f"{graph.max_batch_size} is set together with batch_sizes, which says it too"
+        problems.append(Problem("runtime.cuda_graph_config.max_batch_size", message, "remove one of the two"))
+    return problems
+
+
+def _contradiction(path: str) -> Iterable[Problem]:
+    """A key of ``runtime.extra`` that the package or another field of the recipe decides."""
+    at = f"runtime.extra.{path}"
+    for reserved, why in RESERVED.items():
+        if path == reserved or path.startswith(f"{reserved}."):
+            yield Problem(at, why, "remove it")
+    for field, argument in LLM_ARGUMENT.items():
+        if path == argument or argument.startswith(f"{path}.") or _switches(field, path):
+            yield Problem(at, f"the recipe says it in {field}", "set it there")
+
+
+def _switches(field: str, path: str) -> bool:
+    """Whether `path` is the section that a switch of the recipe turns off as a whole; keys inside may be added."""
+    return field.endswith(".enabled") and path == LLM_ARGUMENT[field]
+
+
+def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
+    """Every demand that cannot be met, with what to do instead."""
+    recipe = settings.recipe
+    wanted = wanted_release(recipe)
+    release = planned_release(recipe)
+    schema = release_schema(release)
+    problems = [wanted] if isinstance(wanted, Problem) else []
+    problems += _elsewhere(settings)
+    problems += _fields(settings, schema)
+    problems += _model(facts)
+    problems += _format(settings, facts)
+    problems += _gpu(recipe, release)
+    problems += parallel_refusals(settings, facts)
+    problems += _speculation(recipe, release, schema)
+    problems += _lora(recipe)
+    return problems
+
+
+def trtllm_warnings(settings: Settings) -> list[str]:
+    """What is allowed and may still surprise."""
+    recipe, release = settings.recipe, planned_release(settings.recipe)
+    warnings = []
+    if not release.known:
+        warnings.append(f"TensorRT-LLM {release.version} is in no table of trtbuild; {release.schema_note}")
+    elif not release.proven:
+        warnings.append(f"the arguments were checked against another version; {release.schema_note}")
+    if recipe.target.gpu is None:
+        warnings.append("without target.gpu nothing says whether the GPU runs the format")
+    if recipe.compress.sparsity == "2:4":
+        warnings.append("2:4 brings the LLM API no speed: its PyTorch backend multiplies the weights as dense ones")
+    if recipe.compress.kv_cache != "none":
+        # NVIDIA/TensorRT-LLM, tensorrt_llm/_torch/modules/linear.py @ed53795b, FP8QDQLinearMethod: off by default.
+        warnings.append(
+            "TensorRT-LLM takes 1 for k_scale and v_scale unless the server's environment has TRTLLM_LOAD_KV_SCALES=1; "
+            "quality is measured with the checkpoint's scales"
+        )
+    warnings += _untested(recipe)
+    if any("model" in key for key in recipe.runtime.extra.get("speculative_config") or {}):
+        warnings.append(
+            "runtime.extra.speculative_config names a draft model on the serving host: the package has none"
+        )
+    return warnings
+
+
+def _untested(recipe: Recipe) -> list[str]:
+    """Combinations that upstream calls untested (docs/source/features/feature-combination-matrix.md @01edceae)."""
+    runtime = recipe.runtime
+    pairs = [
+        (
+            runtime.enable_chunked_prefill and runtime.pipeline_parallel_size > 1,
+            "chunked prefill",
+            "pipeline parallelism",
+        ),
+        (bool(recipe.model.adapters) and runtime.enable_attention_dp, "LoRA", "attention data parallelism"),
+        (bool(recipe.model.adapters) and runtime.moe_expert_parallel_size is not None, "LoRA", "expert parallelism"),
+        (bool(recipe.model.adapters) and runtime.context_parallel_size > 1, "LoRA", "context parallelism"),
+        (bool(recipe.model.adapters) and runtime.guided_decoding_backend is not None, "LoRA", "guided decoding"),
+        (bool(recipe.model.adapters) and "speculative_config" in runtime.extra, "LoRA", "speculative decoding"),
+    ]
+    return [f"TensorRT-LLM calls {one} with {other} untested" for both, one, other in pairs if both]
+
+
+def _elsewhere(settings: Settings) -> Iterable[Problem]:
+    """What other runtimes do, or nothing yet."""
+    recipe = settings.recipe
+    if settings.given("deploy.files") and recipe.deploy.files:
+        message = f"{', '.join(recipe.deploy.files)}: this version of trtbuild has no deployment files for trtllm"
+        yield Problem("deploy.files", message, "remove it")
+    for name in ("device", "compute_dtype", "weights"):
+        value = getattr(recipe.runtime, name)
+        if value != "auto":
+            yield Problem(f"runtime.{name}", f"{value}: {_EMBEDDED_ONLY}", "use auto")
+    if recipe.serving.layout != "llm":
+        yield Problem("serving.layout", f"{recipe.serving.layout}: the LLM API is served by one model", "use llm")
+    if recipe.compress.max_memory is not None:
+        message = f"{recipe.compress.max_memory}: this version of trtbuild holds the model in memory"
+        yield Problem("compress.max_memory", message, "remove it")
+
+
+def _fields(settings: Settings, schema: Schema) -> Iterable[Problem]:
+    """Every field that the recipe states must be an argument of this release, with a value that it takes."""
+    for path, argument in LLM_ARGUMENT.items():
+        if not settings.given(path) or not settings.has(path) or path in {"compress.kv_cache", _GRAPHS_SWITCH}:
+            continue
+        for found in validate(_nested(argument, settings[path]), schema, partial=True):
+            place = found.path.removeprefix(argument)
+            yield Problem(f"{path}{place}", found.message, found.hint)
+
+
+_GRAPHS_SWITCH = "runtime.cuda_graph_config.enabled"
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    """A document with one value at a dotted path."""
+    first, _, rest = path.partition(".")
+    return {first: _nested(rest, value) if rest else value}
+
+
+def _model(facts: ModelFacts) -> Iterable[Problem]:
+    reason = refused_architecture(FLOW, facts.architecture)
+    if reason is not None:
+        yield Problem("model.path", reason, "use runtime.kind: embedded, or another model")
+
+
+def _format(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
+    """What TensorRT-LLM's loader and kernels take of what `compress` can make."""
+    group, allowed = settings["compress.group_size"], group_sizes("W4A16_AWQ")
+    if settings["compress.format"] == "int4_awq" and group is not None and group not in allowed:
+        sizes = " or ".join(map(str, allowed))
+        message = f"{group}: TensorRT-LLM's INT4 kernels take groups of {sizes} only"
+        fitting = [size for size in allowed if size in fitting_group_sizes(facts)]
+        hint = f"use {' or '.join(map(str, fitting))}" if fitting else "neither divides every layer: use another format"
+        yield Problem("compress.group_size", message, f"{hint}, such as fp8" if not fitting else hint)
+    if settings["compress.format"] == "none" and settings["compress.kv_cache"] != "none":
+        message = (
+            "TensorRT-LLM takes no checkpoint with KV scales whose weights are not quantized (quant_algo is required)"
+        )
+        yield Problem("compress.kv_cache", message, "set compress.format too, or use none")
+    yield from _excluded_in_part(settings["compress.exclude"], facts)
+
+
+def _excluded_in_part(patterns: Sequence[str], facts: ModelFacts) -> Iterable[Problem]:
+    """Projections that TensorRT-LLM joins must be quantized together; by the names that most decoders give them."""
+    for layer, names in itertools.product(range(facts.num_layers if patterns else 0), _JOINED):
+        modules = [f"model.layers.{layer}.{name}" for name in names]
+        left = [name for name in modules if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        if left and len(left) < len(modules):
+            rest = next(name for name in modules if name not in left)
+            message = f"names {left[0]}, but not {rest}: TensorRT-LLM joins them into one layer"
+            yield Problem("compress.exclude", message, "name all of them or none")
+            return
+
+
+def _gpu(recipe: Recipe, release: Release) -> Iterable[Problem]:
+    needed, count = world_size(recipe), recipe.target.count
+    if count is not None and count < needed:
+        message = f"{count} GPUs, but tensor x pipeline x context parallel need {needed}"
+        yield Problem("target.count", message, f"use {needed}, or lower the parallel sizes")
+    if recipe.target.gpu is None:
+        return
+    sm = sm_version(recipe.target.gpu)
+    if sm is None:
+        yield unknown_gpu(recipe.target.gpu)
+        return
+    at = f"{recipe.target.gpu} (SM{sm})"
+    why = refused_format(release.line, QUANT_ALGO[recipe.compress.format], sm)
+    if why is not None:
+        yield Problem("compress.format", f"{recipe.compress.format} does not run on {at}: {why}", "use another format")
+    if recipe.compress.kv_cache != "none":
+        why = refused_format(release.line, f"kv:{recipe.compress.kv_cache.upper()}", sm)
+        if why is not None:
+            message = f"{recipe.compress.kv_cache} does not run on {at}: {why}"
+            yield Problem("compress.kv_cache", message, "use none")
+
+
+def _speculation(recipe: Recipe, release: Release, schema: Schema) -> Iterable[Problem]:
+    runtime, method = recipe.runtime, recipe.speculative.method
+    given: Mapping[str, Any] = runtime.extra.get("speculative_config") or {}
+    if method != "none":
+        yield _no_checkpoint(method, release, schema)
+    elif recipe.speculative.draft is not None:
+        message = f"{recipe.speculative.draft}: of no use without a speculative.method"
+        yield Problem("speculative.draft", message, "remove it")
+    if not given and method == "none":
+        return
+    where = "runtime.extra.speculative_config" if given else "speculative.method"
+    if runtime.pipeline_parallel_size > 1:
+        message = f"speculative decoding does not run with pipeline_parallel_size {runtime.pipeline_parallel_size}"
+        yield Problem(where, message, "use tensor_parallel_size instead, or no speculation")
+    if runtime.context_parallel_size > 1:
+        message = f"speculative decoding does not run with context_parallel_size {runtime.context_parallel_size}"
+        yield Problem(where, message, "use context_parallel_size: 1, or no speculation")
+
+
+def _no_checkpoint(name: str, release: Release, schema: Schema) -> Problem:
+    """Why this version of trtbuild cannot plan a method, and what can be done."""
+    method = speculative_method(name)
+    key = method.decoding_type.get(schema.header.name)
+    at = "speculative.method"
+    if key is None:
+        message = f"{name}: the LLM API of TensorRT-LLM {release.version} has no such method, only TensorRT engines do"
+        return Problem(at, message, "use none")
+    if not method.needs_draft:
+        message = f"{name}: this version of trtbuild has no fields for it"
+        hint = f"use none, and runtime.extra.speculative_config with decoding_type: {key}"
+        return Problem(at, message, hint)
+    message = f"{name}: this version of trtbuild cannot make a package with the draft model that it needs"
+    hint = f"use none (TensorRT-LLM {release.version} calls it {key})"
+    return Problem(at, message, hint)
+
+
+def _lora(recipe: Recipe) -> Iterable[Problem]:
+    lora, adapters = recipe.runtime.lora_config, recipe.model.adapters
+    if not adapters:
+        return
+    names = [PurePosixPath(path).name for path in adapters]
+    for path, name in zip(adapters, names, strict=True):
+        if not _ADAPTER.fullmatch(name):
+            message = f"{path}: {name!r} is no name that clients could send"
+            yield Problem(
+                "model.adapters", message, "name the adapter's directory itself, in letters, digits, . _ and -"
+            )
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        message = f"two adapters are called {name}; clients ask for an adapter by its directory's name"
+        yield Problem("model.adapters", message, "rename one directory")
+    if not lora.lora_target_modules:
+        message = "is empty; without it TensorRT-LLM keeps room for every module"
+        yield Problem("runtime.lora_config.lora_target_modules", message, "name the adapters' modules, such as attn_q")
+    if lora.max_lora_rank is None:
+        message = "is not set; an adapter of a higher rank than the default would be refused at its first request"
+        yield Problem("runtime.lora_config.max_lora_rank", message, "set the adapters' highest rank")
