@@ -29,7 +29,7 @@ LAYERS = [
         "model",
     },
     {"store", "gates", "plan", "settings", "refusals", "planner", "render", "report", "process", "worker", "toolchain"},
-    {"adapters", "compress", "evaluate", "runtime", "serving"},
+    {"adapters", "compress", "convert", "evaluate", "runtime", "serving"},
     {"source", "steps", "package", "evidence", "pipeline", "init_recipe", "inspection", "verification", "doctor"},
     {"console"},
     {"cli"},
