@@ -34,7 +34,8 @@ def read_safetensors(path: Path) -> Tensors:
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, stop = entry["data_offsets"]
         kind = TYPES[entry["dtype"]]
-        assert begin == end and begin % kind.itemsize == 0, name
+        assert begin == end, name
+        assert begin % kind.itemsize == 0, name
         end = stop
         data = bytearray(raw[8 + length + begin : 8 + length + stop])
         tensors[name] = torch.frombuffer(data, dtype=kind).reshape(entry["shape"])
@@ -155,13 +156,13 @@ Split = Callable[[list[torch.Tensor], bool], Tensors]
 
 
 def _whole(name: str) -> tuple[tuple[str, ...], Split]:
-    return (name,), lambda ranks, packed: {name: cat(ranks, 0)}  # noqa: ARG005
+    return (name,), lambda ranks, packed: {name: cat(ranks, 0)}
 
 
 def _halves(first: str, second: str) -> tuple[tuple[str, ...], Split]:
     """Each rank holds its rows of both, one after the other."""
 
-    def split(ranks: list[torch.Tensor], packed: bool) -> Tensors:  # noqa: ARG001
+    def split(ranks: list[torch.Tensor], packed: bool) -> Tensors:
         middle = ranks[0].shape[0] // 2
         return {first: cat([r[:middle] for r in ranks], 0), second: cat([r[middle:] for r in ranks], 0)}
 

@@ -43,25 +43,40 @@ _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.\w+_proj|.*experts?\.(\d+
 
 
 def plain(path: Path, name: str, **changes: Any) -> Path:
-    """The unquantized checkpoint of `name` in bf16."""
+    """The unquantized checkpoint of `name` in bf16.
+
+    Gemma stores norm weights as offsets from 1, TensorRT-LLM their sum in bf16: these are such that it is exact.
+    """
     architecture, settings = MODELS[name]
-    return save_checkpoint(path, architecture, overrides=_SIZES | settings | changes, tokenizer=False)
+    save_checkpoint(path, architecture, overrides=_SIZES | settings | changes, tokenizer=False)
+    if name.startswith("gemma"):
+        tensors = load_file(path / "model.safetensors")
+        for key, tensor in tensors.items():
+            if "norm" in key:
+                tensors[key] = ((tensor.float() + 1).bfloat16().float() - 1).bfloat16()
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
-def quantized(source: Path, path: Path, algo: str, kv_cache: str | None = None) -> Path:
-    """`source` with random codes of format `algo` for every linear layer; "bf16" keeps the weights."""
+def quantized(source: Path, path: Path, algo: str, kv_cache: str | None = None, *, equal: bool = False) -> Path:
+    """`source` with random codes of format `algo` for every linear layer; "bf16" keeps the weights.
+
+    With `equal`, scales that the conversion would merge are equal, so that it changes no value.
+    """
     tensors = load_file(source / "model.safetensors")
     made: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if algo != "bf16" and _LINEAR.fullmatch(name):
             prefix = name.removesuffix(".weight")
-            made |= {f"{prefix}.{key}": value for key, value in _codes(prefix, algo, tuple(tensor.shape)).items()}
+            codes = _codes(prefix, algo, tuple(tensor.shape), equal=equal)
+            made |= {f"{prefix}.{key}": value for key, value in codes.items()}
         else:
             made[name] = tensor
         if kv_cache and name.endswith("self_attn.o_proj.weight"):
             attention = name.removesuffix("o_proj.weight")
             made[f"{attention}k_proj.k_scale"] = 0.01 + 0.05 * torch.rand((), generator=_random(name + "k"))
-            made[f"{attention}v_proj.v_scale"] = 0.01 + 0.05 * torch.rand((), generator=_random(name + "v"))
+            other = _random(name + ("k" if equal else "v"))
+            made[f"{attention}v_proj.v_scale"] = 0.01 + 0.05 * torch.rand((), generator=other)
     path.mkdir(parents=True)
     save_file(made, path / "model.safetensors", metadata={"format": "pt"})
     for extra in ("config.json", "generation_config.json"):
@@ -88,10 +103,12 @@ def _shared(prefix: str, *, experts: bool) -> str:
     return re.sub(r"experts\.\d+", "experts", prefix) if experts else prefix
 
 
-def _codes(prefix: str, algo: str, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def _codes(prefix: str, algo: str, shape: tuple[int, ...], *, equal: bool) -> dict[str, torch.Tensor]:
     rows, columns = shape
     own, together = _random(prefix), _random(_shared(prefix, experts=False))
     everywhere = _random(_shared(prefix, experts=True))
+    if equal:
+        together = everywhere
 
     def number(generator: torch.Generator) -> torch.Tensor:
         return 0.001 + 0.003 * torch.rand((), generator=generator)
@@ -104,7 +121,8 @@ def _codes(prefix: str, algo: str, shape: tuple[int, ...]) -> dict[str, torch.Te
 
     if algo == "FP8":
         codes = (60 * torch.randn(rows, columns, generator=own)).clamp(-448, 448).to(torch.float8_e4m3fn)
-        return {"weight": codes, "weight_scale": number(own), "input_scale": number(together)}
+        scale = number(together if equal else own)
+        return {"weight": codes, "weight_scale": scale, "input_scale": 10 * number(together)}
     if algo == "W8A8_SQ_PER_CHANNEL":
         return {
             "weight": byte(rows, columns).view(torch.int8), "weight_scale": 0.01 * torch.rand(rows, generator=own),
@@ -116,7 +134,8 @@ def _codes(prefix: str, algo: str, shape: tuple[int, ...]) -> dict[str, torch.Te
             "weight": byte(rows, columns // 2), "weight_scale": scale, "weight_scale_2": number(together),
             "input_scale": number(together),
         }  # fmt: skip
-    made = {"weight": byte(rows // 2, columns), "weight_scale": 0.02 * torch.rand(rows, columns // GROUP, generator=own)}
+    scale = 0.02 * torch.rand(rows, columns // GROUP, generator=own)
+    made = {"weight": byte(rows // 2, columns), "weight_scale": scale}
     if re.search(r"(o_proj|down_proj|w2|experts\.\d+\.\w+)$", prefix):  # elsewhere it was folded into a norm
         made["pre_quant_scale"] = factors(columns).bfloat16()
     if algo == "W4A8_AWQ":

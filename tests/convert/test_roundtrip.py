@@ -111,7 +111,9 @@ def _together(stored: dict[str, torch.Tensor], prefix: str, key: str) -> torch.T
     stem, _, last = prefix.rpartition(".")
     expert = ".experts." in prefix
     names = [last]
-    for group in (("q_proj", "k_proj", "v_proj"), *((("gate_proj", "up_proj"), ("w1", "w3")) if "expert" in prefix else ())):
+    fused = [("q_proj", "k_proj", "v_proj")]
+    fused += [("gate_proj", "up_proj"), ("w1", "w3")] if "expert" in prefix else []
+    for group in fused:
         names = list(group) if last in group else names
     stems = [stem]
     if expert and key == "input_scale":
@@ -120,7 +122,7 @@ def _together(stored: dict[str, torch.Tensor], prefix: str, key: str) -> torch.T
     return torch.stack([stored[f"{stem}.{name}.{key}"] for stem in stems for name in names]).max()
 
 
-@pytest.mark.parametrize(("name", "algo"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "algo"), CASES, ids=str)
 def test_what_is_read_back_is_what_was_stored(name: str, algo: str, sources: Any, tmp_path: Path) -> None:
     source = sources(name, algo)
     for tp, pp in DIVISIONS:

@@ -11,6 +11,8 @@ Where the projections that TensorRT-LLM fuses carry scales of their own:
 - Input scales, second scales and smoothing factors must be equal; a checkpoint where they differ is refused.
 - Smoothing that ModelOpt folded into a norm leaves no factor in the file; TensorRT-LLM wants one, so ones are written.
 
+Gemma's norm weights are stored as offsets from 1; the sum is rounded to the checkpoint's type, as upstream does.
+
 What TensorRT-LLM does when it loads the files was read there and cannot be executed here: INT4 codes are transposed
 and interleaved for CUTLASS, NVFP4 block scales are padded and interleaved, W4A8's factors are combined
 (NVIDIA/TensorRT-LLM, tensorrt_llm/models/modeling_utils.py, preprocess_perlayer_weights @34a267279384), and FP8 gate
