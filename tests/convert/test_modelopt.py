@@ -84,7 +84,7 @@ def read(directory: Path) -> dict[str, Any]:
     ("name", "algo", "tp", "pp"),
     [
         ("llama", "bf16", 1, 1), ("llama", "bf16", 2, 2), ("llama", "bf16", 4, 1), ("llama-tied", "bf16", 2, 1),
-        ("mistral", "bf16", 2, 1), ("qwen2", "bf16", 2, 1), ("qwen3", "bf16", 2, 2), 
+        ("mistral", "bf16", 2, 1), ("qwen2", "bf16", 2, 1), ("qwen3", "bf16", 2, 2),
         ("llama", "W8A8_SQ_PER_CHANNEL", 2, 2), ("llama", "NVFP4", 2, 1),
         ("qwen3", "W8A8_SQ_PER_CHANNEL", 2, 1), ("qwen2", "NVFP4", 1, 1),
     ],
