@@ -24,6 +24,10 @@ _QWEN2_MOE = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 256,
     "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
 }  # fmt: skip
+_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 3000.0},
+    "full_attention": {"rope_type": "default", "rope_theta": 50000.0},
+}
 # name: (architecture of tiny.py, what its config needs beyond _SIZES)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -36,7 +40,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 64}),
     "qwen3_moe": ("qwen3_moe", {"head_dim": 32, "moe_intermediate_size": 128, "norm_topk_prob": True}),
     "gemma2": ("gemma2", {"head_dim": 32}),
-    "gemma3": ("gemma3", {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3": (
+        "gemma3",
+        {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": _ROPE},
+    ),
     "phi3": ("phi3", {}),
 }
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.\w+_proj|.*experts?\.(\d+\.)?\w+|mlp\.\w+_proj)\.weight")

@@ -12,6 +12,7 @@ from deconvert import bits, deconvert, read_safetensors
 from safetensors.torch import load_file
 from synthetic import EXPERT_FORMATS, FORMATS, MODELS, plain, quantized
 
+from trtbuild.convert.plan import Output, RankPlan
 from trtbuild.convert.run import run
 
 DIVISIONS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]  # 4 is more than the key and value heads
@@ -160,3 +161,10 @@ def test_the_files_open_with_the_reference_reader(sources: Any, tmp_path: Path) 
         ours, theirs = read_safetensors(path), load_file(path)
         assert ours.keys() == theirs.keys()
         assert all(bits(ours[name]).equal(bits(theirs[name])) for name in ours)
+
+
+def test_wide_types_are_aligned_behind_odd_sizes() -> None:
+    plan = RankPlan(0, [Output(name="a", dtype="I8", shape=(3,)), Output(name="b", dtype="F32", shape=(2,))])
+    _, begins, size = plan.layout()
+    assert begins["b"] % 4 == 0
+    assert size == max(begins.values()) + 3
