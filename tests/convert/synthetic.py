@@ -19,7 +19,7 @@ from tiny import save_checkpoint
 GROUP = 32
 FORMATS = ("bf16", "FP8", "W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL", "NVFP4")
 EXPERT_FORMATS = ("bf16", "FP8", "W4A16_AWQ")
-_SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 _QWEN2_MOE = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 256,
     "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
@@ -28,7 +28,7 @@ _ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 3000.0},
     "full_attention": {"rope_type": "default", "rope_theta": 50000.0},
 }
-# name: (architecture of tiny.py, what its config needs beyond _SIZES)
+# name: (architecture of tiny.py, what its config needs beyond SIZES)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True, "vocab_size": 321}),
@@ -55,7 +55,7 @@ def plain(path: Path, name: str, **changes: Any) -> Path:
     Gemma stores norm weights as offsets from 1, TensorRT-LLM their sum in bf16: these are such that it is exact.
     """
     architecture, settings = MODELS[name]
-    save_checkpoint(path, architecture, overrides=_SIZES | settings | changes, tokenizer=False)
+    save_checkpoint(path, architecture, overrides=SIZES | settings | changes, tokenizer=False)
     if name.startswith("gemma"):
         tensors = load_file(path / "model.safetensors")
         for key, tensor in tensors.items():

@@ -10,10 +10,11 @@ import pytest
 import torch
 from execute import Run, round_int8
 from exports import GROUP, unified
-from safetensors.torch import load_file
-from synthetic import MODELS, plain, quantized
-from test_roundtrip import convert
+from safetensors.torch import load_file, save_file
+from synthetic import MODELS, SIZES, plain, quantized
+from test_roundtrip import convert, silent
 
+from tiny import save_checkpoint
 from trtbuild.runtime import Engine
 
 TOKENS = [3 + (index * 37) % 310 for index in range(24)]
@@ -187,3 +188,50 @@ def test_llama3_rope_and_a_real_window_are_carried(tmp_path: Path) -> None:
     assert_same_logits(Run.open(tmp_path / "out").logits(TOKENS), wanted)
     result = convert(plain(tmp_path / "mistral", "mistral"), tmp_path / "window", 1, 1)
     assert any("max_attention_window" in note and "48" in note for note in result["notes"])
+
+
+def bring_to_common_scales(directory: Path) -> None:
+    """What the conversion is defined to do to FP8, done to the unified checkpoint: query, key and value on the largest
+    of their scales, keys and values in the cache on the larger of theirs."""
+    tensors = load_file(directory / "model.safetensors")
+    for prefix in {name.rpartition("self_attn.")[0] for name in tensors if name.endswith("q_proj.weight_scale")}:
+        names = [f"{prefix}self_attn.{letter}_proj" for letter in "qkv"]
+        common = max(tensors[f"{name}.weight_scale"] for name in names)
+        for name in names:
+            values = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"]
+            tensors[f"{name}.weight"] = (values / common).to(torch.float8_e4m3fn)
+            tensors[f"{name}.weight_scale"] = common.clone()
+        scales = [f"{names[1]}.k_scale", f"{names[2]}.v_scale"]
+        larger = max(tensors[name] for name in scales)
+        tensors |= {name: larger.clone() for name in scales}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {"format": "fp8", "kv_cache": "fp8"}),
+        ("phi3", {"format": "fp8"}),
+        ("mixtral", {"format": "int4_awq", "group_size": 32}),
+        ("qwen2", {"format": "int4_awq", "group_size": 64}),
+    ],
+)
+def test_what_the_compress_step_makes(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """The compress step's own checkpoints, through conversion and execution, against the embedded engine."""
+    from trtbuild.compress.run import run as compress
+
+    architecture, sizes = MODELS[name]
+    source = save_checkpoint(tmp_path / "source", architecture, overrides=SIZES | sizes)
+    calibration = {"data": None, "column": None, "count": 4, "length": 32, "seed": 1}
+    request = {
+        "source": str(source), "output": str(tmp_path / "compressed"), "group_size": None, "sparsity": "none",
+        "kv_cache": "none", "calibration": calibration,
+    }  # fmt: skip
+    compress(request | settings, silent)
+    for tp in (1, 2):
+        convert(tmp_path / "compressed", tmp_path / f"{tp}", tp, 1)
+    if name == "llama":
+        bring_to_common_scales(tmp_path / "compressed")
+    wanted = engine_logits(tmp_path / "compressed", settings.get("kv_cache"))
+    for tp in (1, 2):
+        assert_same_logits(Run.open(tmp_path / f"{tp}").logits(TOKENS), wanted)

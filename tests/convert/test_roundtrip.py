@@ -168,3 +168,14 @@ def test_wide_types_are_aligned_behind_odd_sizes() -> None:
     _, begins, size = plan.layout()
     assert begins["b"] % 4 == 0
     assert size == max(begins.values()) + 3
+
+
+def test_blocks_of_any_size_give_the_same_files(sources: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of more than one block, with pieces that begin and end inside blocks."""
+    for name, algo in (("qwen3", "FP8"), ("phi3", "W4A16_AWQ"), ("mixtral", "bf16")):
+        convert(sources(name, algo), tmp_path / f"{name}-whole", 2, 1)
+        monkeypatch.setattr("trtbuild.convert.stream._BLOCK_BYTES", 1000)
+        convert(sources(name, algo), tmp_path / f"{name}-blocks", 2, 1)
+        monkeypatch.undo()
+        for path in (tmp_path / f"{name}-whole").iterdir():
+            assert path.read_bytes() == (tmp_path / f"{name}-blocks" / path.name).read_bytes()
