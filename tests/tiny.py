@@ -68,6 +68,9 @@ MORE_ARCHITECTURES: dict[str, Architecture] = {
     "starcoder2": Architecture("starcoder2", {"sliding_window": 48}),
 }  # fmt: skip
 
+# Known to the converter only.
+CONVERTED_ARCHITECTURES: dict[str, Architecture] = {"qwen2_moe": Architecture("qwen2_moe")}
+
 
 def save_checkpoint(
     path: Path,
@@ -83,7 +86,7 @@ def save_checkpoint(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    architecture = (ARCHITECTURES | MORE_ARCHITECTURES)[name]
+    architecture = (ARCHITECTURES | MORE_ARCHITECTURES | CONVERTED_ARCHITECTURES)[name]
     settings = _COMMON | architecture.config | (overrides or {})
     config = AutoConfig.for_model(architecture.model_type, **settings)
     torch.manual_seed(seed)

@@ -50,7 +50,7 @@ LAYERS = [
         "worker",
         "toolchain",
     },
-    {"adapters", "compress", "evaluate", "runtime", "serving"},
+    {"adapters", "compress", "convert", "evaluate", "runtime", "serving"},
     {"source", "steps", "package", "evidence", "pipeline", "init_recipe", "inspection", "verification", "doctor"},
     {"console"},
     {"versions"},

@@ -1,0 +1,72 @@
+"""The script that builds a TensorRT-LLM engine in its pinned container, and the check of the directory it made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trtbuild.adapters.trtllm_engine import EngineSpec, arguments, built_limits, choose
+from trtbuild.errors import Problem
+from trtbuild.render import render
+
+RECORD = "trtbuild.json"  # what the script leaves in the engine directory: TensorRT-LLM's config names no GPU
+
+
+def build_script(spec: EngineSpec, *, image: str, name: str) -> str:
+    """A POSIX shell script that builds the engine in `image` with docker, podman or enroot, and resumes.
+
+    It takes the checkpoint's and the engine's directories as arguments, keeps TensorRT's timing cache beside the
+    engine, and renames a finished engine into place, so that a second run after a kill starts the build anew and a run
+    after success does nothing.
+    """
+    command = ("trtllm-build", *arguments(choose(spec), "/checkpoint", "/work/engine.part"))
+    context = {
+        "image": image, "name": name, "command": list(command), "gpu": f"{spec.gpu // 10}.{spec.gpu % 10}",
+        "version": spec.version, "world_size": spec.world_size, "record": RECORD,
+    }  # fmt: skip
+    return render("trtllm_engine/build.sh.j2", context)
+
+
+def check_engine(config: Mapping[str, Any], record: Mapping[str, Any] | None, spec: EngineSpec) -> tuple[Problem, ...]:
+    """What an engine directory's ``config.json`` and the script's record say otherwise than the spec."""
+    model, build = config.get("pretrained_config") or {}, config.get("build_config") or {}
+    mapping, quantization = model.get("mapping") or {}, model.get("quantization") or {}
+    found = {
+        "version": config.get("version"),
+        "pretrained_config.architecture": model.get("architecture"),
+        "pretrained_config.mapping.world_size": mapping.get("world_size"),
+        "pretrained_config.mapping.tp_size": mapping.get("tp_size"),
+        "pretrained_config.mapping.pp_size": mapping.get("pp_size"),
+        "pretrained_config.quantization.quant_algo": quantization.get("quant_algo"),
+        "pretrained_config.quantization.kv_cache_quant_algo": quantization.get("kv_cache_quant_algo"),
+    }
+    wanted = dict(
+        zip(
+            found,
+            (
+                spec.version, spec.architecture, spec.world_size, spec.tp_size, spec.pp_size, spec.format, spec.kv_cache
+            ),
+            strict=True,
+        )
+    )  # fmt: skip
+    plugins = build.get("plugin_config") or {}
+    for field, value in built_limits(spec).items():
+        found[f"build_config.{field}"] = build.get(field, plugins.get(field))
+        wanted[f"build_config.{field}"] = value
+    problems = [
+        Problem(f"config.json: {path}", f"is {found[path]!r}, the plan says {value!r}", "build the engine again")
+        for path, value in wanted.items()
+        if found[path] != value
+    ]
+    return (*problems, *_gpu_problems(record, spec))
+
+
+def _gpu_problems(record: Mapping[str, Any] | None, spec: EngineSpec) -> list[Problem]:
+    if record is None:
+        hint = "build it with the script, which records the GPU"
+        return [Problem(RECORD, "is missing: nothing says for which GPU the engine was built", hint)]
+    wanted = f"{spec.gpu // 10}.{spec.gpu % 10}"
+    if record.get("compute_capability") != wanted:
+        said = f"is {record.get('compute_capability')!r}, the plan says {wanted!r}"
+        return [Problem(f"{RECORD}: compute_capability", said, "build the engine on the target's kind of GPU")]
+    return []
