@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
-from trtbuild.adapters import triton_config, triton_engine, triton_ensemble, triton_python
+from trtbuild.adapters import (
+    triton_config,
+    triton_engine,
+    triton_ensemble,
+    triton_five,
+    triton_llm,
+    triton_python,
+)
+from trtbuild.adapters.triton_spec import RepositorySpec
 from trtbuild.errors import Problem, RecipeError
-from trtbuild.render import data_dir, render
 
-# Part of the repository step's key: raise it when the bytes that this module writes change.
+__all__ = ["REVISION", "RepositorySpec", "check_repository", "render_repository"]
+
+# Part of the repository step's key: raise it when the bytes that these modules write change.
 REVISION = 1
-_LAYOUT = "llm"
-_RUNTIME = "embedded"
-_CANCELLATION_CHECK_PERIOD_MS = 50
-
-
-@dataclass(frozen=True, slots=True)
-class RepositorySpec:
-    """Everything that decides a model repository; sizes are in tokens."""
-
-    model_name: str
-    runtime: str
-    layout: str
-    streaming: bool
-    max_seq_len: int
-    max_input_tokens: int
-    max_output_tokens: int
-    default_max_tokens: int
-    # Relative to the model's directory: the package keeps engine/ beside model_repository/.
-    engine_dir: str = "../../engine"
-    trust_remote_code: bool = False
+_WRITERS = {triton_llm.LAYOUT: triton_llm.write, triton_five.LAYOUT: triton_five.write}
+_RUNTIMES = {triton_llm.LAYOUT: ("embedded",), triton_five.LAYOUT: ("embedded", "trtllm-engine")}
 
 
 def render_repository(spec: RepositorySpec, out: Path) -> None:
-    """Write the model repository of `spec` under `out`, which may exist but must not hold this model.
+    """Write the model repository of `spec` under `out`, which may exist but must not hold its models.
 
     Raises:
         RecipeError: the layout or the runtime has no repository here.
     """
     _refuse_unknown(spec)
-    model = out / spec.model_name
-    version = model / "1"
-    version.mkdir(parents=True)
-    (model / "config.pbtxt").write_text(render("llm/config.pbtxt.j2", _context(spec)), encoding="utf-8")
-    for source in sorted((data_dir("model_repo") / spec.layout).glob("*.py")):
-        shutil.copyfile(source, version / source.name)
+    _WRITERS[spec.layout](spec, out)
 
 
 def check_repository(repo: Path, *, engine: Path | None) -> list[Problem]:
@@ -72,75 +56,19 @@ def check_repository(repo: Path, *, engine: Path | None) -> list[Problem]:
         problems += triton_config.check_model(model)
         problems += triton_python.check_code(model)
         problems += triton_engine.check_against_engine(model, engine)
-        if model.parameter("layout") == _LAYOUT:
-            problems += _check_contract(model)
-    return problems + triton_ensemble.check_ensembles(models)
+        if model.parameter("layout") == triton_llm.LAYOUT:
+            problems += triton_llm.check(model)
+    return problems + triton_five.check(models) + triton_ensemble.check_ensembles(models)
 
 
 def _refuse_unknown(spec: RepositorySpec) -> None:
-    problems = []
-    if spec.layout != _LAYOUT:
-        problems.append(Problem("serving.layout", f"{spec.layout!r} cannot be written by this version", "use llm"))
-    if spec.runtime != _RUNTIME:
-        problems.append(Problem("runtime.kind", f"{spec.runtime!r} has no model repository here", "use embedded"))
-    if problems:
-        raise RecipeError(problems)
-
-
-def _context(spec: RepositorySpec) -> dict[str, object]:
-    parameters = {
-        "layout": spec.layout,
-        "runtime": spec.runtime,
-        "engine_dir": spec.engine_dir,
-        "max_seq_len": spec.max_seq_len,
-        "max_input_tokens": spec.max_input_tokens,
-        "max_output_tokens": spec.max_output_tokens,
-        "default_max_tokens": spec.default_max_tokens,
-        "streaming": _boolean(spec.streaming),
-        "trust_remote_code": _boolean(spec.trust_remote_code),
-        "cancellation_check_period_ms": _CANCELLATION_CHECK_PERIOD_MS,
-    }
-    return {
-        "model_name": spec.model_name,
-        "decoupled": _boolean(spec.streaming),
-        "parameters": list(parameters.items()),
-    }
-
-
-def _boolean(value: bool) -> str:  # noqa: FBT001 - a conversion has one argument
-    return "true" if value else "false"
-
-
-def _check_contract(model: triton_config.Model) -> list[Problem]:
-    """Inputs, outputs and parameters against what the template of this layout declares: clients rely on every one."""
-    wanted = triton_config.parse(render("llm/config.pbtxt.j2", _context(_ANY_SPEC)))
-    problems = []
-    for kind in ("input", "output"):
-        have = {tensor.name: tensor for tensor in getattr(model.config, kind)}
-        for tensor in getattr(wanted, kind):
-            found = have.get(tensor.name)
-            if found is None:
-                problems.append(model.problem(f"{kind} {tensor.name} of the llm layout is missing", "put it back"))
-            elif (found.data_type, list(found.dims)) != (tensor.data_type, list(tensor.dims)):
-                declared = f"{triton_config.type_name(tensor)} {list(tensor.dims)}"
-                problems.append(
-                    model.problem(
-                        f"{kind} {tensor.name} is {triton_config.type_name(found)} {list(found.dims)}, and the model "
-                        f"sends and reads {declared}",
-                        f"declare {declared}",
-                    )
-                )
-    missing = sorted(set(wanted.parameters) - set(model.config.parameters))
-    return problems + [model.problem(f"parameter {name} is missing", "put it back") for name in missing]
-
-
-_ANY_SPEC = RepositorySpec(
-    model_name="any",
-    runtime=_RUNTIME,
-    layout=_LAYOUT,
-    streaming=True,
-    max_seq_len=2,
-    max_input_tokens=1,
-    max_output_tokens=1,
-    default_max_tokens=1,
-)
+    runtimes = _RUNTIMES.get(spec.layout)
+    if runtimes is None:
+        hint = f"use one of {', '.join(_WRITERS)}"
+        raise RecipeError([Problem("serving.layout", f"{spec.layout!r} cannot be written by this version", hint)])
+    if spec.runtime not in runtimes:
+        message = f"{spec.runtime!r} has no model repository of layout {spec.layout} here"
+        raise RecipeError([Problem("runtime.kind", message, f"use one of {', '.join(runtimes)}")])
+    if (spec.engine is None) != (spec.runtime == "embedded"):
+        message = f"{spec.runtime!r} and the parameters of a TensorRT engine do not belong together"
+        raise RecipeError([Problem("runtime.kind", message, "give EngineParameters for trtllm-engine, and only there")])

@@ -1,0 +1,124 @@
+"""One request of `tensorrt_llm` between the engine's thread and the sender: gathers tokens, says what to send."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from model_repo.ensemble.inflight import Inflight
+from model_repo.ensemble.tensors import ENGINE_OUTPUTS, PERF_METRICS
+from model_repo.llm.backend_embedded import Handle
+
+# The engine's name for what upstream's tensors call otherwise.
+_METRIC_FIELDS = {"kv_cache_reused_blocks": "kv_cache_reused_block"}
+# What an output holds that nobody asked for or that the embedded engine has not. Upstream's C++ model leaves such
+# outputs out; but an ensemble answers only when each of its outputs has come (core/src/ensemble_scheduler), and clients
+# of the C++ model's older versions know these zeros.
+_NOTHING: dict[str, Any] = {
+    "context_logits": [[[0.0]]],
+    "generation_logits": [[[[0.0]]]],
+    "context_phase_params": [[]],
+    "output_log_probs": [[[]]],
+}
+
+
+class SequenceStream:
+    """The tokens of one answer and how much of them was sent.
+
+    Outputs arrive in the engine's thread by `deliver`; all else happens in the sender's thread.
+    """
+
+    def __init__(self, request: Inflight, request_id: str) -> None:
+        self.request = request
+        self.request_id = request_id
+        self.cancelled_by: str | None = None
+        self.error: Exception | None = None
+        self._arrived: deque[Any] = deque()
+        self._handle: Handle | None = None
+        self._unwanted = False
+        self._ids: list[int] = list(request.input_ids) if request.echo else []
+        self._echoed = len(self._ids)
+        self._log_probs: list[float] = []
+        self._cumulative = 0.0
+        self._sent = (0, 0)
+        self._reason: str | None = None
+        self._metrics: Any = None
+
+    @property
+    def streaming(self) -> bool:
+        """Whether responses are sent before the end."""
+        return self.request.streaming
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more comes."""
+        return self._reason is not None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was cut off."""
+        return self._reason == "cancelled"
+
+    def attach(self, handle: Handle) -> None:
+        """Remember how to end the sequence, and end it at once if that was asked for in the meantime."""
+        self._handle = handle
+        if self._unwanted:
+            handle.cancel()
+
+    def cancel(self, why: str | None = None) -> None:
+        """End the sequence; the engine's final output then ends the request."""
+        self.cancelled_by = self.cancelled_by or why
+        self._unwanted = True
+        if self._handle is not None:
+            self._handle.cancel()
+
+    def deliver(self, choice: int, output: Any) -> bool:  # noqa: ARG002 - one answer a request
+        """Keep one output (engine's thread); whether the sender should look at it now."""
+        self._arrived.append(output)
+        return self.streaming or bool(output.finished)
+
+    def absorb(self) -> bool:
+        """Take in everything that has arrived; whether there was anything."""
+        anything = bool(self._arrived)
+        while self._arrived:
+            self._take(self._arrived.popleft())
+        return anything
+
+    def values(self) -> dict[str, list[Any]]:
+        """What to send now, by output name: what is new, with the counts of this response."""
+        ids_sent, probs_sent = self._sent
+        new_ids, new_probs = self._ids[ids_sent:], self._log_probs[probs_sent:]
+        self._sent = (len(self._ids), len(self._log_probs))
+        values = {name: _NOTHING.get(name, [[0]]) for name in ENGINE_OUTPUTS}
+        values |= {
+            "output_ids": [[new_ids]],
+            "sequence_length": [[len(new_ids)]],
+            "context_ids": [self._ids[:ids_sent]],
+            "finished": [[self.finished]],
+        }
+        request = self.request
+        if request.return_log_probs:
+            values |= {"output_log_probs": [[new_probs]], "cum_log_probs": [[self._cumulative]]}
+        if request.return_num_input_tokens:
+            values["num_input_tokens"] = [[len(request.input_ids)]]
+        if request.return_num_output_tokens:
+            values["num_output_tokens"] = [[len(new_ids) - max(self._echoed - ids_sent, 0)]]
+        if request.return_perf_metrics and self._metrics is not None:
+            for name in PERF_METRICS:
+                values[name] = [[getattr(self._metrics, _METRIC_FIELDS.get(name, name), 0)]]
+        return values
+
+    def _take(self, output: Any) -> None:
+        if self.finished:
+            return
+        new = list(output.token_ids)
+        logprobs = list(output.logprobs or ())
+        if output.finished:
+            self._reason, self.error, self._metrics = output.finish_reason, output.error, output.metrics
+            # As in TensorRT-LLM, the token that ends an answer is no part of it; the tokens of a stop word are.
+            if output.finish_reason == "stop" and output.stop_reason in (None, self.request.end_id):
+                new, logprobs = new[:-1], logprobs[:-1]
+        self._ids += new
+        for one in logprobs:
+            self._log_probs.append(one.logprob)
+            self._cumulative += one.logprob
