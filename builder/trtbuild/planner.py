@@ -147,11 +147,14 @@ def _engine_parameters(settings: Settings) -> dict[str, Any]:
 
 def _repository_parameters(settings: Settings) -> dict[str, Any]:
     names = ("layout", "model_name", "streaming", "max_input_tokens", "max_output_tokens", "default_max_tokens")
-    return {name: settings[f"serving.{name}"] for name in names} | {
+    parameters = {name: settings[f"serving.{name}"] for name in names} | {
         "runtime": settings["runtime.kind"],
         "max_seq_len": settings["runtime.max_seq_len"],
         "trust_remote_code": settings["model.trust_remote_code"],
     }
+    if settings["serving.layout"] == "ensemble":
+        parameters["max_batch_size"] = settings["runtime.max_batch_size"]
+    return parameters
 
 
 def _deploy_parameters(settings: Settings) -> dict[str, Any]:

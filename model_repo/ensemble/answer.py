@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
 from model_repo.ensemble.tensors import PASSED_ON
 from model_repo.llm.wire import Array
 
-# What a whole answer adds up over its pieces: along the tokens, or as a number. Of all else the last piece has the word.
+# What a whole answer adds up over its pieces: along the tokens, or as a number. All else is the last piece's.
 _JOINED, _SUMMED = "output_log_probs", "num_output_tokens"
 
 

@@ -8,15 +8,14 @@ in the text at once, and a cancelled request ends within a token.
 from __future__ import annotations
 
 import logging
-import uuid
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-
 from model_repo.ensemble.answer import Answer, Piece
 from model_repo.ensemble.question import PREPARED, Question
 from model_repo.llm.text import StopScanner
@@ -75,7 +74,7 @@ class Chain:
             try:
                 if self._asked:
                     self._stop_once()
-            except Exception as error:  # the server is going down, and the engine with it
+            except Exception as error:  # noqa: BLE001 - the server is going down, and the engine with it
                 logger.info("the engine was not told of a cancelled request: %s", error)
                 return
             if self._ended.wait(_STOP_AGAIN_S):
@@ -122,7 +121,7 @@ class Chain:
         response = _exec(self._models.preprocessing, inputs, tuple(PREPARED))
         return {PREPARED[name]: array for name, array in response.items() if array.size}
 
-    def _generate(self, prepared: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+    def _generate(self, prepared: dict[str, Array]) -> Iterator[dict[str, Array]]:
         inputs = self._question.to_engine | prepared
         inputs["streaming"] = np.array([[self._models.decoupled]], dtype=np.bool_)
         inputs["exclude_input_in_output"] = np.array([[True]], dtype=np.bool_)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from model_repo.ensemble.tensors import filled, one_prompt, renamed
 from model_repo.ensemble.words import pack
 from model_repo.llm.contract import Generate, Sampling
@@ -128,7 +127,6 @@ class Preprocessor:
             "EMBEDDING_BIAS": self._bias(given),
             "OUT_END_ID": np.array([[self._end() if end is None else end]], dtype=np.int32),
             "OUT_PAD_ID": np.array([[self._pad if pad is None else pad]], dtype=np.int32),
-            "OUT_PROMPT_TABLE_EXTRA_IDS": np.zeros((1, 0), dtype=np.uint64),
         }
 
     def _end(self) -> int:
@@ -142,7 +140,7 @@ class Preprocessor:
         return self._codec.prompt(request, special=self._special)[1]
 
     def _words(self, given: Inputs, name: str) -> list[list[int]]:
-        """The token sequences of each word, at the start of a text and after a space; upstream drops empty words too."""
+        """The token sequences of each word, at a text's start and after a space; empty words are dropped."""
         array = given.get(name)
         if array is None:
             return []

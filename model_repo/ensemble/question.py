@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from model_repo.ensemble.tensors import PERF_METRICS, filled, one_prompt, renamed
 from model_repo.llm.wire import Array, BadRequestError, Inputs, flag, text, whole, words
 

@@ -6,20 +6,11 @@ from collections import deque
 from typing import Any
 
 from model_repo.ensemble.inflight import Inflight
-from model_repo.ensemble.tensors import ENGINE_OUTPUTS, PERF_METRICS
+from model_repo.ensemble.tensors import PERF_METRICS
 from model_repo.llm.backend_embedded import Handle
 
 # The engine's name for what upstream's tensors call otherwise.
 _METRIC_FIELDS = {"kv_cache_reused_blocks": "kv_cache_reused_block"}
-# What an output holds that nobody asked for or that the embedded engine has not. Upstream's C++ model leaves such
-# outputs out; but an ensemble answers only when each of its outputs has come (core/src/ensemble_scheduler), and clients
-# of the C++ model's older versions know these zeros.
-_NOTHING: dict[str, Any] = {
-    "context_logits": [[[0.0]]],
-    "generation_logits": [[[[0.0]]]],
-    "context_phase_params": [[]],
-    "output_log_probs": [[[]]],
-}
 
 
 class SequenceStream:
@@ -85,12 +76,11 @@ class SequenceStream:
         return anything
 
     def values(self) -> dict[str, list[Any]]:
-        """What to send now, by output name: what is new, with the counts of this response."""
+        """What to send now, by output name: what is new, and whatever else the request asked for."""
         ids_sent, probs_sent = self._sent
         new_ids, new_probs = self._ids[ids_sent:], self._log_probs[probs_sent:]
         self._sent = (len(self._ids), len(self._log_probs))
-        values = {name: _NOTHING.get(name, [[0]]) for name in ENGINE_OUTPUTS}
-        values |= {
+        values: dict[str, list[Any]] = {
             "output_ids": [[new_ids]],
             "sequence_length": [[len(new_ids)]],
             "context_ids": [self._ids[:ids_sent]],

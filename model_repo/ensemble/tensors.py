@@ -1,8 +1,8 @@
-"""The tensors of the `ensemble` layout's models that are answered by trtbuild's own code: names, types, one prompt a request.
+"""The tensors of the `ensemble` layout that trtbuild's own code answers: names, types, one prompt a request.
 
 Names and types are those of TensorRT-LLM's `inflight_batcher_llm` model repository (NVIDIA/TensorRT-LLM,
-triton_backend/all_models/inflight_batcher_llm, config.pbtxt of each model @2a9abd95, @08dc37e3, @0193dbd4). With a batch
-dimension in front, every tensor of one prompt has one row.
+triton_backend/all_models/inflight_batcher_llm, config.pbtxt of each model @2a9abd95, @08dc37e3, @0193dbd4). They have a
+batch dimension in front: every tensor of one prompt has one row.
 """
 
 from __future__ import annotations

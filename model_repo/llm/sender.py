@@ -25,7 +25,10 @@ _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class Running(Protocol):
-    """What the sender needs of a running request. `deliver` is called in the engine's thread, the rest in the sender's."""
+    """What the sender needs of a running request.
+
+    `deliver` is called in the engine's thread, the rest in the sender's.
+    """
 
     request_id: str
     cancelled_by: str | None
@@ -200,7 +203,6 @@ class Sender:
     def _cancel_all(self) -> None:
         for stream in list(self._routes):
             stream.cancel("the model is being unloaded")
-
 
     def _count(self) -> None:
         if self._metrics is not None:

@@ -20,9 +20,7 @@ def differences(model: Model, wanted: Any, layout: str) -> list[Problem]:
                 problems.append(model.problem(message, "put it back"))
             elif _shape(found) != _shape(tensor):
                 declared = _described(tensor)
-                message = (
-                    f"{kind} {tensor.name} is {_described(found)}, and the model sends and reads {declared}"
-                )
+                message = f"{kind} {tensor.name} is {_described(found)}, and the model sends and reads {declared}"
                 problems.append(model.problem(message, f"declare {declared}"))
             elif kind == "input" and tensor.optional and not found.optional:
                 message = f"input {tensor.name} is not optional, and clients of the {layout} layout leave it out"

@@ -22,7 +22,8 @@ def copy_model(directory: str, version: Path) -> None:
         ValueError: two modules of one name are needed (our bug, not the user's).
     """
     root = data_dir("model_repo")
-    waiting, placed = [root / directory / "model.py"], {}
+    waiting = [root / directory / "model.py"]
+    placed: dict[str, Path] = {}
     while waiting:
         source = waiting.pop()
         known = placed.setdefault(source.name, source)

@@ -1,7 +1,7 @@
 """Layout `ensemble`: the five models of TensorRT-LLM's `inflight_batcher_llm` repository.
 
-`tensorrt_llm` takes and gives token ids. Behind it is the embedded engine (our python model), TensorRT-LLM's C++ backend,
-or the container's own python model over the same executor. `ensemble` and `tensorrt_llm_bls` are what clients ask.
+`tensorrt_llm` takes and gives token ids. Behind it is the embedded engine (our python model), TensorRT-LLM's C++
+backend, or the container's own python model over the same executor. Clients ask `ensemble` or `tensorrt_llm_bls`.
 """
 
 from __future__ import annotations
@@ -182,7 +182,9 @@ def _models(spec: RepositorySpec) -> dict[str, _Written]:
         "tensorrt_llm_bls": base | streams | bls,
     }
     made = {
-        name: _Written(common | {"parameters": list(chosen.items())}, None if name == "ensemble" else f"ensemble/{name}")
+        name: _Written(
+            common | {"parameters": list(chosen.items())}, None if name == "ensemble" else f"ensemble/{name}"
+        )
         for name, chosen in parameters.items()
     }
     return made | {ENGINE_MODEL: _engine_model(spec, common, base | streams | limits)}

@@ -1,8 +1,8 @@
 """The parameters of TensorRT-LLM's own `tensorrt_llm` model: what each is called, how it is written, what it may hold.
 
-Keys, defaults and what counts as unset: NVIDIA/TensorRT-LLM triton_backend/all_models/inflight_batcher_llm/tensorrt_llm/
-config.pbtxt @2a9abd95 and @0c8de69a, triton_backend/inflight_batcher_llm/src/model_instance_state.cc @0c8de69a and
-model_state.cc @5cdd6921 (the C++ backend), all_models/inflight_batcher_llm/tensorrt_llm/1/model.py @0d5352f5 (python).
+Keys, defaults and what counts as unset, from NVIDIA/TensorRT-LLM triton_backend/: all_models/inflight_batcher_llm/
+tensorrt_llm/config.pbtxt @2a9abd95 and @0c8de69a; inflight_batcher_llm/src/model_instance_state.cc @0c8de69a and
+model_state.cc @5cdd6921 (the C++ backend); all_models/inflight_batcher_llm/tensorrt_llm/1/model.py @0d5352f5 (python).
 An absent parameter is unset in both. Three are read by the C++ backend without a fallback
 (`getGuidedDecodingConfigFromParams`): they must be there, and empty is unset.
 """
@@ -219,9 +219,11 @@ def parameter_problems(given: Mapping[str, str], where: str, *, world_size: int 
         world_size: GPUs of one engine, where known.
     """
     problems = [_unknown(name, where) for name in given if name not in _ALLOWED]
-    for name in MANDATORY:
-        if name not in given:
-            problems.append(Problem(where, f"parameter {name} is missing", f"write {_ALLOWED[name][1]}"))
+    problems += [
+        Problem(where, f"parameter {name} is missing", f"write {_ALLOWED[name][1]}")
+        for name in MANDATORY
+        if name not in given
+    ]
     for name, text in given.items():
         if name not in _ALLOWED or (not text and name in MAY_BE_EMPTY):
             continue

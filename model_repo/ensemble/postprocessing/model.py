@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-
 from model_repo.ensemble.detokenize import Detokenizer
 from model_repo.ensemble.settings import Settings
 from model_repo.llm.text import Codec

@@ -1,4 +1,4 @@
-"""The Triton Python model `preprocessing`: a prompt's text or chat messages become token ids, words become word lists."""
+"""The Triton Python model `preprocessing`: prompts become token ids, words become word lists."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-
 from model_repo.ensemble.prompt import Limits, Preprocessor, end_ids
 from model_repo.ensemble.settings import Settings
 from model_repo.llm.text import Codec

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-
 from model_repo.ensemble.inflight import Limits, parse
 from model_repo.ensemble.sequence import SequenceStream
 from model_repo.ensemble.settings import Settings

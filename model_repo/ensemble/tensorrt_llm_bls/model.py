@@ -1,8 +1,8 @@
 """The Triton Python model `tensorrt_llm_bls`: preprocessing, engine and postprocessing as a program.
 
-`execute` only takes requests in. A thread of the pool works on each (`chain`), and one sender thread sends all responses
-and asks Triton which clients have gone: Triton 2.51 crashes when one thread asks whether a request is cancelled while
-another sends its final response.
+`execute` only takes requests in. A thread of the pool works on each (`chain`), and one sender thread sends all
+responses and asks Triton which clients have gone: Triton 2.51 crashes when one thread asks whether a request is
+cancelled while another sends its final response.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-
 from model_repo.ensemble.answer import Answer, Piece
 from model_repo.ensemble.chain import Chain, Models
 from model_repo.ensemble.question import parse
