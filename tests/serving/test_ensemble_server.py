@@ -190,7 +190,7 @@ def test_the_prompt_is_echoed_where_asked_for(served: TritonServer) -> None:
         ({"prompt": [{"content": "x"}]}, "messages[0]: not an object with a role"),
         ({"prompt": "word " * 500}, "this model takes 1 to 400; shorten it"),
         ({"prompt": "a" * 200_000}, "text_input: 200000 characters are more than"),
-        ({"prompt": "a " * 190, "max_tokens": 290}, "max_tokens: 290 after a prompt of 380 tokens exceeds the model's"),
+        ({"prompt": "a " * 240, "max_tokens": 300}, "max_tokens: 300 after a prompt of 241 tokens exceeds the model's"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens: 0 is out of range; ask for 1 to 300 tokens"),
         ({"prompt": "a", "max_tokens": 301}, "max_tokens: 301 is out of range; ask for 1 to 300"),
         ({"prompt": "a", "temperature": -0.5}, "temperature: -0.5 is out of range"),

@@ -198,7 +198,9 @@ def _engine_model(spec: RepositorySpec, common: Mapping[str, Any], ours: Mapping
         chosen |= {"engine_dir": spec.engine_dir, "exclude_input_in_output": "true", "max_beam_width": 1}
         return _Written(context | {"parameters": list(chosen.items())}, f"ensemble/{ENGINE_MODEL}")
     chosen = spec.engine.written()
+    # One model instance for each group of GPUs.
     context |= {"backend": spec.engine.backend, "unset": spec.engine.unset()}
+    context |= {"instance_count": len(spec.engine.gpu_device_ids or ((),))}
     source = None
     if spec.engine.backend == "python":
         chosen["container_model_py"] = _CONTAINER_MODEL

@@ -244,6 +244,9 @@ def _unknown(name: str, where: str) -> Problem:
 def _combinations(given: Mapping[str, str], world_size: int | None) -> list[tuple[str, str]]:
     """Parameters that need or contradict each other."""
     faults = []
+    if given.get("gpt_model_path", "/")[:1] != "/":
+        message = f"gpt_model_path is {given['gpt_model_path']!r}, and a server looks for it from where it was started"
+        faults.append((message, "write an absolute path, such as /package/engine"))
     mode = given.get("decoding_mode")
     present = [name for name in _LOOKAHEAD if given.get(name)]
     if (mode == "lookahead" or present) and len(present) < len(_LOOKAHEAD):
