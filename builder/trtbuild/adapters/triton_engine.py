@@ -31,9 +31,6 @@ def check_against_engine(model: Model, engine: Path | None) -> list[Problem]:
     if not directory.is_dir():
         message = f"{name} {model.parameter(name)!r}: there is no directory {directory}"
         return [model.problem(message, "keep engine/ and model_repository/ of the package together")]
-    if not (model.directory / str(model.parameter(name))).is_dir():
-        message = f"{name} {model.parameter(name)!r} leads to no directory"
-        return [model.problem(message, "keep engine/ and model_repository/ of the package together")]
     limits, problems = _limits(model)
     if model.parameter("runtime") != "embedded":
         return problems + triton_built.check_limits(model, limits, directory) + _tokenizer_of(model, directory, {})
