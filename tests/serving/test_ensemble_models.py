@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from model_repo.ensemble import chain as chain_module
 from model_repo.ensemble.answer import Answer, Piece
+from model_repo.ensemble.chain import Chain, Models
 from model_repo.ensemble.detokenize import Detokenizer
 from model_repo.ensemble.prompt import Limits, Preprocessor, end_ids
+from model_repo.ensemble.question import parse
 from model_repo.ensemble.tensorrt_llm_container.model import TritonPythonModel
 from model_repo.ensemble.words import pack, unpack
 from model_repo.llm.text import Codec
@@ -181,6 +186,72 @@ def test_an_answer_adds_up_its_pieces_and_ends_once() -> None:
     answer.cancel("gone")
     answer.cancel("gone again")
     assert (cancelled, answer.cancelled_by, answer.unwanted.is_set()) == (["told"], "gone", True)
+
+
+class Blocking:
+    """Models that do not stream: the engine's answers only once it is told to stop, as a long whole answer would."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self.asked = threading.Event()
+        self.ids: list[str] = []
+
+    def __call__(self, model: str, inputs: Any, outputs: tuple[str, ...], request_id: str = "") -> Any:
+        values: dict[str, Any] = {"INPUT_ID": [[5]], "REQUEST_INPUT_LEN": [[1]], "REQUEST_OUTPUT_LEN": [[9]]}
+        if model != "preprocessing":
+            values = {"OUTPUT": np.array([b"x"], dtype=np.object_)}
+        if model == "tensorrt_llm":
+            self.ids.append(request_id)
+            values = {"output_ids": [[[1]]], "sequence_length": [[1]], "finished": [[True]]}
+
+        def execute() -> Any:
+            if model == "tensorrt_llm" and "stop" in inputs:
+                self.stopped.set()
+                return response({})
+            if model == "tensorrt_llm":
+                self.asked.set()
+                assert self.stopped.wait(10), "nobody told the engine"
+            return response(values)
+
+        return SimpleNamespace(exec=execute)
+
+
+def response(values: dict[str, Any]) -> Any:
+    tensors = [
+        SimpleNamespace(name=lambda name=name: name, as_numpy=lambda value=value: np.asarray(value))
+        for name, value in values.items()
+    ]
+    return SimpleNamespace(has_error=lambda: False, output_tensors=lambda: tensors)
+
+
+def test_a_model_that_does_not_stream_is_told_to_stop_from_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = Blocking()
+    monkeypatch.setattr(chain_module, "_request", models)
+    question = parse({"text_input": np.array([[b"a"]], dtype=np.object_)}, streaming=False)
+    answer, pieces = Answer(request_id="", streaming=False), []
+    work = Chain(Models("tensorrt_llm", decoupled=False, says_finished=True), question, answer, pieces.append)
+    thread = threading.Thread(target=work.run)
+    thread.start()
+    assert models.asked.wait(10)
+    work.stop_engine()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert len(models.ids) >= 2
+    assert len(set(models.ids)) == 1, "the word to stop carries the request's own id"
+    assert pieces[-1].finished
+
+
+def test_a_request_that_is_unwanted_before_it_starts_never_reaches_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = Blocking()
+    monkeypatch.setattr(chain_module, "_request", models)
+    question = parse({"text_input": np.array([[b"a"]], dtype=np.object_)}, streaming=True)
+    answer, pieces = Answer(request_id="", streaming=True), []
+    answer.cancel("gone")
+    Chain(Models("tensorrt_llm", decoupled=True, says_finished=True), question, answer, pieces.append).run()
+    assert [(piece.finished, piece.cancelled) for piece in pieces] == [(True, True)]
+    assert models.ids == []
 
 
 def shim_arguments(path: Path) -> dict[str, str]:
