@@ -17,7 +17,13 @@ from model_repo.ensemble.tensors import CLIENT_OUTPUTS, ENGINE_OUTPUTS
 
 from trtbuild.adapters import triton_config
 from trtbuild.adapters.triton import check_repository, render_repository
-from trtbuild.adapters.triton_parameters import KEYS, EngineParameters, from_runtime, parameter_problems
+from trtbuild.adapters.triton_parameters import (
+    KEYS,
+    EngineParameters,
+    device_problems,
+    from_runtime,
+    parameter_problems,
+)
 from trtbuild.errors import RecipeError
 
 MODELS = ("ensemble", "postprocessing", "preprocessing", "tensorrt_llm", "tensorrt_llm_bls")
@@ -220,7 +226,7 @@ def test_parameters_follow_from_the_runtime_section() -> None:
         "max_tokens_in_paged_kv_cache": "4096", "kv_cache_free_gpu_mem_fraction": "0.8", "max_beam_width": "4",
         "gpu_device_ids": "0,1,2,3;4,5,6,7", "gpt_model_path": "/package/engine",
     }  # fmt: skip
-    assert parameter_problems(written, "x", world_size=4) == []
+    assert parameter_problems(written, "x") == device_problems(written, "x", 4) == []
 
 
 def test_speculative_parameters_are_written_as_upstream_reads_them() -> None:
@@ -266,11 +272,13 @@ def test_speculative_parameters_are_written_as_upstream_reads_them() -> None:
         ({"gpu_device_ids": "0;1"}, "gpu_device_ids gives 1 GPUs in '0', and the engine has 2 ranks"),
         ({"gpu_device_ids": "1,1"}, "gpu_device_ids names a GPU twice in '1,1'"),
         ({"gpu_device_ids": "all"}, "ids such as 0,1;2,3"),
+        ({"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend is set without the tokenizer that it needs"),
     ],
 )
 def test_wrong_parameters_have_sentences(change: dict[str, str | None], sentence: str) -> None:
     given = {name: text for name, text in (ENGINE.written() | change).items() if text is not None}
-    problems = [str(problem) for problem in parameter_problems(given, "tensorrt_llm/config.pbtxt", world_size=2)]
+    where = "tensorrt_llm/config.pbtxt"
+    problems = [str(problem) for problem in parameter_problems(given, where) + device_problems(given, where, 2)]
     assert any(sentence in problem for problem in problems), problems
 
 
@@ -434,6 +442,11 @@ def test_hand_edits_of_an_engine_s_repository_are_found(tmp_path: Path, package:
         ('key: "enable_chunked_context"', 'key: "chunked_context"', "chunked_context is none of TensorRT-LLM's"),
         ('"inflight_fused_batching"', '"${batching_strategy}"', "unfilled placeholder ${batching_strategy}"),
         ('backend: "tensorrtllm"', 'backend: "tensorrt_llm"', "did you mean 'tensorrtllm'?"),
+        (
+            'key: "num_nodes" value { string_value: "1"',
+            'key: "gpu_device_ids" value { string_value: "0;1"',
+            "has 2 groups",
+        ),
     ]:
         change = config("tensorrt_llm", old, new)
         change(tmp_path)

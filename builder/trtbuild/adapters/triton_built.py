@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.adapters.triton_config import Model
-from trtbuild.adapters.triton_parameters import parameter_problems
+from trtbuild.adapters.triton_parameters import device_problems
 from trtbuild.errors import Problem
 
 # `SpeculativeDecodingMode` of an engine, and the decoding mode that executes it.
@@ -38,11 +38,7 @@ def check_engine(model: Model, directory: Path) -> list[Problem]:
             message = f"the file is missing, and the engine has {world} ranks"
             problems.append(Problem(f"engine/rank{rank}.engine", message, "build the engine again"))
     given = {name: str(value.string_value) for name, value in model.config.parameters.items()}
-    problems += [
-        problem
-        for problem in parameter_problems(given, f"{model.name}/config.pbtxt", world_size=world)
-        if "ranks" in problem.message
-    ]
+    problems += device_problems(given, f"{model.name}/config.pbtxt", world)
     return [*problems, *_sizes(model, build), *_features(model, given, build)]
 
 

@@ -70,7 +70,17 @@ def check(models: Sequence[Model]) -> list[Problem]:
         problems += triton_parameters.parameter_problems(
             {name: text for name, text in given.items() if name not in _OURS}, f"{engine.name}/config.pbtxt"
         )
+        problems += _instances(engine, given.get("gpu_device_ids", ""))
     return problems + _agreement(ours)
+
+
+def _instances(engine: Model, gpu_device_ids: str) -> list[Problem]:
+    """Each model instance has a group of GPUs of its own."""
+    count, groups = sum(group.count for group in engine.config.instance_group), len(gpu_device_ids.split(";"))
+    if not gpu_device_ids or count == groups:
+        return []
+    message = f"instance_group counts {count} instances, and gpu_device_ids has {groups} groups"
+    return [engine.problem(message, "make them equal: semicolons divide the groups")]
 
 
 def _is_trtllm(model: Model) -> bool:

@@ -207,16 +207,16 @@ _ALLOWED: dict[str, tuple[str, str]] = {
     "guided_decoding_backend": ("xgrammar", "xgrammar"),
     "xgrammar_tokenizer_info_path": _PATH,
 }
+_GUIDED_NEED = ("xgrammar_tokenizer_info_path", "tokenizer_dir")
 _LOOKAHEAD = ("lookahead_window_size", "lookahead_ngram_size", "lookahead_verification_set_size")
 
 
-def parameter_problems(given: Mapping[str, str], where: str, *, world_size: int | None = None) -> list[Problem]:
+def parameter_problems(given: Mapping[str, str], where: str) -> list[Problem]:
     """Every parameter of a `tensorrt_llm` configuration that upstream would refuse, ignore or take otherwise.
 
     Args:
         given: the parameters by key; those of trtbuild itself are not among them.
         where: the configuration's name, for the sentences.
-        world_size: GPUs of one engine, where known.
     """
     problems = [_unknown(name, where) for name in given if name not in _ALLOWED]
     problems += [
@@ -232,7 +232,21 @@ def parameter_problems(given: Mapping[str, str], where: str, *, world_size: int 
             problems.append(Problem(where, f"parameter {name} is empty", f"write {allowed}, or leave it out"))
         elif not re.fullmatch(pattern, text):
             problems.append(Problem(where, f"parameter {name} is {text!r}", f"allowed is {allowed}"))
-    return problems + [Problem(where, *fault) for fault in _combinations(given, world_size)]
+    return problems + [Problem(where, *fault) for fault in _combinations(given)]
+
+
+def device_problems(given: Mapping[str, str], where: str, world_size: int) -> list[Problem]:
+    """Groups of GPU ids that do not give each of an engine's `world_size` ranks a GPU."""
+    text = given.get("gpu_device_ids", "")
+    return [
+        Problem(
+            where,
+            f"gpu_device_ids gives {len(group.split(','))} GPUs in {group!r}, and the engine has {world_size} ranks",
+            f"name {world_size}: tensor times pipeline parallel size",
+        )
+        for group in text.split(";")
+        if re.fullmatch(_IDS[0], text) and len(group.split(",")) != world_size
+    ]
 
 
 def _unknown(name: str, where: str) -> Problem:
@@ -241,7 +255,7 @@ def _unknown(name: str, where: str) -> Problem:
     return Problem(where, f"parameter {name} is none of TensorRT-LLM's and would be ignored", hint)
 
 
-def _combinations(given: Mapping[str, str], world_size: int | None) -> list[tuple[str, str]]:
+def _combinations(given: Mapping[str, str]) -> list[tuple[str, str]]:
     """Parameters that need or contradict each other."""
     faults = []
     if given.get("gpt_model_path", "/")[:1] != "/":
@@ -260,20 +274,11 @@ def _combinations(given: Mapping[str, str], world_size: int | None) -> list[tupl
             faults.append((f"{name} is set and decoding_mode is {mode}", f"write decoding_mode: {wanted}"))
     if given.get("max_beam_width", "1") != "1" and mode in ("top_k", "top_p", "top_k_top_p"):
         faults.append((f"max_beam_width is {given['max_beam_width']} and decoding_mode is {mode}", "use beam_search"))
-    return faults + _devices(given, world_size)
-
-
-def _devices(given: Mapping[str, str], world_size: int | None) -> list[tuple[str, str]]:
-    """GPU ids against the parallelism: every instance's engine takes exactly its world size of distinct ones."""
-    text = given.get("gpu_device_ids", "")
-    if not re.fullmatch(_IDS[0], text):
-        return []
-    faults = []
-    for group in text.split(";"):
+    if given.get("guided_decoding_backend") and not any(given.get(name) for name in _GUIDED_NEED):
+        message = "guided_decoding_backend is set without the tokenizer that it needs, and would be ignored"
+        faults.append((message, "write xgrammar_tokenizer_info_path (C++ backend) or tokenizer_dir (python)"))
+    for group in given.get("gpu_device_ids", "").split(";"):
         ids = group.split(",")
         if len(set(ids)) != len(ids):
             faults.append((f"gpu_device_ids names a GPU twice in {group!r}", "each rank has a GPU of its own"))
-        if world_size is not None and len(ids) != world_size:
-            message = f"gpu_device_ids gives {len(ids)} GPUs in {group!r}, and the engine has {world_size} ranks"
-            faults.append((message, f"name {world_size}: tensor times pipeline parallel size"))
     return faults
