@@ -8,6 +8,7 @@ what has been forgotten is decoded again.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -24,7 +25,8 @@ class Detokenizer:
     def __init__(self, decode: Callable[[Sequence[int]], str], *, remembered: int = _REMEMBERED) -> None:
         self._decode = decode
         self._limit = remembered
-        self._places: OrderedDict[tuple[int, ...], IncrementalDecoder] = OrderedDict()
+        # By the tokens so far, four bytes each: streams that were given up stay here until others displace them.
+        self._places: OrderedDict[bytes, IncrementalDecoder] = OrderedDict()
 
     def texts(self, inputs: Inputs) -> list[str]:
         """The text of every row of TOKENS_BATCH, its first SEQUENCE_LENGTH tokens; with CONTEXT_IDS the piece's text.
@@ -47,7 +49,7 @@ class Detokenizer:
 
     def piece(self, context: tuple[int, ...], new: Sequence[int], *, finished: bool) -> str:
         """The text that `new` adds behind `context`; the end releases what was held back."""
-        decoder = self._places.pop(context, None) if context else None
+        decoder = self._places.pop(_key(context), None) if context else None
         if decoder is None:
             decoder = IncrementalDecoder(self._decode)
             for token in context:
@@ -55,7 +57,11 @@ class Detokenizer:
         text = "".join([decoder.push(token) for token in new])
         if finished:
             return text + decoder.finish()
-        self._places[(*context, *new)] = decoder
+        self._places[_key((*context, *new))] = decoder
         if len(self._places) > self._limit:
             self._places.popitem(last=False)
         return text
+
+
+def _key(tokens: Sequence[int]) -> bytes:
+    return array("i", tokens).tobytes()

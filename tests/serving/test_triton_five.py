@@ -455,6 +455,14 @@ def test_hand_edits_of_an_engine_s_repository_are_found(tmp_path: Path, package:
         config("tensorrt_llm", new, old)(tmp_path)
 
 
+def test_the_engine_model_of_tensorrt_llm_may_stand_alone(tmp_path: Path) -> None:
+    render_repository(replace(CPP, engine=replace(ENGINE, backend="python")), tmp_path)
+    for name in MODELS:
+        if name != "tensorrt_llm":
+            shutil.rmtree(tmp_path / name)
+    assert check_repository(tmp_path, engine=None) == []
+
+
 @pytest.mark.parametrize(
     ("made", "sentence"),
     [
