@@ -113,8 +113,10 @@ class Sender:
 
     def close(self) -> None:
         """End every request with a final response, then the thread."""
-        self.post(self._cancel_all)
         deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        told = threading.Event()
+        self.post(partial(self._cancel_all, told))
+        told.wait(_CLOSE_TIMEOUT_S)  # a request that has just come in is known only then
         while self._routes and time.monotonic() < deadline:
             time.sleep(0.01)
         self._jobs.put(None)
@@ -200,9 +202,10 @@ class Sender:
                 stream.cancel("the client cancelled the request")
         self._count()
 
-    def _cancel_all(self) -> None:
+    def _cancel_all(self, told: threading.Event) -> None:
         for stream in list(self._routes):
             stream.cancel("the model is being unloaded")
+        told.set()
 
     def _count(self) -> None:
         if self._metrics is not None:

@@ -318,3 +318,19 @@ def test_unloading_ends_every_request(model: TritonPythonModel, backend: Scripte
     closer.join(10)
     assert backend.closed
     assert sender.wait()[-1].error.text == "the model is being unloaded"
+
+
+def test_unloading_also_ends_a_request_that_the_sender_has_not_seen_yet(
+    model: TritonPythonModel, backend: ScriptedBackend
+) -> None:
+    held = threading.Event()
+    model._sender.post(lambda: bool(held.wait(5)))  # the sender is busy while the request comes and the model goes
+    sender = send(model, text_input="x", streaming=True)
+    closer = threading.Thread(target=model.finalize)
+    closer.start()
+    closer.join(0.2)
+    held.set()
+    assert backend.asked.wait(5)
+    backend.listeners[0](output(finish="cancelled"))
+    closer.join(10)
+    assert sender.wait()[-1].error.text == "the model is being unloaded"
