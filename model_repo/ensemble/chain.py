@@ -50,8 +50,11 @@ class Chain:
         self._emit = emit
         self._engine_id = str(uuid.uuid4())
         self._scanner = StopScanner(question.stop_words)
+        # Tokens whose text is known, and those behind them. A whole answer without stop words is read once, at its end.
         self._tokens: list[int] = []
-        self._asked = False
+        self._new: list[int] = []
+        self._in_pieces = question.stream or bool(question.stop_words)
+        self._asked = self._done = False
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -86,28 +89,29 @@ class Chain:
             raise CancelledError
         if self._question.echo:
             self._emit(Piece(text=self._echo(prepared["input_ids"])))
-        stopped = False
         for outputs in self._generate(prepared):
-            if stopped:
-                continue  # the engine runs out; the answer has ended
-            stopped = self._piece(outputs)
-            if stopped:
+            if self._done:
+                continue  # a stop word has ended the answer; the engine runs out
+            finished = "finished" in outputs and bool(outputs["finished"].reshape(-1)[0])
+            self._piece(outputs, finished=finished)
+            if self._done and not finished:
                 self._stop_once()
-        if not stopped:
-            text, _ = self._scan(self._text([], finished=True))
-            self._emit(Piece(text=text + self._scanner.finish(), finished=True))
+        if not self._done:
+            self._piece({}, finished=True)
 
-    def _piece(self, outputs: Mapping[str, Array]) -> bool:
-        """Pass on one response of the engine; whether the answer ends with it."""
-        length = int(outputs["sequence_length"].reshape(-1)[0])
-        new = outputs["output_ids"].reshape(-1)[:length].tolist()
-        finished = bool(outputs["finished"].reshape(-1)[0]) if "finished" in outputs else False
-        text, stopped = self._scan(self._text(new, finished=finished))
+    def _piece(self, outputs: Mapping[str, Array], *, finished: bool) -> None:
+        """Pass on one response of the engine, or the end where the engine does not say it."""
+        if outputs:
+            length = int(outputs["sequence_length"].reshape(-1)[0])
+            self._new += outputs["output_ids"].reshape(-1)[:length].tolist()
+        text, stopped = "", False
+        if finished or self._in_pieces:
+            text, stopped = self._scan(self._text(finished=finished))
         if finished and not stopped:
             text += self._scanner.finish()
+        self._done = finished or stopped
         values = {name: array for name, array in outputs.items() if name not in ("output_ids", "sequence_length")}
-        self._emit(Piece(text=text, values=values, finished=finished or stopped))
-        return finished or stopped
+        self._emit(Piece(text=text, values=values, finished=self._done))
 
     def _scan(self, text: str) -> tuple[str, bool]:
         """The text up to the first stop word, which stays in it as in upstream's model; whether there was one."""
@@ -136,8 +140,9 @@ class Chain:
             if found:  # a response without tensors only marks the end
                 yield found
 
-    def _text(self, new: list[int], *, finished: bool) -> str:
-        """What `new` adds to the text behind all tokens so far."""
+    def _text(self, *, finished: bool) -> str:
+        """What the new tokens add to the text of those before them."""
+        new, self._new = self._new, []
         inputs = {
             "TOKENS_BATCH": np.array([[new]], dtype=np.int32),
             "SEQUENCE_LENGTH": np.array([[len(new)]], dtype=np.int32),
