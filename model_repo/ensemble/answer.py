@@ -53,7 +53,7 @@ class Answer:
         return self.streaming or bool(output.finished)
 
     def cancel(self, why: str | None = None) -> None:
-        """Say that nobody wants the answer any more; the request ends at once, the engine is told meanwhile."""
+        """Say that nobody wants the answer any more; the request ends when the engine has."""
         self.cancelled_by = self.cancelled_by or why
         if not self.unwanted.is_set():
             self.unwanted.set()

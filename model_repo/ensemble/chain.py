@@ -66,7 +66,8 @@ class Chain:
         except BadRequestError as error:
             self._emit(Piece(finished=True, error=error))
         except Exception as error:
-            logger.exception("a request failed")
+            if not (self._done or self._answer.unwanted.is_set()):  # else it is the engine's word that it has stopped
+                logger.exception("a request failed")
             self._emit(Piece(finished=True, error=error))
         finally:
             self._ended.set()
@@ -79,6 +80,7 @@ class Chain:
                     self._stop_once()
             except Exception as error:  # noqa: BLE001 - the server is going down, and the engine with it
                 logger.info("the engine was not told of a cancelled request: %s", error)
+                self._emit(Piece(finished=True, cancelled=True))
                 return
             if self._ended.wait(_STOP_AGAIN_S):
                 return
@@ -89,18 +91,25 @@ class Chain:
             raise CancelledError
         if self._question.echo:
             self._emit(Piece(text=self._echo(prepared["input_ids"])))
+        last: Piece | None = None
         for outputs in self._generate(prepared):
-            if self._done:
+            if last is not None:
                 continue  # a stop word has ended the answer; the engine runs out
             finished = "finished" in outputs and bool(outputs["finished"].reshape(-1)[0])
-            self._piece(outputs, finished=finished)
-            if self._done and not finished:
+            piece = self._piece(outputs, finished=finished)
+            if not piece.finished:
+                self._emit(piece)
+                continue
+            last, self._done = piece, True
+            if not finished:
                 self._stop_once()
-        if not self._done:
-            self._piece({}, finished=True)
+        if self._answer.unwanted.is_set():
+            raise CancelledError
+        # Only now: where the last response is sent first, Triton 2.51 may never end the loop over the engine's.
+        self._emit(last or self._piece({}, finished=True))
 
-    def _piece(self, outputs: Mapping[str, Array], *, finished: bool) -> None:
-        """Pass on one response of the engine, or the end where the engine does not say it."""
+    def _piece(self, outputs: Mapping[str, Array], *, finished: bool) -> Piece:
+        """What one response of the engine adds to the answer, or the end where the engine does not say it."""
         if outputs:
             length = int(outputs["sequence_length"].reshape(-1)[0])
             self._new += outputs["output_ids"].reshape(-1)[:length].tolist()
@@ -109,9 +118,8 @@ class Chain:
             text, stopped = self._scan(self._text(finished=finished))
         if finished and not stopped:
             text += self._scanner.finish()
-        self._done = finished or stopped
         values = {name: array for name, array in outputs.items() if name not in ("output_ids", "sequence_length")}
-        self._emit(Piece(text=text, values=values, finished=self._done))
+        return Piece(text=text, values=values, finished=finished or stopped)
 
     def _scan(self, text: str) -> tuple[str, bool]:
         """The text up to the first stop word, which stays in it as in upstream's model; whether there was one."""

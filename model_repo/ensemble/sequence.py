@@ -8,6 +8,7 @@ from typing import Any
 from model_repo.ensemble.inflight import Inflight
 from model_repo.ensemble.tensors import PERF_METRICS
 from model_repo.llm.backend_embedded import Handle
+from model_repo.llm.sender import UNLOADED
 
 # The engine's name for what upstream's tensors call otherwise.
 _METRIC_FIELDS = {"kv_cache_reused_blocks": "kv_cache_reused_block"}
@@ -47,8 +48,12 @@ class SequenceStream:
 
     @property
     def cancelled(self) -> bool:
-        """Whether it was cut off."""
-        return self._reason == "cancelled"
+        """Whether it was cut off by something else than the caller.
+
+        A request that the caller stops ends with an ordinary response, as in upstream's executor: an error in its place
+        may never reach a BLS model whose own client has dropped its connection (Triton 2.51).
+        """
+        return self._reason == "cancelled" and self.cancelled_by == UNLOADED
 
     def attach(self, handle: Handle) -> None:
         """Remember how to end the sequence, and end it at once if that was asked for in the meantime."""

@@ -21,6 +21,7 @@ from .wire import OUTPUTS, BadRequestError, tensors
 
 logger = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 5.0
+UNLOADED = "the model is being unloaded"
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -204,7 +205,7 @@ class Sender:
 
     def _cancel_all(self, told: threading.Event) -> None:
         for stream in list(self._routes):
-            stream.cancel("the model is being unloaded")
+            stream.cancel(UNLOADED)
         told.set()
 
     def _count(self) -> None:

@@ -179,7 +179,7 @@ def _models(spec: RepositorySpec) -> dict[str, _Written]:
     }
     tokenizer = {"tokenizer_dir": spec.engine_dir, "trust_remote_code": boolean(spec.trust_remote_code)}
     streams = {"streaming": boolean(spec.streaming), "cancellation_check_period_ms": _CANCELLATION_CHECK_PERIOD_MS}
-    # Upstream's models read these two and take an empty text as none.
+    # Upstream's preprocessing reads this one without a default and takes an empty text as none (model.py @01259b15).
     no_images = {"multimodal_model_path": ""}
     threads = max(_BLS_THREADS_PER_SLOT * spec.max_batch_size, _BLS_LEAST_THREADS)
     bls = {

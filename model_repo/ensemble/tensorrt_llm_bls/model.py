@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from model_repo.ensemble.answer import Answer, Piece
+from model_repo.ensemble.answer import Answer
 from model_repo.ensemble.chain import Chain, Models
 from model_repo.ensemble.question import parse
 from model_repo.ensemble.settings import Settings
@@ -68,12 +68,8 @@ class TritonPythonModel:
         question = parse(inputs, streaming=self._models.decoupled)
         answer = Answer(request_id=request.request_id(), streaming=question.stream)
         chain = Chain(self._models, question, answer, partial(self._sender.deliver, answer, 0))
-        answer.on_cancel = partial(self._end, answer, chain)
+        # In a thread of its own: that may take a moment.
+        answer.on_cancel = threading.Thread(target=chain.stop_engine, name="trtbuild-stop", daemon=True).start
         wanted = frozenset(request.requested_output_names())
         self._sender.post(partial(self._sender.add, answer, sender, wanted))
         self._workers.submit(chain.run)
-
-    def _end(self, answer: Answer, chain: Chain) -> None:
-        """Answer a cancelled request at once, and tell the engine in a thread of its own: that may take a moment."""
-        self._sender.deliver(answer, 0, Piece(finished=True, cancelled=True))
-        threading.Thread(target=chain.stop_engine, name="trtbuild-stop", daemon=True).start()
