@@ -175,6 +175,8 @@ def _repository_parameters(settings: Settings) -> dict[str, Any]:
         "max_seq_len": settings["runtime.max_seq_len"],
         "trust_remote_code": settings["model.trust_remote_code"],
     }
+    if settings["serving.layout"] == "ensemble":
+        parameters["max_batch_size"] = settings["runtime.max_batch_size"]
     adapters = _adapter_files(settings)
     return parameters | ({"lora_adapters": {name: f"adapters/{name}" for name in adapters}} if adapters else {})
 

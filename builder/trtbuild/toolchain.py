@@ -17,6 +17,7 @@ COPY_REVISION = 2
 ENGINE_REVISION = 1
 EVALUATE_REVISION = 1
 REPOSITORY_REVISION = 1
+_LAYOUTS = ("llm", "ensemble")
 DEPLOY_REVISION = 1
 
 _TEXTS = Path(__file__).resolve().parent / "_text"
@@ -44,7 +45,8 @@ def tool_versions() -> dict[str, Mapping[str, str | None]]:
         "engine": {"revision": str(ENGINE_REVISION)},
         "repository": {
             "revision": str(REPOSITORY_REVISION),
-            "files": _digest_shipped(data_dir("templates") / "llm", data_dir("model_repo") / "llm"),
+            # Both layouts share modules.
+            "files": _digest_shipped(*(data_dir("templates") / name for name in _LAYOUTS), data_dir("model_repo")),
         },
         "deploy": {
             "revision": str(DEPLOY_REVISION),
