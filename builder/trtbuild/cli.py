@@ -247,6 +247,40 @@ def _log_beside(package: Path, verb: str) -> Path:
 
 
 @main.command()
+@click.argument("source", metavar="SOURCE")
+@click.option(
+    "--to", "kind", type=click.Choice(["trtllm", "trtllm-engine", "embedded"]), default="trtllm", show_default=True
+)
+@click.option(
+    "--version", metavar="V", help="TensorRT-LLM's version or a container's tag [default: the newest container]."
+)
+@click.option("--model", metavar="MODEL", help="The original checkpoint, where SOURCE does not say it.")
+@click.option("--gpu", metavar="GPU", help="The GPU that will serve, for example H100.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("recipe.yaml"), show_default=True)
+@_JSON
+def migrate(source: str, output: Path, *, as_json: bool, **wanted: Any) -> None:
+    """Write a recipe for an older deployment of TensorRT-LLM, and say what becomes of each of its settings.
+
+    SOURCE is a Triton model repository, an engine directory, a model.yaml, or a text (- reads one) with the arguments
+    of fill_template or trtllm-build.
+    """
+    from trtbuild.console import migration_text
+    from trtbuild.migrate.run import migrate as run
+    from trtbuild.migrate.run import next_command, write_recipe
+
+    done = run(source, **wanted)
+    write_recipe(done, output)
+    if as_json:
+        click.echo(json.dumps(done.to_json() | {"path": str(output)}, indent=2, ensure_ascii=False))
+    else:
+        click.echo(migration_text(done.rows, done.unset))
+    for note in done.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"{output}: {done.summary()}", err=True)
+    click.echo(f"next: {next_command(done, output)}", err=True)
+
+
+@main.command()
 @click.option("--versions", is_flag=True, help="Print the tables of TensorRT-LLM's containers and releases instead.")
 @_JSON
 def doctor(*, versions: bool, as_json: bool) -> None:

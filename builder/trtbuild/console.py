@@ -9,9 +9,12 @@ from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from trtbuild.init_recipe import human_bytes, human_count
+from trtbuild.migrate.legacy import Unset
+from trtbuild.migrate.translate import Row
 from trtbuild.plan import Comparison, Plan
 
 _PLAIN_INTERVAL_S = 10.0
+_CELL = 40
 
 
 class ConsoleReporter:
@@ -92,6 +95,24 @@ def plan_text(plan: Plan) -> str:
         sections.append(("what runs where", _comparison(plan.comparison)))
     warnings = "".join(f"\nwarning: {warning}" for warning in plan.warnings)
     return "\n".join(head) + "".join(f"\n\n{title}\n{_indent(text)}" for title, text in sections) + warnings
+
+
+def migration_text(rows: Sequence[Row], unset: Sequence[Unset]) -> str:
+    """What became of every setting of an older deployment, losses last, and what it left open."""
+    order = {kind: index for index, kind in enumerate(("kept", "renamed", "computed", "dropped", "not recognized"))}
+    shown = sorted(rows, key=lambda row: (row.is_loss, order[row.kind]))
+    lines = [("", "old", "value", "new", "value", "from", "note")]
+    lines += [
+        (row.kind, row.old or "-", _cut(row.old_value), row.field or "-", _cut(row.value), row.where or "-", row.note)
+        for row in shown
+    ]
+    left = "".join(f"\nunset: {one.name} ({one.where}): {one.text or 'empty'}" for one in unset)
+    return table(lines) + left
+
+
+def _cut(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _CELL else flat[: _CELL - 3] + "..."
 
 
 def _comparison(comparison: Comparison) -> str:

@@ -28,6 +28,11 @@ _OWN = frozenset(
 )
 
 
+def embedded_takes(path: str) -> bool:
+    """Whether the embedded runtime heeds a field of the recipe; fields of no LLM argument are for all."""
+    return path not in LLM_ARGUMENT or path in _OWN
+
+
 def recipe_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     """Every demand of the recipe that its runtime cannot meet, with the value to use instead."""
     kind = settings.recipe.runtime.kind

@@ -19,7 +19,7 @@ from trtbuild.releases import Release, containers, find_release, known_versions,
 from trtbuild.settings import recipe_value
 from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version, speculative_method
 
-TABLES = ("containers", "lines", "gpus", "speculative", "architectures", "engine_names")
+TABLES = ("containers", "lines", "gpus", "speculative", "architectures", "engine_names", "legacy_names")
 SCALARS = {"str", "int", "float", "bool", "None", "Any", "object", "Literal", "list", "dict", "union", "tuple"}
 
 

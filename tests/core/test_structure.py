@@ -51,7 +51,18 @@ LAYERS = [
         "toolchain",
     },
     {"adapters", "compress", "convert", "evaluate", "runtime", "serving"},
-    {"source", "steps", "package", "evidence", "pipeline", "init_recipe", "inspection", "verification", "doctor"},
+    {
+        "source",
+        "steps",
+        "package",
+        "evidence",
+        "pipeline",
+        "init_recipe",
+        "inspection",
+        "verification",
+        "doctor",
+        "migrate",
+    },
     {"console"},
     {"versions"},
     {"cli"},
@@ -64,7 +75,7 @@ ONLY_IN = {
     "click": {"cli"},
     "jinja2": {"render", "compress"},  # compress: the errors of a chat template
     "huggingface_hub": {"adapters"},
-    "pydantic": {"recipe", "recipe_file"},
+    "pydantic": {"recipe", "recipe_file", "migrate"},
     "tritonclient": {"adapters", "serving"},
 }
 

@@ -1,0 +1,94 @@
+"""Values that must agree with each other and with the model: older deployments took pairs that a recipe refuses."""
+
+from __future__ import annotations
+
+import math
+
+from trtbuild.migrate.legacy import Legacy
+from trtbuild.migrate.translate import Draft
+from trtbuild.model import ModelFacts
+from trtbuild.settings import fitting_group_sizes
+
+_MOST_REQUESTS = 4096
+_BATCH, _TOKENS, _LENGTH = "runtime.max_batch_size", "runtime.max_num_tokens", "runtime.max_seq_len"
+_CHUNKED, _CAPACITY = "runtime.enable_chunked_prefill", "runtime.kv_cache.max_tokens"
+_DEFAULT_BATCH, _DEFAULT_LENGTH = 8, 2048
+
+
+def fit(draft: Draft, legacy: Legacy, facts: ModelFacts | None) -> None:
+    """Change or remove values that contradict others; every change is a row of its own."""
+    if facts is not None:
+        _model(draft, facts)
+    _limits(draft, facts)
+    _formats(draft, facts)
+    _serving(draft, legacy)
+    _ranks(draft)
+    target = draft.target
+    if target.gpu is not None:
+        draft.add("target.gpu", target.gpu, "--gpu")
+
+
+def _model(draft: Draft, facts: ModelFacts) -> None:
+    context, length = facts.context_length, draft.values.get(_LENGTH)
+    if length is not None and length > context:
+        draft.add(_LENGTH, context, f"{length} is more than the positions that the model knows")
+
+
+def _limits(draft: Draft, facts: ModelFacts | None) -> None:
+    values = draft.values
+    batch = values.get(_BATCH, _DEFAULT_BATCH)
+    if batch > _MOST_REQUESTS:
+        draft.add(_BATCH, _MOST_REQUESTS, f"{batch} is more than a recipe takes")
+        batch = _MOST_REQUESTS
+    tokens = values.get(_TOKENS)
+    usual = _DEFAULT_LENGTH if facts is None else min(_DEFAULT_LENGTH, facts.context_length)
+    length = values.get(_LENGTH, usual)
+    if tokens is not None and tokens < batch:
+        draft.add(_TOKENS, batch, f"{tokens} is less than max_batch_size")
+        tokens = batch
+    if values.get(_CHUNKED) is False and tokens is not None and tokens < length:
+        draft.add(_CHUNKED, value=True, note=f"prompts longer than max_num_tokens {tokens} would be refused without it")
+    capacity = values.get(_CAPACITY, length)
+    if capacity < length:
+        draft.leave_out(_CAPACITY, f"{capacity} tokens could not hold one request of max_seq_len {length}")
+    for name in ("serving.max_input_tokens", "serving.max_output_tokens"):
+        limit = values.get(name, 0)
+        if limit >= length:
+            draft.leave_out(name, f"{limit} leaves no room in max_seq_len {length}, which limits it", is_loss=False)
+
+
+def _formats(draft: Draft, facts: ModelFacts | None) -> None:
+    values, cache = draft.values, "compress.kv_cache"
+    group = values.get("compress.group_size")
+    weights = values.get("compress.format", "none")
+    if group is not None and weights != "int4_awq":
+        draft.leave_out("compress.group_size", f"{group} belongs to INT4, and the weights are {weights}", is_loss=False)
+    elif group is not None and facts is not None and group not in fitting_group_sizes(facts):
+        draft.leave_out("compress.group_size", f"{group} does not divide every layer's inputs")
+    if draft.target.kind != "embedded" and weights == "none" and cache in values:
+        why = f"{values[cache]} needs weights in fp8 or int4_awq: TensorRT-LLM takes no other"
+        draft.leave_out(cache, why)
+    if weights == "none" and not {cache, "compress.sparsity"} & set(values):
+        draft.leave_out("compress.exclude", "nothing is compressed", is_loss=False)
+    if draft.target.kind == "trtllm-engine" and values.get("compress.sparsity") == "2:4":
+        draft.leave_out("runtime.extra.gemm_plugin", "the plugin would bypass the kernels that use 2:4 weights")
+
+
+def _ranks(draft: Draft) -> None:
+    values, kind, count = draft.values, draft.target.kind, "target.count"
+    sizes = [values.get(f"runtime.{name}_parallel_size", 1) for name in ("tensor", "pipeline", "context")]
+    if kind != "embedded" and values.get(count, math.prod(sizes)) < math.prod(sizes):
+        draft.add(count, math.prod(sizes), "tensor x pipeline x context parallel")
+
+
+def _serving(draft: Draft, legacy: Legacy) -> None:
+    """The interface of clients: kept where the new runtime has it."""
+    kind, layout = draft.target.kind, "serving.layout"
+    if kind == "trtllm" and layout in draft.values:
+        draft.leave_out(layout, "the LLM API is served by one model")
+    elif kind == "trtllm-engine" and draft.values.get(layout) != "ensemble":
+        draft.add(layout, "ensemble", "TensorRT engines are served by the five models")
+    elif kind == "embedded" and legacy.clients == "ensemble" and layout not in draft.values:
+        draft.add(layout, "ensemble", "clients ask the same five models")
+    if draft.values.get(layout) != "ensemble" and legacy.model_name not in (None, "tensorrt_llm"):
+        draft.add("serving.model_name", legacy.model_name, "the name that clients ask")

@@ -1,0 +1,118 @@
+"""The runtime that the new recipe is for, and which fields it takes."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from trtbuild.compat import DATA, facts
+from trtbuild.errors import CompatibilityError, Problem, RecipeError
+from trtbuild.llm_keys import LLM_ARGUMENT
+from trtbuild.llm_schema import Schema, load_schema
+from trtbuild.llm_validate import validate
+from trtbuild.migrate.fates import table
+from trtbuild.migrate.values import text
+from trtbuild.recipe import RuntimeKind
+from trtbuild.refusals import embedded_takes
+from trtbuild.releases import Flow, Release, find_release, newest
+
+_ONE = "the embedded runtime runs on one device"
+# Said to TensorRT-LLM in other words than the field's value.
+_OTHER_WORDS = ("compress.kv_cache", "runtime.cuda_graph_config.enabled")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A kind of runtime and, for TensorRT-LLM, its release; `gpu` serves."""
+
+    kind: RuntimeKind
+    release: Release | None = None
+    gpu: str | None = None
+
+    @property
+    def schema(self) -> Schema | None:
+        """The arguments of the LLM API, where it is the target."""
+        if self.kind != "trtllm" or self.release is None or self.release.line.schema is None:
+            return None
+        return load_schema(self.release.line.schema)
+
+    @property
+    def described(self) -> str:
+        """The runtime, as a sentence calls it."""
+        return self.kind if self.release is None else f"{self.kind} {self.release.version}"
+
+    def takes_flag(self, name: str, value: Any) -> bool:
+        """Whether a flag of ``trtllm-build`` belongs into ``runtime.extra``: free to choose, not at its default."""
+        row = _flags().get(name) if self.kind == "trtllm-engine" else None
+        said = {"true": "enable", "false": "disable", "none": "disable"}.get(text(value).lower(), text(value))
+        return row is not None and said in row.get("allowed", ()) and said != row["default"]
+
+    def refuses(self, field: str, value: Any) -> str | None:
+        """Why the new runtime does not take a field with this value, or None where it does."""
+        if self.kind == "embedded":
+            return _embedded(field, value)
+        if field in table()["targets"]["own"] and value != "auto":
+            return "only the embedded runtime has it"
+        if self.kind == "trtllm-engine":
+            return _engine(field, value)
+        argument, schema = LLM_ARGUMENT.get(field), self.schema
+        if argument is None or schema is None or field in _OTHER_WORDS:
+            return None
+        problems = validate(nested(argument, value), schema, partial=True)
+        return problems[0].message if problems else None
+
+
+def choose_target(kind: RuntimeKind, version: str | None, gpu: str | None) -> Target:
+    """The target that the command line asks for.
+
+    Raises:
+        RecipeError: `version` is not known, or the runtime has none.
+        CompatibilityError: that version does not have this runtime.
+    """
+    if kind == "embedded":
+        if version is not None:
+            raise RecipeError(
+                [Problem("--version", f"{version}: the embedded runtime has trtbuild's own", "remove it")]
+            )
+        return Target(kind, gpu=gpu)
+    flow: Flow = "llm-api" if kind == "trtllm" else "engine"
+    found = find_release(version, flow=flow)
+    if isinstance(found, Problem):
+        raise RecipeError([Problem("--version", found.message, found.hint.partition("; or set")[0])])
+    if flow not in found.line.flows:
+        has = "the LLM API only" if "llm-api" in found.line.flows else "TensorRT engines only"
+        message = f"--version: TensorRT-LLM {found.version} has {has}"
+        raise CompatibilityError(message, f"use {newest(flow).version}, or another --to")
+    return Target(kind, found, gpu)
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """A document with one value at a dotted path."""
+    first, _, rest = path.partition(".")
+    return {first: nested(rest, value) if rest else value}
+
+
+@cache
+def _flags() -> Mapping[str, Any]:
+    """Plugins of ``trtllm-build`` that a recipe may choose."""
+    data = tomllib.loads((DATA.parent / "trtllm_build.toml").read_text(encoding="utf-8"))
+    chosen = table()["targets"]["flags"]
+    return {name: row for line in data["line"] for name, row in line["plugin"].items() if name in chosen}
+
+
+def _embedded(field: str, value: Any) -> str | None:
+    if field in table()["targets"]["embedded"]:
+        many = field != "model.adapters"
+        return None if many and value == 1 else _ONE if many else "the embedded runtime has no adapters yet"
+    return None if embedded_takes(field) else "only the trtllm runtime has it"
+
+
+def _engine(field: str, value: Any) -> str | None:
+    names: Mapping[str, Any] = facts("engine_names")
+    known = {path for part in ("build", "checkpoint", "triton") for path in names[part]} | {"model.trust_remote_code"}
+    if field in table()["targets"]["engine"] and value != 1:
+        return "this version of trtbuild does not write it for engines"
+    return None if field not in LLM_ARGUMENT or field in known else "TensorRT engines have no counterpart of it"
