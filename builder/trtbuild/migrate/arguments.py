@@ -12,7 +12,7 @@ from trtbuild.migrate.fates import table
 from trtbuild.migrate.legacy import Legacy, Setting, Unset
 
 _COMMAND = "trtllm-build"
-_PAIR = re.compile(r"[A-Za-z_]\w*:")
+_PAIR = re.compile(r"[A-Za-z_]\w*:\S")
 _CONFIG = re.compile(r"\S*config\.pbtxt$")
 _MODELS = ("preprocessing", "postprocessing", "ensemble", "tensorrt_llm_bls", "tensorrt_llm")
 
