@@ -266,7 +266,7 @@ def migrate(source: str, output: Path, *, as_json: bool, **wanted: Any) -> None:
     """
     from trtbuild.console import migration_text
     from trtbuild.migrate.run import migrate as run
-    from trtbuild.migrate.run import next_command, write_recipe
+    from trtbuild.migrate.run import next_command, remaining_problems, write_recipe
 
     done = run(source, **wanted)
     write_recipe(done, output)
@@ -276,6 +276,8 @@ def migrate(source: str, output: Path, *, as_json: bool, **wanted: Any) -> None:
         click.echo(migration_text(done.rows, done.unset))
     for note in done.notes:
         click.echo(f"note: {note}", err=True)
+    for problem in remaining_problems(done, output):
+        click.echo(f"to mend in {output}: {problem}", err=True)
     click.echo(f"{output}: {done.summary()}", err=True)
     click.echo(f"next: {next_command(done, output)}", err=True)
 

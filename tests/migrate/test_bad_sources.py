@@ -50,6 +50,13 @@ def binary_pbtxt(folder: Path) -> Path:
     return repository
 
 
+def plain_checkpoint(folder: Path) -> Path:
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model" / "model.safetensors").write_bytes(b"")
+    return folder / "model"
+
+
 def no_engine_model(folder: Path) -> Path:
     (folder / "repository" / "resnet" / "1").mkdir(parents=True)
     (folder / "repository" / "resnet" / "config.pbtxt").write_text('backend: "onnxruntime"\n')
@@ -81,6 +88,7 @@ def bad_model_yaml(folder: Path) -> Path:
 BAD: list[tuple[Callable[[Path], Path], int, str]] = [
     (lambda folder: folder / "absent", 2, "does not exist; name a Triton model repository"),
     (empty_directory, 2, "is none of what can be migrated; name a Triton model repository, an engine directory"),
+    (plain_checkpoint, 2, "is an original checkpoint, no deployment; use trtbuild init"),
     (no_engine_model, 2, "has no model of TensorRT-LLM or trtbuild"),
     (two_engines, 2, "has 2 models that execute: tensorrt_llm, tensorrt_llm_2; name the directory of one of them"),
     (broken_pbtxt, 5, "tensorrt_llm/config.pbtxt: line 2:17"),
@@ -158,6 +166,14 @@ def test_the_command_line(tmp_path: Path) -> None:
     again = CliRunner().invoke(main, command, input="trtllm-build --max_batch_size 32\n")
     assert (again.exit_code, out.read_text()) == (2, text)
     assert "exists; name another file, or remove it" in again.stderr
+
+
+def test_what_remains_to_be_mended_is_said(tmp_path: Path, tiny_llama: Path) -> None:
+    out = tmp_path / "recipe.yaml"
+    flags = "trtllm-build --tp_size 3 --max_batch_size 4\n"
+    done = CliRunner().invoke(main, ["migrate", "-", "--model", str(tiny_llama), "-o", str(out)], input=flags)
+    assert done.exit_code == 0, done.stderr
+    assert f"to mend in {out}: runtime.tensor_parallel_size: 3" in done.stderr
 
 
 def test_the_table_of_names_is_sound() -> None:

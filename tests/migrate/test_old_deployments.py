@@ -195,7 +195,7 @@ def test_an_engine_directory(tmp_path: Path) -> None:
     given = leaves(ENGINE_CONFIG["build_config"]) + leaves(ENGINE_CONFIG["pretrained_config"])  # type: ignore[arg-type]
     rows = Counter(row.old for row in done.rows if row.old)
     unset = Counter(one.name for one in done.unset)
-    assert rows + unset == Counter(name for name, _ in given)
+    assert rows + unset == Counter([*(name for name, _ in given), "version"])
 
 
 @pytest.mark.parametrize(
@@ -311,3 +311,81 @@ def test_a_stock_model_yaml(tmp_path: Path) -> None:
     assert row_of(done, "speculative_config.decoding_type").kind == "computed"
     assert row_of(done, "speculative_config.speculative_model_dir").kind == "renamed"
     assert losses(done) == {"no_such_argument", "kv_cache_config.dtype"}
+
+
+def test_a_script_with_both_commands(tmp_path: Path, tiny_llama: Path) -> None:
+    script = tmp_path / "deploy.sh"
+    script.write_text(
+        "#!/bin/sh\n# trtllm-build makes the engine\nset -e\n"
+        "trtllm-build --checkpoint_dir ck --max_batch_size $BATCH --max_num_tokens 4096 > log && echo done\n"
+        "python3 fill_template.py -i r/tensorrt_llm/config.pbtxt triton_max_batch_size:32,max_beam_width:$BEAMS\n"
+    )
+    done = migrate(str(script), model=str(tiny_llama))
+    assert {row.old for row in done.rows if row.old} == {"checkpoint_dir", "max_num_tokens", "max_batch_size"}
+    assert at(done.document, "runtime.max_batch_size") == 32
+    assert at(done.document, "runtime.max_num_tokens") == 4096
+    # As trtllm-build deduces it from the model.
+    assert at(done.document, "runtime.max_seq_len") == 512
+    assert {(one.name, one.text) for one in done.unset} == {("max_batch_size", "$BATCH"), ("max_beam_width", "$BEAMS")}
+
+
+def test_documents_are_not_taken_for_commands(tmp_path: Path) -> None:
+    document = tmp_path / "extra.yaml"
+    document.write_text(
+        "---\n# instead of trtllm-build\nmax_batch_size: 16\n"
+        "cuda_graph_config: {batch_sizes: [1, 4], max_batch_size: 4}\n"
+    )
+    done = migrate(str(document))
+    assert at(done.document, "runtime.max_batch_size") == 16
+    assert at(done.document, "runtime.cuda_graph_config") == {"batch_sizes": [1, 4]}
+    assert losses(done) == set()
+
+
+def test_lengths_of_old_engines(tmp_path: Path) -> None:
+    flags = tmp_path / "flags"
+    flags.write_text(
+        "--max_input_len 3000 --max_output_len 1000\n --lora_dir /lora/one /lora/two --lora_ckpt_source nemo"
+    )
+    done = migrate(str(flags))
+    assert at(done.document, "runtime.max_seq_len") == 4000
+    assert done.document["serving"] == {"max_input_tokens": 3000, "max_output_tokens": 1000}
+    assert at(done.document, "model.adapters") == ["/lora/one", "/lora/two"]
+    assert losses(done) == {"lora_ckpt_source"}
+
+
+def test_pairs_that_a_recipe_refuses(tmp_path: Path, tiny_llama: Path) -> None:
+    arguments = tmp_path / "arguments"
+    arguments.write_text(
+        "max_tokens_in_paged_kv_cache:100,enable_chunked_context:false,kv_cache_free_gpu_mem_fraction:1.0,"
+        f"engine_dir:{write_engine(tmp_path / 'engine')}\n"
+    )
+    script = tmp_path / "deploy.sh"
+    script.write_text(f"trtllm-build --max_num_tokens 256 --max_seq_len 500\nfill_template.py {arguments.read_text()}")
+    done = migrate(str(script), model=str(tiny_llama))
+    assert at(done.document, "runtime.enable_chunked_prefill") is True
+    assert row_of(done, "enable_chunked_context").kind == "computed"
+    assert at(done.document, "runtime.kv_cache") == {"free_gpu_memory_fraction": 0.95}
+    assert "could not hold one request of max_seq_len 500" in row_of(done, "max_tokens_in_paged_kv_cache").note
+    plan_of(done, tmp_path / "recipe.yaml")
+
+
+def test_values_that_the_new_version_does_not_take(tmp_path: Path) -> None:
+    document = tmp_path / "model.yaml"
+    document.write_text("moe_config: {backend: DENSEGEMM}\nattn_backend: FLASHINFER\n")
+    older, newer = migrate(str(document)), migrate(str(document), version="1.4.0rc1")
+    assert at(newer.document, "runtime.moe_config.backend") == "DENSEGEMM"
+    assert "moe_config" not in older.document["runtime"]
+    assert "runtime.moe_config.backend: 'DENSEGEMM'" in row_of(older, "moe_config.backend").note
+
+
+def test_a_quantized_checkpoint_is_not_the_original(tmp_path: Path) -> None:
+    quantized = tmp_path / "quantized"
+    quantized.mkdir()
+    (quantized / "config.json").write_text('{"model_type": "llama"}')
+    (quantized / "model.safetensors").write_bytes(b"")
+    (quantized / "hf_quant_config.json").write_text("{}")
+    document = tmp_path / "model.yaml"
+    document.write_text(f"model: {quantized}\n")
+    done = migrate(str(document))
+    assert at(done.document, "model.path") == "/FILL-IN/original-checkpoint"
+    assert "fill in model.path" in row_of(done, "model").note

@@ -52,7 +52,7 @@ def _tensorrt(path: Path) -> Legacy:
     where = f"{path.name}/{CONFIG}"
     build, open_build = split_unset("build", leaves(config["build_config"]), where)
     model, open_model = split_unset("checkpoint", leaves(config["pretrained_config"]), where)
-    others = [Setting("build", name, config[name], where) for name in config if name not in _PARTS]
+    others = [Setting("build", name, config[name], where) for name in config if name not in _PARTS[1:]]
     return Legacy(
         f"a TensorRT engine of TensorRT-LLM {config['version']}",
         path,

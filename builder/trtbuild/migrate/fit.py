@@ -12,24 +12,33 @@ from trtbuild.settings import fitting_group_sizes
 _MOST_REQUESTS = 4096
 _BATCH, _TOKENS, _LENGTH = "runtime.max_batch_size", "runtime.max_num_tokens", "runtime.max_seq_len"
 _CHUNKED, _CAPACITY = "runtime.enable_chunked_prefill", "runtime.kv_cache.max_tokens"
+_GRAPHS = "runtime.cuda_graph_config."
 _DEFAULT_BATCH, _DEFAULT_LENGTH = 8, 2048
 
 
 def fit(draft: Draft, legacy: Legacy, facts: ModelFacts | None) -> None:
     """Change or remove values that contradict others; every change is a row of its own."""
     if facts is not None:
-        _model(draft, facts)
+        _model(draft, facts, from_build=any(one.section == "build" for one in legacy.settings))
+    elif _LENGTH not in draft.values and "serving.max_output_tokens" in draft.values:
+        tokens = draft.values.get("serving.max_input_tokens", 0) + draft.values["serving.max_output_tokens"]
+        draft.add(_LENGTH, tokens, "the longest prompt with the longest answer")
     _limits(draft, facts)
     _formats(draft, facts)
     _serving(draft, legacy)
     _ranks(draft)
+    if {_GRAPHS + "batch_sizes", _GRAPHS + "max_batch_size"} <= set(draft.values):
+        draft.leave_out(_GRAPHS + "max_batch_size", "batch_sizes says it", is_loss=False)
     target = draft.target
     if target.gpu is not None:
         draft.add("target.gpu", target.gpu, "--gpu")
 
 
-def _model(draft: Draft, facts: ModelFacts) -> None:
+def _model(draft: Draft, facts: ModelFacts, *, from_build: bool) -> None:
     context, length = facts.context_length, draft.values.get(_LENGTH)
+    if length is None and from_build:
+        # NVIDIA/TensorRT-LLM, commands/build.py @65f1d153: max_seq_len is deduced from the checkpoint's config.
+        draft.add(_LENGTH, context, "trtllm-build takes the positions that the model knows")
     if length is not None and length > context:
         draft.add(_LENGTH, context, f"{length} is more than the positions that the model knows")
 
@@ -51,7 +60,8 @@ def _limits(draft: Draft, facts: ModelFacts | None) -> None:
     capacity = values.get(_CAPACITY, length)
     if capacity < length:
         draft.leave_out(_CAPACITY, f"{capacity} tokens could not hold one request of max_seq_len {length}")
-    for name in ("serving.max_input_tokens", "serving.max_output_tokens"):
+    known = facts is not None or _LENGTH in values
+    for name in ("serving.max_input_tokens", "serving.max_output_tokens") if known else ():
         limit = values.get(name, 0)
         if limit >= length:
             draft.leave_out(name, f"{limit} leaves no room in max_seq_len {length}, which limits it", is_loss=False)

@@ -48,9 +48,7 @@ def find_places(legacy: Legacy, model: str | None) -> Places:
     """
     candidates = [setting for setting in legacy.settings if _is_place(setting)]
     if model is not None:
-        return _with_tokenizer(
-            Places(str(Path(model).expanduser()) if "/" in model else model), candidates, legacy.root
-        )
+        return _with_tokenizer(Places(_named(model)), candidates, legacy.root)
     for setting in candidates:
         text = str(setting.value)
         path = _local(text, legacy.root)
@@ -59,6 +57,12 @@ def find_places(legacy: Legacy, model: str | None) -> Places:
         if setting.section in ("llm", "recipe") and _HUB_ID.fullmatch(text) and not path.exists():
             return _with_tokenizer(Places(text, setting), candidates, legacy.root)
     return Places(FILL_IN)
+
+
+def _named(model: str) -> str:
+    """A directory as an absolute path; what is none stays as it is: a hub id, or a mistake that is reported later."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -89,6 +89,7 @@ def _read(directory: Path) -> tuple[Model, OpenFields]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error})", "write it as UTF-8 text") from None
+    text = "\n".join("" if line.lstrip().startswith("#") else line for line in text.split("\n"))
     open_fields = tuple(dict.fromkeys(_OPEN.findall(text)))
     from google.protobuf.text_format import ParseError
 

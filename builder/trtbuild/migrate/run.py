@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.checkpoint_files import open_directory
-from trtbuild.errors import Problem, RecipeError
+from trtbuild.errors import Problem, RecipeError, TrtbuildError
 from trtbuild.manifest import write_atomic
 from trtbuild.migrate.document import recipe_text, recipe_values
 from trtbuild.migrate.fit import fit
@@ -20,6 +20,7 @@ from trtbuild.migrate.source import read_source
 from trtbuild.migrate.target import Target, choose_target
 from trtbuild.migrate.translate import Row, translate
 from trtbuild.model import ModelFacts, read_facts
+from trtbuild.pipeline import prepare
 from trtbuild.recipe import RuntimeKind
 
 _KINDS = ("kept", "renamed", "computed", "dropped", "not recognized")
@@ -106,6 +107,17 @@ def write_recipe(migration: Migration, out: Path) -> None:
     if out.exists():
         raise RecipeError([Problem("-o", f"{out} exists", "name another file, or remove it")])
     write_atomic(out, migration.text)
+
+
+def remaining_problems(migration: Migration, out: Path) -> list[str]:
+    """What `trtbuild check` says of the written recipe, where the model lies on this machine and nothing is open."""
+    if _open_fields(migration) or not Path(migration.document["model"]["path"]).expanduser().is_dir():
+        return []
+    try:
+        prepare(out)
+    except TrtbuildError as error:
+        return str(error).splitlines()
+    return []
 
 
 def next_command(migration: Migration, out: Path) -> str:

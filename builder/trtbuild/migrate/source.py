@@ -14,6 +14,7 @@ from ruamel.yaml.error import YAMLError
 from trtbuild.errors import Problem, RecipeError
 from trtbuild.migrate import arguments, engine_directory, llm_document, package_recipe, repository
 from trtbuild.migrate.legacy import Legacy
+from trtbuild.migrate.places import is_checkpoint
 from trtbuild.yaml_text import parse_yaml
 
 _MAX_BYTES = 4 << 20
@@ -52,6 +53,8 @@ def _directory(path: Path) -> Legacy:
     for name in ("model.yaml", "llm_args.yaml"):
         if (path / name).is_file():
             return _text((path / name).read_bytes(), name, path)
+    if is_checkpoint(path):
+        raise _wrong(f"{path} is an original checkpoint, no deployment", f"use trtbuild init {path}")
     raise _wrong(f"{path} is none of what can be migrated", f"name {_FORMS}")
 
 
