@@ -389,3 +389,16 @@ def test_a_quantized_checkpoint_is_not_the_original(tmp_path: Path) -> None:
     done = migrate(str(document))
     assert at(done.document, "model.path") == "/FILL-IN/original-checkpoint"
     assert "fill in model.path" in row_of(done, "model").note
+
+
+@pytest.mark.parametrize("odd", [1.5, "x", -1, [[1]], True, 10**30])
+def test_values_that_no_recipe_takes_are_named(odd: Any, tmp_path: Path) -> None:
+    arguments = {"max_seq_len": odd, "max_batch_size": odd, "attn_backend": odd, "trust_remote_code": "yes"}
+    document = tmp_path / "model.yaml"
+    document.write_text(json.dumps(arguments | {"kv_cache_config": {"max_tokens": odd, "free_gpu_memory_fraction": 7}}))
+    done = migrate(str(document))
+    lost = {"max_batch_size", "attn_backend", "trust_remote_code", "kv_cache_config.free_gpu_memory_fraction"}
+    assert losses(done) >= lost
+    assert "it must be" in row_of(done, "trust_remote_code").note
+    write_recipe(done, tmp_path / "recipe.yaml")
+    load_recipe(tmp_path / "recipe.yaml")

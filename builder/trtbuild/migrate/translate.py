@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from trtbuild.migrate.extras import Extras
+from pydantic import ValidationError
+
+from trtbuild.migrate.extras import Extras, put
 from trtbuild.migrate.fates import PLACE, Fate, fate_of
 from trtbuild.migrate.legacy import Legacy, Setting
 from trtbuild.migrate.places import Places
@@ -119,7 +121,7 @@ def _valued(setting: Setting, fate: Fate, draft: Draft, owners: Mapping[str, tup
 
 
 def _field(setting: Setting, path: str, value: Any, draft: Draft, owners: Mapping[str, tuple[Any, Setting]]) -> Row:
-    reason = draft.target.refuses(path, value)
+    reason = _refusal(path, value, draft.target)
     if reason is not None:
         default = value == _defaults(path)
         return _drop(setting, f"{_NOT_LOST}{text(value)} is the default" if default else f"{path}: {reason}")
@@ -128,6 +130,17 @@ def _field(setting: Setting, path: str, value: Any, draft: Draft, owners: Mappin
     if value != best:
         return _drop(setting, f"{_NOT_LOST}{owner.where} has {text(best)} for {owner.name}, which holds")
     return _as_row(setting, path, value)
+
+
+def _refusal(path: str, value: Any, target: Target) -> str | None:
+    """Why a recipe or the new runtime does not take a value."""
+    document: dict[str, Any] = {"schema_version": 1, "model": {"path": "."}, "runtime": {"kind": "embedded"}}
+    put(document, path, value)
+    try:
+        Recipe.model_validate(document)
+    except ValidationError as error:
+        return f"{text(value)!r} is not taken: {str(error.errors()[0]['msg']).replace('Input should be', 'it must be')}"
+    return target.refuses(path, value)
 
 
 def _defaults(path: str) -> Any:
@@ -147,7 +160,7 @@ def _owners(settings: tuple[Setting, ...], target: Target) -> dict[str, tuple[An
             value = TRANSFORMS[fate.via](setting.value) if fate.via else _frozen(setting.value)
         except (ValueError, TypeError, AttributeError):
             continue
-        if value is None or target.refuses(fate.field, value) is not None:
+        if value is None or _refusal(fate.field, value, target) is not None:
             continue
         have = found.get(fate.field)
         if have is None or (fate.field in _LIMITS and isinstance(value, int) and value < have[0]):
