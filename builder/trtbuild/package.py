@@ -107,10 +107,12 @@ def read_manifest(package: Path) -> dict[str, Any]:
     """The manifest of a package.
 
     Raises:
+        RecipeError: there is no such directory.
         ArtifactError: `package` is no package, or the manifest is damaged.
     """
     if not package.is_dir():
-        raise ArtifactError(f"{package} is no directory", "name a package that `trtbuild build` made")
+        found = "is no directory" if package.exists() else "does not exist"
+        raise RecipeError([Problem("PACKAGE", f"{package} {found}", "name a package that `trtbuild build` made")])
     manifest = read_json(package / MANIFEST) if (package / MANIFEST).is_file() else None
     if not isinstance(manifest, dict) or manifest.get("kind") != "package" or "files" not in manifest:
         raise ArtifactError(f"{package} is no trtbuild package", "name a package that `trtbuild build` made")
@@ -144,7 +146,7 @@ def _package_digest(entries: tuple[FileEntry, ...]) -> str:
 def _is_package(path: Path) -> bool:
     try:
         return bool(read_manifest(path))
-    except ArtifactError:
+    except (ArtifactError, RecipeError):
         return False
 
 

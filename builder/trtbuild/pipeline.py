@@ -110,7 +110,7 @@ def build(prepared: Prepared, out: Path, reporter: Reporter, *, last: str | None
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise
-        where = error.filename or prepared.store
+        where = error.filename2 or error.filename or prepared.store  # a copy names its source first
         raise HostError(
             f"no space left on the device of {where}", "free some and start the build again: it resumes"
         ) from error

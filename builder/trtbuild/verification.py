@@ -43,6 +43,7 @@ def verify_files(package: Path) -> list[Check]:
     """Every check that needs no server: bytes, lock, checkpoint headers, model repository.
 
     Raises:
+        RecipeError: there is no such directory.
         ArtifactError: `package` is no package.
     """
     manifest = read_manifest(package)
