@@ -207,10 +207,6 @@ def test_mistakes_demands_and_further_checks_come_together(tiny_llama: Path, tmp
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "runtime.kind=trtllm-engine",
-            "runtime.kind: trtllm-engine: cannot be done by this version of trtbuild; use emb",
-        ),
         ("runtime.stream_interval=4", "runtime.stream_interval: 4: only the trtllm runtime has it; remove it"),
         (
             "runtime.enable_attention_dp=true",
