@@ -201,10 +201,12 @@ def ask(prompt: str, url: str, *, raw: bool, no_stream: bool, as_json: bool, **i
     from dataclasses import asdict
 
     from trtbuild.serving.client import ask as send
+    from trtbuild.serving.discovery import find_layout
 
     question = prompt if raw else [{"role": "user", "content": prompt}]
     show = None if as_json else (lambda piece: click.echo(piece, nl=False))
-    answer = send(url, question, streaming=not no_stream, on_text=show, **inputs)
+    model, layout = find_layout(url, inputs.pop("model"))
+    answer = send(url, question, model=model, layout=layout, streaming=not no_stream, on_text=show, **inputs)
     if as_json:
         described = asdict(answer)
         del described["outputs"]  # the same once more, as it came over the wire
@@ -212,7 +214,8 @@ def ask(prompt: str, url: str, *, raw: bool, no_stream: bool, as_json: bool, **i
         return
     rate = f"{answer.num_output_tokens} tokens, {answer.tokens_per_second:.1f} tok/s"
     click.echo()
-    click.echo(f"({answer.finish_reason}; {rate}, first token after {answer.seconds_to_first_token:.2f} s)", err=True)
+    reason = f"{answer.finish_reason}; " if answer.finish_reason else ""  # layout ensemble does not report one
+    click.echo(f"({reason}{rate}, first token after {answer.seconds_to_first_token:.2f} s)", err=True)
 
 
 @main.command()

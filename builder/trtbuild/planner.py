@@ -194,6 +194,7 @@ def _repository_parameters(settings: Settings) -> dict[str, Any]:
     }
     if _kind(settings) == _ENGINE:
         parameters["engine"] = trtllm_engine_settings.server_parameters(settings)
+    if settings["serving.layout"] == "ensemble":
         parameters["max_batch_size"] = settings["runtime.max_batch_size"]
     adapters = _adapter_files(settings)
     return parameters | ({"lora_adapters": {name: f"adapters/{name}" for name in adapters}} if adapters else {})

@@ -194,7 +194,9 @@ class Target(_Section):
 class Serving(_Section):
     """The Triton model repository."""
 
-    layout: Literal["llm", "ensemble"] = "llm"
+    layout: Literal["llm", "ensemble"] = Field(
+        default="llm", description="llm is one model; ensemble is TensorRT-LLM's five (inflight_batcher_llm)."
+    )
     model_name: TritonName = "tensorrt_llm"
     streaming: bool = Field(default=True, description="Decoupled: answers may be streamed.")
     max_input_tokens: PositiveInt | None = Field(default=None, description="Longest prompt that is accepted.")

@@ -20,6 +20,8 @@ _GPU_ONLY = "only a GPU heeds it"
 FROM_GPU_MEMORY = "from the free GPU memory at start"
 # An evaluation predicts at least one token from one, and a served request needs room for an answer.
 _LEAST_SEQ_LEN, _LEAST_INPUT_TOKENS = 3, 2
+# What TensorRT-LLM's inflight_batcher_llm repository calls the model with the engine.
+_ENSEMBLE_MODEL = "tensorrt_llm"
 _NOTHING_COMPRESSED = (
     "is set while nothing is compressed",
     "remove it, or set compress.format, compress.kv_cache or compress.sparsity",
@@ -252,6 +254,9 @@ def _serving(settings: Settings) -> None:
         settings.take("serving.layout")
     for name in ("model_name", "streaming"):
         settings.take(f"serving.{name}")
+    if settings["serving.layout"] == "ensemble" and settings["serving.model_name"] != _ENSEMBLE_MODEL:
+        message = f"{settings['serving.model_name']!r}: the five models of layout ensemble have fixed names"
+        settings.problem("serving.model_name", message, f"remove it, or write {_ENSEMBLE_MODEL}")
     for name in ("max_input_tokens", "max_output_tokens"):
         limit = settings.take(f"serving.{name}", length - 1, "max_seq_len - 1")
         if limit >= length:

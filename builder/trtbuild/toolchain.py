@@ -18,6 +18,7 @@ ENGINE_REVISION = 1
 CONVERT_REVISION = 1
 EVALUATE_REVISION = 1
 REPOSITORY_REVISION = 1
+_LAYOUTS = ("llm", "ensemble")
 DEPLOY_REVISION = 1
 
 _TEXTS = Path(__file__).resolve().parent / "_text"
@@ -49,7 +50,8 @@ def tool_versions() -> dict[str, Mapping[str, str | None]]:
         },
         "repository": {
             "revision": str(REPOSITORY_REVISION),
-            "files": _digest_shipped(data_dir("templates") / "llm", data_dir("model_repo") / "llm"),
+            # Both layouts share modules.
+            "files": _digest_shipped(*(data_dir("templates") / name for name in _LAYOUTS), data_dir("model_repo")),
         },
         "deploy": {
             "revision": str(DEPLOY_REVISION),

@@ -28,15 +28,25 @@ class EmbeddedBackend:
         "sampling_param_logits_post_processor_name": "the embedded engine has no logits post-processors",
     }
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, *, prefix: str = PREFIX) -> None:
         self._engine = engine
+        self._prefix = prefix
 
     @classmethod
-    def load(cls, engine_dir: Path) -> EmbeddedBackend:
-        """The engine in `engine_dir`; raises the runtime's own error, whose text says what is wrong."""
+    def load(cls, engine_dir: Path, *, prefix: str = PREFIX) -> EmbeddedBackend:
+        """The engine in `engine_dir`; raises the runtime's own error, whose text says what is wrong.
+
+        `prefix` is what clients write in front of the name of a sampling parameter.
+        """
         from trtbuild.runtime import Engine
 
-        return cls(Engine.load(engine_dir))
+        return cls(Engine.load(engine_dir), prefix=prefix)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        found: tuple[int, ...] = tuple(self._engine.facts.eos_token_ids)
+        return found
 
     @property
     def summary(self) -> str:
@@ -76,6 +86,7 @@ class EmbeddedBackend:
             seed=sampling.seed,
             ignore_eos=sampling.ignore_eos,
             stop_token_ids=sampling.stop_token_ids,
+            stop_words=sampling.stop_words,
             bad_words=bad_words,
             logprobs=sampling.logprobs,
             prompt_logprobs=sampling.prompt_logprobs,
@@ -83,7 +94,7 @@ class EmbeddedBackend:
         try:
             handle: Handle = self._engine.submit(prompt, params, on_output=on_output)
         except RequestError as error:
-            raise BadRequestError(_wire_name(str(error))) from error
+            raise BadRequestError(_wire_name(str(error), self._prefix)) from error
         return handle
 
     def gauges(self) -> Gauges:
@@ -103,9 +114,9 @@ class EmbeddedBackend:
         self._engine.close()
 
 
-def _wire_name(message: str) -> str:
+def _wire_name(message: str, prefix: str) -> str:
     """The engine names a field as its Python interface does; the client knows the input's name."""
     field = message.split(":", 1)[0].split("[", 1)[0]
     if field == "prompt_token_ids":
         return message.replace("prompt_token_ids", "input_ids", 1)
-    return PREFIX + message if PREFIX + field in INPUTS else message
+    return prefix + message if PREFIX + field in INPUTS else message

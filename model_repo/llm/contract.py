@@ -60,6 +60,8 @@ class Sampling:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     bad: tuple[str, ...] = ()
+    # Token sequences that end the answer inside the engine; stop strings of this layout are found in the text instead.
+    stop_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     lora: Lora | None = None

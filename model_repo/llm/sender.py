@@ -10,21 +10,64 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import triton_python_backend_utils as pb_utils
 
-from .backend import Backend, Gauges
-from .stream import Stream
-from .wire import tensors
+from .wire import OUTPUTS, BadRequestError, tensors
 
 logger = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 5.0
-_UNLOADED = "the model is being unloaded"
+UNLOADED = "the model is being unloaded"
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class Running(Protocol):
+    """What the sender needs of a running request.
+
+    `deliver` is called in the engine's thread, the rest in the sender's.
+    """
+
+    request_id: str
+    cancelled_by: str | None
+
+    @property
+    def streaming(self) -> bool:
+        """Whether responses are sent before the end."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more comes."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was cut off."""
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended it, if something went wrong."""
+
+    def deliver(self, choice: int, output: Any) -> bool:
+        """Keep one output; whether the sender should look at it now."""
+
+    def absorb(self) -> bool:
+        """Take in everything that has arrived; whether there was anything."""
+
+    def values(self) -> Mapping[str, Sequence[Any]]:
+        """What to send now, by output name."""
+
+    def cancel(self, why: str | None = None) -> None:
+        """End what runs for it."""
+
+
+class Counted(Protocol):
+    """What the gauges show is read from here."""
+
+    def gauges(self) -> Any:
+        """Counts of this moment, with the fields of `backend_embedded.Gauges`."""
 
 
 def send_error(sender: Any, message: str, code: int) -> None:
@@ -45,14 +88,20 @@ class Sender:
     """Owns the running streams."""
 
     def __init__(
-        self, backend: Backend, *, model_name: str, check_period_s: float, instance: str | None = None
+        self,
+        backend: Counted | None,
+        *,
+        model_name: str,
+        check_period_s: float,
+        instance: str | None = None,
+        outputs: Mapping[str, str] = OUTPUTS,
     ) -> None:
-        self._backend = backend
         self._period_s = check_period_s
+        self._outputs = outputs
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._routes: dict[Stream, _Route] = {}
+        self._routes: dict[Running, _Route] = {}
         self._closing = False
-        self._metrics = _Metrics(model_name, instance, backend.gauges)
+        self._metrics = None if backend is None else _Metrics(model_name, instance, backend.gauges)
         self._thread = threading.Thread(target=self._run, name="trtbuild-sender", daemon=True)
         self._thread.start()
 
@@ -60,7 +109,7 @@ class Sender:
         """Have `job` done in the sender's thread (any thread)."""
         self._jobs.put(job)
 
-    def deliver(self, stream: Stream, choice: int, output: Any) -> None:
+    def deliver(self, stream: Running, choice: int, output: Any) -> None:
         """Take one output of the engine (engine's thread)."""
         if stream.deliver(choice, output):
             self._jobs.put(partial(self._advance, stream))
@@ -73,25 +122,29 @@ class Sender:
             self._jobs.put(None)
             self._thread.join(_CLOSE_TIMEOUT_S)
 
-    def add(self, stream: Stream, sender: Any, wanted: frozenset[str]) -> None:
+    def add(self, stream: Running, sender: Any, wanted: frozenset[str]) -> None:
         """Start to watch a stream."""
         self._routes[stream] = _Route(sender, wanted)
 
-    def refuse(self, stream: Stream, message: str, code: int) -> None:
+    def refuse(self, stream: Running, message: str, code: int) -> None:
         """End a stream that the engine did not take with an error; what of it runs already is cancelled."""
         stream.cancel()
         send_error(self._routes.pop(stream).sender, message, code)
 
     def stop(self, request_id: str, sender: Any) -> None:
         """Cancel the running requests of this id and answer the request that asked for it."""
-        found = [stream for stream in self._routes if stream.request_id == request_id]
-        for stream in found:
-            stream.cancel(f"request {request_id!r} was stopped by a request with stop: true")
-        if not found:
+        if not self.cancel(request_id):
             message = f"stop: no running request has the id {request_id!r}; it may have ended already"
             send_error(sender, message, pb_utils.TritonError.NOT_FOUND)
             return
-        sender.send(_response({"text_output": [""], "finish_reason": ["cancelled"]}, None), flags=_FINAL)
+        sender.send(self._response({"text_output": [""], "finish_reason": ["cancelled"]}, None), flags=_FINAL)
+
+    def cancel(self, request_id: str) -> bool:
+        """Cancel the running requests of this id; whether there was one."""
+        found = [stream for stream in self._routes if stream.request_id == request_id]
+        for stream in found:
+            stream.cancel(f"request {request_id!r} was stopped by a request with stop: true")
+        return bool(found)
 
     def _run(self) -> None:
         next_look = 0.0
@@ -110,14 +163,14 @@ class Sender:
             except Exception:  # the others' answers must go on; a stream's own errors are handled in _advance
                 logger.exception("the sender goes on after an error")
         for route in self._routes.values():
-            send_error(route.sender, _UNLOADED, pb_utils.TritonError.CANCELLED)
+            send_error(route.sender, UNLOADED, pb_utils.TritonError.CANCELLED)
         self._routes.clear()
 
-    def _advance(self, stream: Stream) -> None:
+    def _advance(self, stream: Running) -> None:
         """Send what is new of one stream; a stream that fails here still gets its final response."""
         route = self._routes.get(stream)
         if route is None:
-            self._metrics.update()  # the engine's last word after we had ended the request: its blocks are free now
+            self._count()  # the engine's last word after we had ended the request: its blocks are free now
             return
         try:
             self._send(stream, route)
@@ -127,48 +180,56 @@ class Sender:
             self._routes.pop(stream, None)
             send_error(route.sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
 
-    def _send(self, stream: Stream, route: _Route) -> None:
+    def _send(self, stream: Running, route: _Route) -> None:
         if not stream.absorb():
             return  # an earlier job has sent it already
         finished = stream.finished
-        if not finished and not stream.request.streaming:
+        if not finished and not stream.streaming:
             return
         if finished:
             del self._routes[stream]
         if finished and stream.error is not None:
-            send_error(route.sender, str(stream.error), pb_utils.TritonError.INTERNAL)
+            send_error(route.sender, str(stream.error), _code(stream.error))
         elif finished and stream.cancelled:
             why = stream.cancelled_by or "the request was cancelled"
             send_error(route.sender, why, pb_utils.TritonError.CANCELLED)
         else:
-            route.sender.send(_response(stream.values(), route.wanted), flags=_FINAL if finished else 0)
+            route.sender.send(self._response(stream.values(), route.wanted), flags=_FINAL if finished else 0)
         if finished:
-            self._metrics.update()
+            self._count()
 
     def _look(self) -> None:
         """Ask Triton which clients have gone, and refresh the gauges."""
         for stream, route in list(self._routes.items()):
             if stream.cancelled_by is None and route.sender.is_cancelled():
                 stream.cancel("the client cancelled the request")
-        self._metrics.update()
+        self._count()
 
     def _cancel_all(self) -> None:
         self._closing = True
         for stream in list(self._routes):
-            stream.cancel(_UNLOADED)
+            stream.cancel(UNLOADED)
+
+    def _count(self) -> None:
+        if self._metrics is not None:
+            self._metrics.update()
+
+    def _response(self, values: Mapping[str, Sequence[Any]], wanted: frozenset[str] | None) -> Any:
+        made = tensors(values, frozenset(values) if wanted is None else wanted, self._outputs)
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in made])
 
 
-def _response(values: dict[str, list[Any]], wanted: frozenset[str] | None) -> Any:
-    made = tensors(values, frozenset(values) if wanted is None else wanted)
-    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in made])
+def _code(error: Exception) -> Any:
+    wrong_request = isinstance(error, BadRequestError)
+    return pb_utils.TritonError.INVALID_ARG if wrong_request else pb_utils.TritonError.INTERNAL
 
 
 class _Metrics:
     """Gauges on the server's metrics port, named as those of TensorRT-LLM's C++ backend, so that dashboards work."""
 
-    def __init__(self, model_name: str, instance: str | None, read: Callable[[], Gauges]) -> None:
+    def __init__(self, model_name: str, instance: str | None, read: Callable[[], Any]) -> None:
         self._read = read
-        self._last: Gauges | None = None
+        self._last: Any = None
         gauge = pb_utils.MetricFamily.GAUGE
         self._families = [
             pb_utils.MetricFamily(name="nv_trt_llm_kv_cache_block_metrics", description="KV cache blocks", kind=gauge),

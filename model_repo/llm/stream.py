@@ -130,6 +130,11 @@ class Stream:
         # Only a stream, or a text to search, needs the sender before the end.
         self._every_output = request.every_output
 
+    @property
+    def streaming(self) -> bool:
+        """Whether responses are sent before the end."""
+        return self.request.streaming
+
     def deliver(self, choice: int, output: Any) -> bool:
         """Keep one output (engine's thread); whether the sender should look at it now."""
         self._arrived.append((choice, output))

@@ -18,21 +18,31 @@ _LONG_WINDOW = 32
 class Codec:
     """One checkpoint's tokenizer and chat template."""
 
-    def __init__(self, tokenizer: Any, max_input_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, max_input_tokens: int, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         longest = max((len(token) for token in tokenizer.get_vocab()), default=1)
         self._max_characters = longest * max_input_tokens
 
     @classmethod
-    def load(cls, directory: Path, *, max_input_tokens: int, trust_remote_code: bool) -> Codec:
+    def load(
+        cls, directory: Path, *, max_input_tokens: int, trust_remote_code: bool, skip_special_tokens: bool = True
+    ) -> Codec:
         """The tokenizer in `directory`; it is never looked for anywhere else."""
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
-        return cls(tokenizer, max_input_tokens)
+        return cls(tokenizer, max_input_tokens, skip_special_tokens=skip_special_tokens)
 
-    def prompt(self, request: Generate) -> tuple[str, list[int]]:
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer itself, for its special tokens."""
+        return self._tokenizer
+
+    def prompt(self, request: Generate, *, special: bool = True) -> tuple[str, list[int]]:
         """The prompt's text and token ids; messages go through the model's chat template.
+
+        `special` says whether a text gets the tokenizer's special tokens around it.
 
         Raises:
             BadRequestError: the prompt is far too long, or the chat template is missing or refuses the messages.
@@ -45,11 +55,13 @@ class Codec:
             text = self._render(request.messages)
             return text, self._encode("messages", text, special=False)
         text = request.text or ""
-        return text, self._encode("text_input", text, special=True)
+        return text, self._encode("text_input", text, special=special)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of these tokens, without special tokens and without any tidying of spaces."""
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The text of these tokens, without any tidying of spaces."""
+        text: str = self._tokenizer.decode(
+            token_ids, skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         return text
 
     def word_ids(self, word: str) -> list[list[int]]:

@@ -86,6 +86,8 @@ _DTYPES: dict[str, Any] = {
     "TYPE_INT32": np.int32,
     "TYPE_INT64": np.int64,
     "TYPE_FP32": np.float32,
+    "TYPE_UINT8": np.uint8,
+    "TYPE_BOOL": np.bool_,
 }
 
 
@@ -113,13 +115,15 @@ def whole(inputs: Inputs, name: str) -> int | None:
     return None if value is None else int(value)
 
 
-def tensors(values: Mapping[str, Sequence[Any]], wanted: frozenset[str]) -> list[tuple[str, Array]]:
-    """The values that were asked for as arrays of their declared types; text becomes UTF-8."""
+def tensors(
+    values: Mapping[str, Sequence[Any]], wanted: frozenset[str], declared: Mapping[str, str] = OUTPUTS
+) -> list[tuple[str, Array]]:
+    """The values that were asked for as arrays of their `declared` types; text becomes UTF-8."""
     made = []
     for name, items in values.items():
         if name not in wanted:
             continue
-        dtype = _DTYPES[OUTPUTS[name]]
+        dtype = _DTYPES[declared[name]]
         encoded = [item.encode("utf-8", "replace") for item in items] if dtype is np.object_ else items
         made.append((name, np.array(encoded, dtype=dtype)))
     return made

@@ -46,7 +46,7 @@ def commands(program: str) -> list[list[str]]:
 def test_readme_has_what_this_test_reads() -> None:
     assert len(commands("trtbuild")) >= 9
     assert len(commands("make")) == 2
-    assert len(commands("curl")) == 1
+    assert len(commands("curl")) == 2
     assert len(blocks("yaml")) == 1
     assert len(blocks("python")) == 1
 
@@ -71,10 +71,12 @@ def test_recipe_in_readme_is_the_demos(tmp_path: Path) -> None:
     assert load_recipe(path).recipe == demo
 
 
-def test_body_of_the_curl_command_is_json() -> None:
-    (command,) = commands("curl")
-    body = json.loads(command[command.index("-d") + 1])
-    assert json.loads(body["messages"])[0]["role"] == "user"
+def test_bodies_of_the_curl_commands_are_json_with_inputs_of_their_models() -> None:
+    bodies = [json.loads(command[command.index("-d") + 1]) for command in commands("curl")]
+    assert json.loads(bodies[0]["messages"])[0]["role"] == "user"
+    for body, template in zip(bodies, ("llm/config", "ensemble/tensorrt_llm_bls"), strict=True):
+        text = (ROOT / "templates" / f"{template}.pbtxt.j2").read_text(encoding="utf-8")
+        assert all(f'{{ name: "{name}"' in text for name in body)
 
 
 def test_python_in_readme_runs(package: Path) -> None:

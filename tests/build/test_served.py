@@ -83,6 +83,17 @@ def test_verify_served_passes_and_a_missed_gate_is_exit_7(
     assert "the ratio exceeds quality.max_perplexity_ratio 1.01" in done.stdout
 
 
+def test_layout_ensemble_is_built_and_verified(recipe: Path, cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "five"
+    cli("build", recipe, "-o", out, "--set", "serving.layout=ensemble", "--set", "serving.model_name=tensorrt_llm")
+    models = sorted(path.name for path in (out / "model_repository").iterdir())
+    assert models == ["ensemble", "postprocessing", "preprocessing", "tensorrt_llm", "tensorrt_llm_bls"]
+    checks = {check["name"]: check for check in json.loads(cli("verify", out, "--served", "--json").stdout)}
+    assert all(check["passed"] for check in checks.values())
+    assert checks["served greedy tokens equal the engine's"]["detail"].startswith("1.0000 of ")
+    assert checks["served perplexity"]["detail"].startswith("not measured: layout ensemble reports no prompt")
+
+
 def rewrite(package: Path, name: str, text: str) -> None:
     """Change a file of a package together with its line in the manifest (evidence is outside the package digest)."""
     import hashlib

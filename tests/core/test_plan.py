@@ -199,9 +199,17 @@ def test_mistakes_demands_and_further_checks_come_together(tiny_llama: Path, tmp
         plan_for(tiny_llama, tmp_path, *overrides, check=lambda plan: [Problem("seen", plan.value("deploy.image"))])
     assert [problem.path for problem in caught.value.problems] == ["compress.group_size", "seen", "speculative.method"]
     with pytest.raises(CompatibilityError) as refused:
-        plan_for(tiny_llama, tmp_path, "speculative.method=ngram", "serving.layout=ensemble")
+        plan_for(tiny_llama, tmp_path, "speculative.method=ngram", "runtime.version=1.2.1")
     assert "speculative.method: ngram" in str(refused.value)
-    assert "serving.layout: ensemble" in str(refused.value)
+    assert "runtime.version: 1.2.1" in str(refused.value)
+
+
+def test_layout_ensemble_has_fixed_names_and_a_batch_size(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "serving.layout=ensemble", "runtime.max_batch_size=6")
+    assert plan.step("repository").parameters["max_batch_size"] == 6
+    assert "max_batch_size" not in plan_for(tiny_llama, tmp_path).step("repository").parameters
+    with pytest.raises(RecipeError, match="serving.model_name: 'mine': the five models of layout ensemble have fixed"):
+        plan_for(tiny_llama, tmp_path, "serving.layout=ensemble", "serving.model_name=mine")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +237,6 @@ def test_mistakes_demands_and_further_checks_come_together(tiny_llama: Path, tmp
         ("runtime.extra={a: 1}", "runtime.extra: a: the embedded runtime has no further keys; remove it"),
         ("model.adapters=[x]", "model.adapters: x: cannot be done"),
         ("speculative.method=ngram", "speculative.method: ngram: cannot be done by this version of trtbuild; use none"),
-        ("serving.layout=ensemble", "serving.layout: ensemble: cannot be done by this version of trtbuild; use llm"),
         ("compress.max_memory=8GiB", "compress.max_memory: 8GiB: this version of trtbuild holds the model in memory"),
         ("target.count=2", "target.count: 2: the embedded runtime runs on one device; use 1"),
     ],

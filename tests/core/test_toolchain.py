@@ -36,6 +36,23 @@ def test_the_digests_are_of_the_texts_that_are_read_and_those_are_small() -> Non
         assert 0 < path.stat().st_size < 1 << 20
 
 
+@pytest.mark.parametrize("name", ["model_repo/llm/text.py", "model_repo/ensemble/chain.py", "templates/ensemble/a.j2"])
+def test_another_shipped_model_is_another_repository(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trtbuild.render import data_dir
+
+    for kind in ("templates", "model_repo"):
+        shutil.copytree(data_dir(kind), tmp_path / kind, ignore=shutil.ignore_patterns("__pycache__"))
+    before = tool_versions()
+    monkeypatch.setattr(toolchain, "data_dir", lambda kind: tmp_path / kind)
+    assert tool_versions() == before
+    with (tmp_path / name).open("ab") as file:
+        file.write(b"\n")
+    after = tool_versions()
+    assert {step for step in before if before[step] != after[step]} == {"repository"}
+
+
 def test_missing_tools_are_all_named() -> None:
     with pytest.raises(HostError, match="the step compress needs torch, safetensors, not installed"):
         require("compress", {"torch": None, "revision": "1", "safetensors": None})

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from trtbuild.errors import HostError, RequestError, ToolError
-from trtbuild.serving.client import ask, request_inputs
+from trtbuild.serving.client import ask
+from trtbuild.serving.contract import request_inputs
 from trtbuild.serving.verify import served_perplexity
 
 

@@ -219,7 +219,7 @@ def test_rendering_is_the_same_every_time(tmp_path: Path) -> None:
     assert all((tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes() for path in files)
 
 
-@pytest.mark.parametrize("change", [{"layout": "ensemble"}, {"runtime": "trtllm-engine"}])
+@pytest.mark.parametrize("change", [{"layout": "gpt"}, {"runtime": "trtllm-engine"}])
 def test_what_has_no_repository_is_refused(tmp_path: Path, change: dict[str, str]) -> None:
     with pytest.raises(RecipeError, match=next(iter(change.values()))):
         render_repository(spec(**change), tmp_path)

@@ -49,7 +49,7 @@ def test_other_tokens_and_another_perplexity_are_found(server: TritonServer) -> 
 
 
 def test_a_package_without_a_model_is_refused(package: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="there is no model of the llm layout here"):
+    with pytest.raises(ArtifactError, match="there is no model of a known layout here"):
         verify_served(tmp_path, log=tmp_path / "log")
     shutil.copytree(package / "model_repository", tmp_path / "model_repository")
     config = tmp_path / "model_repository" / "tensorrt_llm" / "config.pbtxt"

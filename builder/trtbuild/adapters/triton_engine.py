@@ -8,7 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from trtbuild.adapters import triton_llmapi
+from trtbuild.adapters import triton_built, triton_llmapi
 from trtbuild.adapters.triton_config import Model
 from trtbuild.errors import Problem
 
@@ -16,23 +16,38 @@ _LIMITS = ("max_seq_len", "max_input_tokens", "max_output_tokens", "default_max_
 _PROBE = "The quick brown fox: 1 + 1 = 2."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
+# Runtimes whose engine directory is a checkpoint with a file of ours beside it.
+_OURS = ("embedded", "trtllm")
+
 
 def check_against_engine(model: Model, engine: Path | None) -> list[Problem]:
-    """Faults between a model of ours and the engine directory it loads; other models are not judged."""
-    if model.parameter("engine_dir") is None:
+    """Faults between a model of ours and the engine directory it loads; other models are not judged.
+
+    A TensorRT engine lies where the server sees it: without `engine` it is judged only if it lies there on this host.
+    """
+    if model.parameter("gpt_model_path"):
+        return triton_built.check_engine(model, engine or Path(str(model.parameter("gpt_model_path"))))
+    name = next((name for name in ("engine_dir", "tokenizer_dir") if model.parameter(name) is not None), None)
+    if name is None:
         return []
-    directory = engine or (model.directory / str(model.parameter("engine_dir"))).resolve()
+    directory = engine or (model.directory / str(model.parameter(name))).resolve()
     if not directory.is_dir():
-        message = f"engine_dir {model.parameter('engine_dir')!r}: there is no directory {directory}"
+        message = f"{name} {model.parameter(name)!r}: there is no directory {directory}"
         return [model.problem(message, "keep engine/ and model_repository/ of the package together")]
     limits, problems = _limits(model)
+    if model.parameter("runtime") not in _OURS:
+        return problems + triton_built.check_limits(model, limits, directory) + _tokenizer_of(model, directory, {})
     settings = _settings(model, directory, problems)
     checkpoint = _read_json(directory / "config.json", problems)
     if settings is not None:
         problems += _sizes(model, limits, settings)
-    if checkpoint is not None:
-        problems += _tokenizer(directory, checkpoint)
-    return problems
+    return problems + ([] if checkpoint is None else _tokenizer_of(model, directory, checkpoint))
+
+
+def _tokenizer_of(model: Model, directory: Path, checkpoint: dict[str, Any]) -> list[Problem]:
+    """Each tokenizer is judged once: where text becomes tokens."""
+    reads_text = model.parameter("layout") != "ensemble" or model.name == "preprocessing"
+    return _tokenizer(directory, checkpoint) if reads_text else []
 
 
 def _settings(model: Model, directory: Path, problems: list[Problem]) -> dict[str, Any] | None:

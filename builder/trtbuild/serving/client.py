@@ -1,4 +1,4 @@
-"""Ask a Triton server of the `llm` layout: over gRPC streaming, or over HTTP `generate` and `generate_stream`."""
+"""Ask a Triton server of either layout: over gRPC streaming, or over HTTP `generate` and `generate_stream`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trtbuild.errors import HostError, RequestError, ToolError
+from trtbuild.serving.contract import ENSEMBLE, LLM, request_inputs, wire_type
 
 DEFAULT_MODEL = "tensorrt_llm"
-# Types on the wire of what a caller may send; everything else is an output or unknown.
-_TYPES = {bool: "BOOL", int: "INT32", float: "FP32", str: "BYTES"}
-_EXACT_TYPES = {"sampling_param_seed": "UINT64", "lora_id": "UINT64"}
-_FLOATS = ("temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 # A proxy of the environment has no business between us and a server that was named by address.
 _NO_PROXY = [("grpc.enable_http_proxy", 0)]
 _BIG_MESSAGE = 2**31 - 1
@@ -57,6 +54,7 @@ def ask(
     prompt: str | Sequence[Mapping[str, Any]] | None = None,
     *,
     model: str = DEFAULT_MODEL,
+    layout: str = LLM,
     streaming: bool = True,
     on_text: OnText | None = None,
     timeout_s: float = 600.0,
@@ -68,6 +66,8 @@ def ask(
         url: ``http://host:port`` asks over HTTP, ``host:port`` or ``grpc://host:port`` over gRPC.
         prompt: a text, or chat messages; leave it out and give ``input_ids=[...]`` to send token ids.
         model: the model's name on the server.
+        layout: whose names the model's inputs have, ``llm``, ``ensemble`` or ``engine`` (`discovery.find_layout` asks
+            the server).
         streaming: whether the answer comes in pieces.
         on_text: called with every piece of text.
         timeout_s: limit for the whole answer.
@@ -78,13 +78,14 @@ def ask(
         HostError: nobody answers at `url`.
         ToolError: the server failed, or did not finish in time.
     """
-    sent = request_inputs(prompt, streaming=streaming, **inputs)
-    scheme, address = _split_url(url)
+    sent = request_inputs(prompt, streaming=streaming, layout=layout, **inputs)
+    scheme, address = split_url(url)
     responses = _over_grpc if scheme == "grpc" else _over_http
-    return _collect(responses(address, model, sent, timeout_s), on_text, cumulative="streaming_cumulative" in sent)
+    cumulative = "streaming_cumulative" in sent
+    return _collect(responses(address, model, sent, timeout_s), on_text, cumulative=cumulative, layout=layout)
 
 
-def _split_url(url: str) -> tuple[str, str]:
+def split_url(url: str) -> tuple[str, str]:
     """The scheme (``http`` or ``grpc``) and ``host:port``; whatever else a URL may hold would be dropped in silence."""
     try:
         parts = urllib.parse.urlsplit(url if "://" in url else f"grpc://{url}")
@@ -98,33 +99,14 @@ def _split_url(url: str) -> tuple[str, str]:
     raise RequestError(f"url: {url!r} {why}", "give http://host:port, grpc://host:port or host:port")
 
 
-def request_inputs(
-    prompt: str | Sequence[Mapping[str, Any]] | None, *, streaming: bool, **inputs: Any
-) -> dict[str, Any]:
-    """The inputs of one request by their names on the wire, with every short report switched on."""
-    sent: dict[str, Any] = {"return_finish_reason": True, "return_stop_reason": True, "streaming": streaming}
-    if isinstance(prompt, str):
-        sent["text_input"] = prompt
-    elif prompt is not None:
-        sent["messages"] = json.dumps(list(prompt), ensure_ascii=False)
-    for name, value in inputs.items():
-        if value is not None:
-            sent[name if _is_wire_name(name) else f"sampling_param_{name}"] = value
-    return sent
-
-
-def _is_wire_name(name: str) -> bool:
-    exact = ("text_input", "messages", "input_ids", "streaming", "streaming_cumulative", "image_url", "request_id")
-    return name in exact or name.startswith(("sampling_param_", "return_", "guided_decoding_", "lora_"))
-
-
-def _collect(responses: Iterator[dict[str, Any]], on_text: OnText | None, *, cumulative: bool) -> Answer:
+def _collect(responses: Iterator[dict[str, Any]], on_text: OnText | None, *, cumulative: bool, layout: str) -> Answer:
     started = time.perf_counter()
     pieces: list[str] = []
     ids: list[int] = []
     logprobs: list[str] = []
     last: dict[str, Any] = {}
     prompt_logprobs: list[str] = []
+    generated = 0
     first = count = 0.0
     for response in responses:
         count += 1
@@ -135,6 +117,9 @@ def _collect(responses: Iterator[dict[str, Any]], on_text: OnText | None, *, cum
         ids += [int(token) for token in _list(response.get("output_ids"))]
         logprobs += _strings(response.get("logprobs"))
         prompt_logprobs = _strings(response.get("prompt_logprobs")) or prompt_logprobs
+        # A response of layout ensemble counts its own tokens, the last one of layout llm all of them.
+        counted = sum(int(number) for number in _list(response.get("num_output_tokens")))
+        generated = generated + counted if layout == ENSEMBLE else counted
         last |= response
         if on_text is not None and pieces and pieces[-1]:
             on_text(pieces[-1])
@@ -147,15 +132,20 @@ def _collect(responses: Iterator[dict[str, Any]], on_text: OnText | None, *, cum
         finish_reason="".join(_strings(last.get("finish_reason"))[:1]),
         stop_reason="".join(_strings(last.get("stop_reason"))[:1]),
         num_input_tokens=int((_list(last.get("num_input_tokens")) or [0])[0]),
-        num_output_tokens=sum(int(number) for number in _list(last.get("num_output_tokens"))),
+        num_output_tokens=generated,
         responses=int(count),
         seconds_to_first_token=first,
         seconds=seconds,
-        cumulative_logprob=next((float(value) for value in _list(last.get("cumulative_logprob"))), None),
+        cumulative_logprob=_cumulative(last),
         logprobs=tuple(json.loads(entry) for entry in logprobs),
         prompt_logprobs=tuple(json.loads(entry) for entry in prompt_logprobs),
         outputs=last,
     )
+
+
+def _cumulative(last: Mapping[str, Any]) -> float | None:
+    values = _list(last.get("cumulative_logprob", last.get("cum_log_probs")))
+    return float(values[0]) if values else None
 
 
 def _list(value: Any) -> list[Any]:
@@ -171,7 +161,8 @@ def _strings(value: Any) -> list[str]:
 
 def _over_http(address: str, model: str, sent: Inputs, timeout_s: float) -> Iterator[dict[str, Any]]:
     """Responses of ``generate`` (one) or ``generate_stream`` (server-sent events)."""
-    path = "generate_stream" if sent["streaming"] else "generate"
+    streaming = sent.get("streaming", sent.get("stream"))
+    path = "generate_stream" if streaming else "generate"
     wire = {("id" if name == "request_id" else name): value for name, value in sent.items()}
     connection = http.client.HTTPConnection(address, timeout=timeout_s)
     try:
@@ -181,7 +172,7 @@ def _over_http(address: str, model: str, sent: Inputs, timeout_s: float) -> Iter
         response = connection.getresponse()
         if response.status != 200:
             raise _refusal(response.status, response.read())
-        if not sent["streaming"]:
+        if not streaming:
             yield _checked(json.loads(response.read()))
             return
         for line in response:
@@ -220,12 +211,13 @@ def _over_grpc(address: str, model: str, sent: Inputs, timeout_s: float) -> Iter
 
     received: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
     deadline = time.monotonic() + timeout_s
-    client = triton.InferenceServerClient(address, channel_args=_channel_arguments())
+    client = grpc_channel(address)
     request_id = str(sent.get("request_id", ""))
     done = False
     try:
         client.start_stream(lambda result, error: received.put((result, error)))
-        tensors = [_tensor(triton, name, value) for name, value in sent.items() if name != "request_id"]
+        rows = () if "return_finish_reason" in sent else (1,)  # the models of layout ensemble have a batch dimension
+        tensors = [_tensor(triton, name, value, rows) for name, value in sent.items() if name != "request_id"]
         # A stream that has failed already refuses the request here and says why through the callback.
         with contextlib.suppress(triton.InferenceServerException):
             client.async_stream_infer(model, tensors, request_id=request_id, enable_empty_final_response=True)
@@ -235,10 +227,10 @@ def _over_grpc(address: str, model: str, sent: Inputs, timeout_s: float) -> Iter
             except queue.Empty:
                 raise ToolError(f"{address}: no answer within {timeout_s:g} s", "see the server's log") from None
             if error is not None:
-                raise _grpc_refusal(address, error)
+                raise grpc_refusal(address, error)
             message = result.get_response()
             done = message.parameters["triton_final_response"].bool_param
-            values = {output.name: result.as_numpy(output.name).tolist() for output in message.outputs}
+            values = {output.name: result.as_numpy(output.name).reshape(-1).tolist() for output in message.outputs}
             if values:
                 yield values
     finally:
@@ -246,12 +238,16 @@ def _over_grpc(address: str, model: str, sent: Inputs, timeout_s: float) -> Iter
         client.close()
 
 
-def _channel_arguments() -> list[tuple[str, int]]:
+def grpc_channel(address: str) -> Any:
+    """A client of the server at `address`; the caller closes it."""
+    import tritonclient.grpc as triton
+
     sizes = [("grpc.max_send_message_length", _BIG_MESSAGE), ("grpc.max_receive_message_length", _BIG_MESSAGE)]
-    return [*_NO_PROXY, *sizes]
+    return triton.InferenceServerClient(address, channel_args=[*_NO_PROXY, *sizes])
 
 
-def _grpc_refusal(address: str, error: Any) -> Exception:
+def grpc_refusal(address: str, error: Any) -> Exception:
+    """The error that says what a gRPC call was refused or failed for."""
     status, message = str(error.status()), str(error.message())
     if "UNAVAILABLE" in status:
         return HostError(f"{address}: {message}", "is the server running? `trtbuild serve PACKAGE`")
@@ -261,11 +257,11 @@ def _grpc_refusal(address: str, error: Any) -> Exception:
     return ToolError(f"the server answered with {status}: {message}", "see its log")
 
 
-def _tensor(triton: Any, name: str, value: Any) -> Any:
+def _tensor(triton: Any, name: str, value: Any, rows: tuple[int, ...] = ()) -> Any:
     import numpy as np
 
     values = list(value) if isinstance(value, list | tuple) else [value]
-    kind = _wire_type(name, values)
+    kind = wire_type(name, values)
     if kind == "BYTES":
         array = np.array([item.encode("utf-8") for item in values], dtype=np.object_)
     else:
@@ -274,19 +270,7 @@ def _tensor(triton: Any, name: str, value: Any) -> Any:
             array = np.array(values, dtype=dtypes[kind])
         except (OverflowError, ValueError) as error:
             raise RequestError(f"{name}: {value!r} does not fit into {kind} ({error})") from error
-    tensor = triton.InferInput(name, [len(values)], kind)
+    array = array.reshape(*rows, len(values))
+    tensor = triton.InferInput(name, list(array.shape), kind)
     tensor.set_data_from_numpy(array)
     return tensor
-
-
-def _wire_type(name: str, values: Sequence[Any]) -> str:
-    if name in _EXACT_TYPES:
-        return _EXACT_TYPES[name]
-    if name.removeprefix("sampling_param_") in _FLOATS:
-        return "FP32"
-    if not values:
-        return "INT32"
-    kind = _TYPES.get(type(values[0]))
-    if kind is None:
-        raise RequestError(f"{name}: {values[0]!r} is neither a truth value, a number nor text")
-    return kind

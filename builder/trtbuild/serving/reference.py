@@ -27,10 +27,12 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     total = len(prompts) + len(windows)
     with Engine.load(engine_dir) as engine:
         params = SamplingParams(max_tokens=request["max_tokens"])
-        answers = []
+        answers, reasons = [], []
         # One by one, as the server is asked: the composition of a batch may change the last bit.
         for done, prompt in enumerate(prompts):
-            answers.append(list(engine.submit(prompt, params).result().token_ids))
+            done_answer = engine.submit(prompt, params).result()
+            answers.append(list(done_answer.token_ids))
+            reasons.append(done_answer.finish_reason)
             progress(done + 1, total, "greedy answers of the engine")
         log_likelihood, tokens = 0.0, 0
         for done, window in enumerate(windows):
@@ -42,6 +44,9 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "max_tokens": request["max_tokens"],
         "prompts": prompts,
         "answers": answers,
+        "finish_reasons": reasons,
+        "texts": [*[None] * len(request.get("prompts", [])), *request.get("texts", [])],
+        "answer_texts": _texts(engine_dir, request, answers),
         "windows": windows,
         "perplexity": math.exp(-log_likelihood / tokens) if tokens else None,
         "tokens": tokens,
@@ -56,6 +61,14 @@ def _tokenize(engine_dir: Path, request: dict[str, Any]) -> list[list[int]]:
 
     tokenizer = load_tokenizer(engine_dir, trust_remote_code=bool(request.get("trust_remote_code", False)))
     return [list(tokenizer.encode(text)) for text in texts]
+
+
+def _texts(engine_dir: Path, request: dict[str, Any], answers: Sequence[Sequence[int]]) -> list[str]:
+    """The answers as text, without special tokens and without any tidying of spaces."""
+    from trtbuild.compress.textdata import load_tokenizer
+
+    tokenizer = load_tokenizer(engine_dir, trust_remote_code=bool(request.get("trust_remote_code", False)))
+    return [str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)) for ids in answers]
 
 
 def _windows(engine_dir: Path, request: dict[str, Any]) -> list[list[int]]:

@@ -12,6 +12,7 @@ from trtbuild.adapters import triton_config
 from trtbuild.errors import ArtifactError, ToolError
 from trtbuild.process import run_worker
 from trtbuild.serving.client import DEFAULT_MODEL, Answer, ask
+from trtbuild.serving.contract import ENGINE, ENSEMBLE, LLM
 from trtbuild.serving.server import TritonServer
 
 DEFAULT_TEXTS = (
@@ -74,19 +75,20 @@ def verify_served(
         on_progress: called with (done, total, what).
 
     Raises:
-        ArtifactError: the package has no model of the `llm` layout, or its engine cannot be loaded.
+        ArtifactError: the package has no model of a known layout, or its engine cannot be loaded.
         HostError: the host lacks something.
         ToolError: the server does not start, or fails.
     """
     model = _served_model(package / "model_repository")
-    trust = model.parameter("trust_remote_code") == "true"
+    ensemble = model.parameter("layout") == ENSEMBLE
+    trust = _trust_remote_code(package / "model_repository", model)
     request: dict[str, Any] = {
         "engine": str(package / "engine"),
         "texts": list(texts),
         "max_tokens": min(max_tokens, _limit(model, "max_output_tokens")),
         "trust_remote_code": trust,
     }
-    if perplexity_tokens:
+    if perplexity_tokens and not ensemble:  # that layout's contract has no prompt log-probabilities
         length = min(_WINDOW, _limit(model, "max_input_tokens") - 1, _limit(model, "max_seq_len") - 2)
         request["held_out"] = {
             "tokens": perplexity_tokens,
@@ -97,7 +99,8 @@ def verify_served(
     reference_log = log.with_name(f"{log.stem}-engine{log.suffix}")
     worker = run_worker("trtbuild.serving.reference", request, log=reference_log, on_progress=on_progress)
     with TritonServer.start(package / "model_repository", log=log, startup_timeout_s=startup_timeout_s) as server:
-        return compare_with_reference(server, worker.result, model=model.name, on_progress=on_progress)
+        compare = compare_ensemble if ensemble else compare_with_reference
+        return compare(server, worker.result, model=model.name, on_progress=on_progress)
 
 
 def compare_with_reference(
@@ -138,6 +141,60 @@ def compare_with_reference(
         tokens_per_second=max((answer.tokens_per_second for answer in timed), default=0.0),
         problems=tuple(problems),
     )
+
+
+def compare_ensemble(
+    server: TritonServer, reference: Mapping[str, Any], *, model: str, on_progress: OnProgress
+) -> ServedReport:
+    """As `compare_with_reference`, for layout ensemble: the engine model's tokens, and the texts that clients get."""
+    problems: list[str] = []
+    equal = compared = 0
+    streaming_equal = True
+    timed: list[Answer] = []
+    limit = reference["max_tokens"]
+    columns = ("prompts", "texts", "answers", "finish_reasons", "answer_texts")
+    rows = list(zip(*(reference[name] for name in columns), strict=True))
+    for done, (prompt, text, tokens, reason, expected) in enumerate(rows):
+        # The token that ended the answer is no part of it in this layout.
+        wanted = tokens[:-1] if reason == "stop" else tokens
+        found = ask(server.http_url, model=model, layout=ENGINE, streaming=False, input_ids=prompt, max_tokens=limit)
+        equal += sum(a == b for a, b in zip(found.output_ids, wanted, strict=False))
+        compared += len(wanted)
+        if list(found.output_ids) != list(wanted):
+            problems.append(_difference(done, wanted, found.output_ids))
+        answers = _ensemble_ways(server, text, limit)
+        timed.append(answers["tensorrt_llm_bls, gRPC stream"])
+        for how, answer in answers.items():
+            if answer.text != expected:
+                streaming_equal = False
+                problems.append(f"prompt {done}: {how} gives {answer.text!r}, the engine's tokens are {expected!r}")
+        on_progress(done + 1, len(rows), "answers of the server")
+    return ServedReport(
+        prompts=len(rows),
+        tokens_compared=compared,
+        greedy_agreement=equal / compared if compared else 0.0,
+        streaming_equal=streaming_equal,
+        perplexity=None,
+        engine_perplexity=None,
+        perplexity_tokens=0,
+        seconds_to_first_token=min((answer.seconds_to_first_token for answer in timed), default=0.0),
+        tokens_per_second=max((answer.tokens_per_second for answer in timed), default=0.0),
+        problems=tuple(problems),
+    )
+
+
+def _ensemble_ways(server: TritonServer, text: str, max_tokens: int) -> dict[str, Answer]:
+    asked: dict[str, Any] = {"layout": ENSEMBLE, "max_tokens": max_tokens}
+    ways = {
+        "HTTP generate": (server.http_url, False),
+        "HTTP generate_stream": (server.http_url, True),
+        "gRPC stream": (server.grpc_url, True),
+    }
+    return {
+        f"{model}, {how}": ask(url, text, model=model, streaming=streaming, **asked)
+        for model in ("ensemble", "tensorrt_llm_bls")
+        for how, (url, streaming) in ways.items()
+    }
 
 
 def served_perplexity(
@@ -198,9 +255,19 @@ def _served_model(repository: Path) -> triton_config.Model:
     if repository.is_dir():
         for directory in sorted(path for path in repository.iterdir() if path.is_dir()):
             model, _ = triton_config.read_model(directory)
-            if model is not None and model.parameter("layout") == "llm":
+            if model is None or model.parameter("engine_dir") is None:
+                continue
+            if model.parameter("layout") in (LLM, ENSEMBLE):
                 return model
-    raise ArtifactError(f"{repository}: there is no model of the llm layout here", "build the package again")
+    raise ArtifactError(f"{repository}: there is no model of a known layout here", "build the package again")
+
+
+def _trust_remote_code(repository: Path, model: triton_config.Model) -> bool:
+    """Whether the tokenizer's own code may run; in layout ensemble the model that reads text says so."""
+    if model.parameter("layout") == ENSEMBLE:
+        reader, _ = triton_config.read_model(repository / "preprocessing")
+        model = model if reader is None else reader
+    return model.parameter("trust_remote_code") == "true"
 
 
 def _limit(model: triton_config.Model, name: str) -> int:

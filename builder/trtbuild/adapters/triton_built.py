@@ -1,0 +1,108 @@
+"""A `tensorrt_llm` model that TensorRT-LLM executes, against the engine directory that it loads.
+
+The engine's ``config.json`` holds `version`, `pretrained_config` (with `mapping`) and `build_config` as `trtllm-build`
+of TensorRT-LLM <= 1.2 writes them (tensorrt_llm/builder.py @008b2b8d); beside it lies ``rank{i}.engine`` for each rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trtbuild.adapters.triton_config import Model
+from trtbuild.adapters.triton_parameters import device_problems
+from trtbuild.errors import Problem
+
+# `SpeculativeDecodingMode` of an engine, and the decoding mode that executes it.
+_SPECULATIVE = {
+    "MEDUSA": "medusa",
+    "LOOKAHEAD_DECODING": "lookahead",
+    "EXPLICIT_DRAFT_TOKENS": "redrafter",
+    "EAGLE": "eagle",
+}
+_BUILD_AGAIN = "build the engine again, or change the configuration"
+
+
+def check_engine(model: Model, directory: Path) -> list[Problem]:
+    """Faults between the model's parameters and the engine in `directory`; none where there is no such directory."""
+    if not directory.is_dir():
+        return []
+    config, problems = _config(directory)
+    if config is None:
+        return problems
+    build, world = config.get("build_config", {}), world_size(config)
+    for rank in range(world):
+        if not (directory / f"rank{rank}.engine").is_file():
+            message = f"the file is missing, and the engine has {world} ranks"
+            problems.append(Problem(f"engine/rank{rank}.engine", message, "build the engine again"))
+    given = {name: str(value.string_value) for name, value in model.config.parameters.items()}
+    problems += device_problems(given, f"{model.name}/config.pbtxt", world)
+    return [*problems, *_sizes(model, build), *_features(model, given, build)]
+
+
+def check_limits(model: Model, limits: Mapping[str, int], directory: Path) -> list[Problem]:
+    """What preprocessing lets in must fit into the engine, where one lies beside the tokenizer."""
+    if not (directory / "config.json").is_file():
+        return []
+    config, problems = _config(directory)
+    if config is None or "build_config" not in config:
+        return problems  # a checkpoint with the tokenizer, not an engine
+    build = config["build_config"]
+    for ours, theirs in (("max_seq_len", "max_seq_len"), ("max_input_tokens", "max_input_len")):
+        most = build.get(theirs)
+        if ours in limits and isinstance(most, int) and limits[ours] > most:
+            message = f"{ours} is {limits[ours]}, and the engine was built for {theirs} {most}"
+            problems.append(model.problem(message, f"at most {most}"))
+    return problems
+
+
+def world_size(config: Mapping[str, Any]) -> int:
+    """How many ranks the engine of this ``config.json`` has."""
+    mapping = config.get("pretrained_config", {}).get("mapping", {})
+    ranks = mapping.get("world_size") or mapping.get("tp_size", 1) * mapping.get("pp_size", 1)
+    return int(ranks)
+
+
+def _config(directory: Path) -> tuple[dict[str, Any] | None, list[Problem]]:
+    path = directory / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return None, [Problem("engine/config.json", f"cannot be read ({error})", "build the engine again")]
+    if not isinstance(data, dict):
+        return None, [Problem("engine/config.json", "does not hold a JSON object", "build the engine again")]
+    return data, []
+
+
+def _sizes(model: Model, build: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    batch = build.get("max_batch_size")
+    if isinstance(batch, int) and model.config.max_batch_size > batch:
+        message = f"max_batch_size is {model.config.max_batch_size}, and the engine was built for {batch}"
+        problems.append(model.problem(message, f"at most {batch}"))
+    beams, given = build.get("max_beam_width"), model.parameter("max_beam_width") or "1"
+    if isinstance(beams, int) and given.isdecimal() and int(given) > beams:
+        message = f"max_beam_width is {given}, and the engine was built for {beams}"
+        problems.append(model.problem(message, f"at most {beams}"))
+    return problems
+
+
+def _features(model: Model, given: Mapping[str, str], build: Mapping[str, Any]) -> list[Problem]:
+    """Features that an engine must have been built for."""
+    problems = []
+    paged = build.get("plugin_config", {}).get("use_paged_context_fmha")
+    for name in ("enable_kv_cache_reuse", "enable_chunked_context"):
+        if paged is False and given.get(name, "").lower() in ("true", "1"):
+            message = f"{name} is true, and the engine was built without use_paged_context_fmha"
+            problems.append(model.problem(message, _BUILD_AGAIN))
+    wanted = _SPECULATIVE.get(str(build.get("speculative_decoding_mode", "")).rsplit(".", 1)[-1].upper())
+    mode = given.get("decoding_mode")
+    if wanted is not None and mode != wanted:
+        problems.append(
+            model.problem(f"decoding_mode is {mode}, and the engine was built for {wanted}", f"write {wanted}")
+        )
+    if wanted is None and mode in _SPECULATIVE.values() and "speculative_decoding_mode" in build:
+        problems.append(model.problem(f"decoding_mode is {mode}, and the engine was built without it", _BUILD_AGAIN))
+    return problems
