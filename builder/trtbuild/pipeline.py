@@ -133,6 +133,7 @@ def _build(prepared: Prepared, out: Path, reporter: Reporter, last: str | None) 
         return Built(stopped, None)
     check_repository(run.artifacts["repository"].content, run.artifacts["engine"].content)
     digest = _package(run, out)
+    _say_what_is_left(run, out)
     return Built(out, digest)
 
 
@@ -215,6 +216,14 @@ def _package(run: _Run, out: Path) -> str:
         digest, status = package.assemble(target, parts, run.store.digests)
     run.reporter.finished("package", status, time.monotonic() - started)
     return digest
+
+
+def _say_what_is_left(run: _Run, out: Path) -> None:
+    """A TensorRT engine is built where its GPU is."""
+    engine = run.prepared.plan.step("engine").parameters
+    if engine["runtime"] == "trtllm-engine":
+        gpus = f"{engine['world_size']} x SM{engine['spec']['gpu']}"
+        run.reporter.note(f"the engine itself is built by {out}/engine/build.sh in {engine['image']}, on {gpus}")
 
 
 def _lock(run: _Run) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from packaging.version import InvalidVersion, Version
 from trtbuild.errors import CompatibilityError
 from trtbuild.plan import Choice
 
-REVISION = 1  # bump when the same spec would give other arguments
+BUILT = "built"  # in the engine directory: where the build script puts what trtllm-build makes
 _FLAGS = Path(__file__).parent / "trtllm_build.toml"
 
 # Lowest compute capability, times ten: docs/source/legacy/reference/support-matrix.md @17552a44.

@@ -12,13 +12,12 @@ from trtbuild.recipe import Recipe
 from trtbuild.releases import Container, Flow, Release, containers, find_release, newest
 from trtbuild.settings import FROM_GPU_MEMORY, Settings, check_capacity, take_limits
 from trtbuild.support import QUANT_ALGO, sm_version
-from trtbuild.trtllm_build import EngineSpec, Limits, arguments, choose, release_line
+from trtbuild.trtllm_build import BUILT, EngineSpec, Limits, arguments, choose, release_line
 from trtbuild.trtllm_build_extra import extra_flags
 
 KIND = "trtllm-engine"
 FLOW: Flow = "engine"
 DTYPE = "bfloat16"  # of what is not quantized: the compress step casts to it
-BUILT = "built"  # in the engine directory: what trtllm-build makes
 _PACKAGE = "/package"  # where the server sees the package
 _USUAL_TOKENS = 8192  # trtllm_build.toml: the default of --max_num_tokens
 # A window of all layers alike, which TensorRT-LLM's own converters leave to the server as well.
@@ -138,7 +137,6 @@ def engine_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
         "world_size": spec.world_size,
         "dtype": DTYPE,
         "trust_remote_code": settings["model.trust_remote_code"],
-        "model_name": settings["serving.model_name"],
         "spec": asdict(spec) | {"extra": {flag: list(values) for flag, values in spec.extra.items()}},
         "arguments": list(arguments(_choices(spec), "CHECKPOINT", "ENGINE")),
     }

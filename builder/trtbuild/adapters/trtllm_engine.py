@@ -1,28 +1,70 @@
-"""The script that builds a TensorRT-LLM engine in its pinned container, and the check of the directory it made."""
+"""The engine directory of a package for TensorRT engines, the script that builds the engine, and the check of it.
+
+The directory holds ``checkpoint/`` (TensorRT-LLM's own format), the tokenizer, ``engine.json`` (what this is, for
+people and checks) and ``build.sh``, which makes ``built/``, the engine that a server loads.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from trtbuild.errors import Problem
+from trtbuild.manifest import canonical_json, write_atomic
 from trtbuild.render import render
-from trtbuild.trtllm_build import EngineSpec, arguments, built_limits, choose
+from trtbuild.trtllm_build import BUILT, EngineSpec, arguments, built_limits, choose, spec_from_json
 
+CHECKPOINT, ENGINE_FILE, SCRIPT = "checkpoint", "engine.json", "build.sh"
+# Of the compressed checkpoint: what the conversion has replaced.
+_CONVERTED = ("*.safetensors", "*.safetensors.index.json", "hf_quant_config.json")
 RECORD = "trtbuild.json"  # what the script leaves in the engine directory: TensorRT-LLM's config names no GPU
+
+
+def write_engine(parameters: Mapping[str, Any], source: Path, out: Path) -> None:
+    """Write what stands beside ``checkpoint/`` in an engine directory.
+
+    Args:
+        parameters: of the planned step.
+        source: the compressed checkpoint, for its tokenizer and config.
+        out: the engine directory, whose ``checkpoint/`` is finished.
+    """
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not any(path.match(pattern) for pattern in _CONVERTED):
+            shutil.copyfile(path, out / path.name)
+    spec = spec_from_json(parameters["spec"])
+    write_atomic(out / ENGINE_FILE, canonical_json(engine_json(parameters)))
+    write_atomic(out / SCRIPT, build_script(spec, image=parameters["image"], name=spec.architecture))
+    (out / SCRIPT).chmod(0o755)
+
+
+def engine_json(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of ``engine.json``; `gpu` is the compute capability, the limits are those of the finished engine."""
+    spec = spec_from_json(parameters["spec"])
+    names = ("runtime", "version", "container", "image", "world_size", "dtype", "trust_remote_code")
+    return {
+        "schema_version": 1,
+        **{name: parameters[name] for name in names},
+        "gpu": f"{spec.gpu // 10}.{spec.gpu % 10}",
+        "limits": built_limits(spec),
+        "spec": parameters["spec"],
+        "checkpoint": CHECKPOINT,
+        "built": BUILT,
+    }
 
 
 def build_script(spec: EngineSpec, *, image: str, name: str) -> str:
     """A POSIX shell script that builds the engine in `image` with docker, podman or enroot, and resumes.
 
-    It takes the checkpoint's and the engine's directories as arguments, keeps TensorRT's timing cache beside the
-    engine, and renames a finished engine into place, so that a second run after a kill starts the build anew and a run
-    after success does nothing.
+    It takes the checkpoint's and the engine's directories as arguments (by default those beside it), keeps TensorRT's
+    timing cache beside the engine, and renames a finished engine into place, so that a second run after a kill starts
+    the build anew and a run after success does nothing.
     """
     command = ("trtllm-build", *arguments(choose(spec), "/checkpoint", "/work/engine.part"))
     context = {
         "image": image, "name": name, "command": list(command), "gpu": f"{spec.gpu // 10}.{spec.gpu % 10}",
-        "version": spec.version, "world_size": spec.world_size, "record": RECORD,
+        "version": spec.version, "world_size": spec.world_size, "record": RECORD, "built": BUILT,
     }  # fmt: skip
     return render("trtllm_engine/build.sh.j2", context)
 
