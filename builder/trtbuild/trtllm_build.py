@@ -179,13 +179,18 @@ def _faults(spec: EngineSpec) -> list[str]:
 
 
 def built_limits(spec: EngineSpec) -> dict[str, int]:
-    """The limits as they will stand in the engine's config: builder.py grows two of them for drafts."""
+    """The limits as they will stand in the engine's config, after what trtllm-build does to them.
+
+    builder.py grows two of them for drafts; check_max_num_tokens of tensorrt_llm/_common.py @0fccc5b97dd7 keeps the
+    tokens of a step between one block and what all requests hold together.
+    """
     limits, draft = spec.limits, spec.speculation.max_draft_len if spec.speculation else 0
+    tokens = max(min(limits.max_num_tokens, limits.max_batch_size * limits.max_seq_len), limits.tokens_per_block)
     longest = {} if limits.max_input_len is None else {"max_input_len": limits.max_input_len}
     return longest | {
         "max_batch_size": limits.max_batch_size,
         "max_seq_len": limits.max_seq_len + draft,
-        "max_num_tokens": max(limits.max_num_tokens, limits.max_batch_size * (draft + 1)),
+        "max_num_tokens": max(tokens, limits.max_batch_size * (draft + 1) if draft else 0),
         "max_beam_width": limits.max_beam_width,
         "tokens_per_block": limits.tokens_per_block,
     }
@@ -194,7 +199,12 @@ def built_limits(spec: EngineSpec) -> dict[str, int]:
 def _limit_rows(spec: EngineSpec) -> list[Choice]:
     limits = spec.limits
     tokens = built_limits(spec)["max_num_tokens"]
-    why = "the recipe's" if tokens == limits.max_num_tokens else "raised to hold every request's draft in one step"
+    if tokens == limits.max_num_tokens:
+        why = "the recipe's"
+    elif tokens < limits.max_num_tokens:
+        why = "lowered to max_batch_size x max_seq_len: all requests together hold no more"
+    else:
+        why = "raised to hold every request's draft, and a block, in one step"
     return [
         Choice("max_batch_size", (str(limits.max_batch_size),), "the recipe's"),
         Choice("max_seq_len", (str(limits.max_seq_len),), "the recipe's; a draft's length is added by the builder"),

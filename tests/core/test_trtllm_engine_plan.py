@@ -50,7 +50,7 @@ def test_the_default_plan(tiny_llama: Path, tmp_path: Path) -> None:
     engine = plan.step("engine").parameters
     assert (engine["version"], engine["container"], engine["world_size"]) == ("1.2.1", "26.07", 1)
     assert flags(plan) == {
-        "max_batch_size": "8", "max_seq_len": "512", "max_input_len": "511", "max_num_tokens": "8192",
+        "max_batch_size": "8", "max_seq_len": "512", "max_input_len": "511", "max_num_tokens": "4096",
         "max_beam_width": "1", "kv_cache_type": "paged", "tokens_per_block": "32", "use_paged_context_fmha": "enable",
         "use_fp8_context_fmha": "disable", "gemm_plugin": "auto", "input_timing_cache": "/work/timing.cache",
         "output_timing_cache": "/work/timing.cache", "workers": "1", "monitor_memory": "",
