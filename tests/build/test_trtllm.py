@@ -232,3 +232,16 @@ def test_doctor_versions(cli: Cli) -> None:
     assert found["containers"][0]["image"] == "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
     assert found["containers"][0]["transformers"] is None
     assert {row["name"] for row in found["schemas"]} == {"1.0.0", "1.1.0", "1.2.1", "1.3rc", "newest"}
+
+
+def test_a_whole_package(trtllm_recipe: Path, cli: Cli, tmp_path: Path) -> None:
+    """From the recipe to a package that every offline check accepts; answers are for the container to give."""
+    package = tmp_path / "package"
+    cli("build", trtllm_recipe, "-o", package, "--set", "quality.max_perplexity_ratio=10.0")
+    lines = cli("verify", package).stdout.splitlines()
+    assert all(line.startswith("passed") for line in lines)
+    assert {"passed  model repository: tensorrt_llm", "passed  checkpoint: packing: 21 layers in FP8"} <= set(lines)
+    config = (package / "model_repository" / "tensorrt_llm" / "config.pbtxt").read_text()
+    assert 'key: "runtime" value { string_value: "trtllm" }' in config
+    assert "adapters/polite" in config
+    assert "runs in a Triton TensorRT-LLM container" in cli("verify", package, "--served", check=6).stderr
