@@ -72,9 +72,25 @@ def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
         return [*missing, *container.check_deploy(deploy), *(() if missing else _check_adapters(loaded, plan))]
 
     plan = make_plan(loaded, read_facts(files), source, tool_versions(), check=check)
+    _foresee_conversion(plan)
     configured = loaded.recipe.store
     store = local_path(loaded, configured, at="store") if configured is not None else cache_dir() / "store"
     return Prepared(loaded=loaded, plan=plan, store=store)
+
+
+def _foresee_conversion(plan: Plan) -> None:
+    """Refuse a local checkpoint that the engine step could not convert; one on a hub is judged once it is here.
+
+    Raises:
+        CompatibilityError: the conversion's own sentence.
+    """
+    engine = plan.step("engine").parameters
+    if engine["runtime"] != "trtllm-engine" or plan.source.repo_id is not None:
+        return
+    from trtbuild.convert.run import refuse_source
+
+    spec = engine["spec"]
+    refuse_source(Path(plan.source.path), tp_size=spec["tp_size"], pp_size=spec["pp_size"])
 
 
 def _check_adapters(loaded: LoadedRecipe, plan: Plan) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable
 
 from trtbuild.compat import facts as table
@@ -25,6 +26,10 @@ from trtbuild.trtllm_engine_settings import (
 )
 from trtbuild.trtllm_parallel import parallel_refusals
 
+_PROJECTIONS = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 _DEPLOY_FILES = ("launch",)
 # What the recipe can say, the engine flow has under another name, and this version of trtbuild does not write.
 _NOT_WRITTEN = {
@@ -65,6 +70,7 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += gpu_refusals(recipe, planned_release(recipe).line, ranks(recipe))
     problems += parallel_refusals(settings, facts)
     problems += _pipeline(recipe, facts)
+    problems += _stages(settings, facts)
     problems += _speculation(recipe)
     return problems or _arguments(settings, facts)
 
@@ -135,6 +141,26 @@ def _pipeline(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
         fitting = [str(number) for number in range(1, facts.num_layers + 1) if not facts.num_layers % number]
         message = f"{size} does not divide the model's {facts.num_layers} layers"
         yield Problem(at, message, f"use one of {', '.join(fitting)}")
+
+
+def _stages(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
+    """TensorRT-LLM names layers by their place in a stage: stages leave out the same ones, by their usual names."""
+    size, patterns = settings.recipe.runtime.pipeline_parallel_size, settings["compress.exclude"]
+    if size == 1 or not patterns or facts.num_layers % size:
+        return
+    each = facts.num_layers // size
+    left = [
+        {
+            (layer % each, name)
+            for layer in range(stage * each, (stage + 1) * each)
+            for name in _PROJECTIONS
+            if any(fnmatch.fnmatchcase(f"model.layers.{layer}.{name}", pattern) for pattern in patterns)
+        }
+        for stage in range(size)
+    ]
+    if any(stage != left[0] for stage in left):
+        message = f"leaves out other layers in some of {size} pipeline stages, which TensorRT-LLM cannot be told"
+        yield Problem("compress.exclude", message, "name the same places of every stage, or use one stage")
 
 
 def _speculation(recipe: Recipe) -> Iterable[Problem]:

@@ -15,6 +15,7 @@ from trtbuild.console import plan_text
 from trtbuild.convert.architectures import ARCHITECTURES
 from trtbuild.errors import CompatibilityError, RecipeError
 from trtbuild.model import read_facts
+from trtbuild.pipeline import prepare
 from trtbuild.plan import Plan, Source
 from trtbuild.planner import make_plan
 from trtbuild.recipe_file import load_recipe
@@ -168,6 +169,10 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
             ["speculative.method=medusa", "runtime.pipeline_parallel_size=3"],
             "speculative decoding does not run with pipeline_parallel_size 3; use tensor_parallel_size instead",
         ),
+        (
+            ["runtime.pipeline_parallel_size=3", "compress.format=fp8", "compress.exclude=['*.1.mlp.*']"],
+            "compress.exclude: leaves out other layers in some of 3 pipeline stages, which TensorRT-LLM cannot be told",
+        ),
         (["speculative.draft=x"], "speculative.draft: x: of no use without a speculative.method; remove it"),
         (
             ["compress.format=fp8", "compress.exclude=['*.1.self_attn.q_proj']"],
@@ -214,6 +219,25 @@ def test_mistakes(tiny_llama: Path, tmp_path: Path, overrides: list[str], senten
     with pytest.raises(RecipeError) as caught:
         plan_for(tiny_llama, tmp_path, *overrides)
     assert sentence in str(caught.value)
+
+
+def test_stages_may_leave_out_the_same_layers(tiny_llama: Path, tmp_path: Path) -> None:
+    plan_for(
+        tiny_llama, tmp_path, "runtime.pipeline_parallel_size=3", "compress.format=fp8", "compress.exclude=['*.mlp.*']"
+    )
+
+
+def test_what_the_conversion_would_refuse_is_refused_before_anything_is_compressed(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"schema_version: 1\nmodel: {{path: {checkpoint}}}\n{RUNTIME}")
+    assert prepare(recipe).plan.value("runtime.kind") == "trtllm-engine"
+    edit_config(checkpoint, rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0})
+    with pytest.raises(CompatibilityError, match="yarn"):
+        prepare(recipe)
+    assert prepare(recipe, ["runtime.kind=trtllm"]).plan.value("runtime.kind") == "trtllm"
 
 
 def test_architectures(tiny_llama: Path, tmp_path: Path) -> None:
