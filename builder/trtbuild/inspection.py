@@ -9,7 +9,7 @@ from typing import Any
 from trtbuild.checkpoint_files import LocalFiles, open_directory
 from trtbuild.manifest import MANIFEST, read_json
 from trtbuild.model import read_facts
-from trtbuild.package import LOCK, read_manifest
+from trtbuild.package import LOCK, is_for_engines, read_manifest
 from trtbuild.steps import ENGINE_FILE
 
 
@@ -24,7 +24,7 @@ def inspect_directory(directory: Path) -> dict[str, Any]:
     if manifest.is_file() and read_json(manifest).get("kind") == "package":
         return _package(directory)
     if (directory / ENGINE_FILE).is_file():
-        if _is_converted(directory):
+        if is_for_engines(directory):
             return {"kind": "engine"} | _converted(directory)
         return {"kind": "engine"} | _loadable(directory)
     return {"kind": "checkpoint", "checkpoint": _checkpoint(directory)}
@@ -42,14 +42,9 @@ def _package(directory: Path) -> dict[str, Any]:
         "bytes": sum(entry["size"] for entry in manifest["files"]),
         "plan": lock["plan"]["digest"],
         "source": {name: lock["plan"]["source"][name] for name in ("path", "repo_id", "commit")},
-        **(_converted(engine) if _is_converted(engine) else _loadable(engine)),
+        **(_converted(engine) if is_for_engines(engine) else _loadable(engine)),
         "quality": read_json(directory / "evidence" / "quality.json"),
     }
-
-
-def _is_converted(engine: Path) -> bool:
-    """Whether the engine directory holds a checkpoint in TensorRT-LLM's own format."""
-    return read_json(engine / ENGINE_FILE).get("runtime") == "trtllm-engine"
 
 
 def _converted(engine: Path) -> dict[str, Any]:

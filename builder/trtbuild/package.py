@@ -89,8 +89,9 @@ def assemble(out: Path, parts: Parts, digests: DigestCache) -> tuple[str, str]:
     manifest = _manifest(parts.entries())
     if _is_package(out) and read_manifest(out) == manifest and not damage(out, digests):
         return manifest["digest"], "reused"
-    if (out / _ADDED[0]).exists():
-        message = f"{out} holds the engine {_ADDED[0]}, and the package there would be replaced by another"
+    added = next((name for name in _ADDED if (out / name).exists()), None)
+    if added is not None:
+        message = f"{out} holds {added}, which engine/build.sh made, and the package would be replaced by another"
         raise RecipeError([Problem("-o", message, "name a new directory, or move that one away")])
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -131,17 +132,25 @@ def added_by_script(package: Path) -> frozenset[str]:
     return frozenset(path.relative_to(package).as_posix() for path in files)
 
 
+def is_for_engines(directory: Path) -> bool:
+    """Whether an engine directory says that it is for TensorRT engines; one that cannot be read says nothing."""
+    try:
+        described = read_json(directory / "engine.json")
+    except ArtifactError:
+        return False
+    return isinstance(described, dict) and described.get("runtime") == "trtllm-engine"
+
+
 def refuse_to_serve_here(package: Path) -> None:
     """Refuse a package whose runtime trtbuild does not start itself.
 
     Raises:
         HostError: it is for TensorRT engines, which run in their container.
     """
-    path = package / "engine" / "engine.json"
-    engine = read_json(path) if path.is_file() else {}
-    if engine.get("runtime") == "trtllm-engine":
+    if is_for_engines(package / "engine"):
+        engine = read_json(package / "engine" / "engine.json")
         raise HostError(
-            f"{package} is for a TensorRT engine, which is built and served in {engine['image']}",
+            f"{package} is for a TensorRT engine, which is built and served in {engine.get('image')}",
             "there, run engine/build.sh, then deploy/launch.sh with the package at /package",
         )
 

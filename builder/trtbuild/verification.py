@@ -12,7 +12,7 @@ from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import HostError, TrtbuildError
 from trtbuild.manifest import DigestCache, FileEntry, digest_entries, entries_from_json, read_json
 from trtbuild.model import read_facts
-from trtbuild.package import LOCK, damage, read_manifest, refuse_to_serve_here
+from trtbuild.package import LOCK, damage, is_for_engines, read_manifest, refuse_to_serve_here
 from trtbuild.plan import plan_digest
 from trtbuild.process import OnProgress
 from trtbuild.serving.verify import ServedReport, verify_served
@@ -58,8 +58,7 @@ def verify_files(package: Path) -> list[Check]:
 
 def _engines(package: Path) -> list[Check]:
     """The checks of the engine directory, which differ between runtimes."""
-    engine = package / ENGINE / "engine.json"
-    if engine.is_file() and read_json(engine).get("runtime") == "trtllm-engine":
+    if is_for_engines(package / ENGINE):
         return verify_trtllm_engine(package)
     return [_check("engine", lambda: _engine(package)), *verify_trtllm(package)]
 

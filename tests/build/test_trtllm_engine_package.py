@@ -141,10 +141,11 @@ def test_the_engine_that_the_script_built(package: Path, tmp_path: Path, cli: Cl
     assert json.loads(cli("inspect", package, "--json").stdout)["built"] is True
     cli("build", engine_recipe, "-o", package)
     other = cli("build", engine_recipe, "-o", package, "--set", "runtime.max_batch_size=5", check=2)
-    assert (
-        "holds the engine engine/built, and the package there would be replaced by another; name a new" in other.stderr
-    )
+    assert "holds engine/built, which engine/build.sh made, and the package would be replaced by anoth" in other.stderr
     assert (package / "engine" / "built" / "rank1.engine").is_file()
+    shutil.rmtree(package / "engine" / "built")
+    working = cli("build", engine_recipe, "-o", package, "--set", "runtime.max_batch_size=5", check=2)
+    assert "holds engine/built.work, which engine/build.sh made" in working.stderr
 
 
 @pytest.mark.parametrize(
@@ -225,6 +226,14 @@ def test_what_was_changed_by_hand(
     found = checks(cli, package, 5)
     assert any(sentence in problem for problem in found[check]["problems"]), found[check]
     assert found["bytes"]["problems"], "the bytes are others"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"runtime": "trtllm-engine"}', '{"runtime": "embedded"}'])
+@pytest.mark.parametrize("file", ["engine/engine.json", "engine/checkpoint/config.json", "plan.lock.json"])
+def test_senseless_files_have_a_sentence(package: Path, cli: Cli, file: str, text: str) -> None:
+    (package / file).write_text(text)
+    found = checks(cli, package, 5)
+    assert sum(bool(check["problems"]) for check in found.values()) >= 2, found
 
 
 def test_a_repository_that_does_not_fit_the_engine(package: Path, tmp_path: Path, cli: Cli) -> None:
