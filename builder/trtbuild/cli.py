@@ -171,11 +171,12 @@ _PACKAGE = click.argument("package", type=click.Path(path_type=Path))
 @click.option("--log", type=click.Path(path_type=Path), help="The server's log [default: PACKAGE-serve.log beside it].")
 def serve(package: Path, log: Path | None, startup_timeout: float, **where: Any) -> None:
     """Serve a package with the real Triton, in the foreground, until Ctrl-C."""
-    from trtbuild.package import read_manifest
+    from trtbuild.package import read_manifest, refuse_to_serve_here
     from trtbuild.serving.foreground import serve_package
     from trtbuild.serving.server import TritonServer
 
     read_manifest(package)
+    refuse_to_serve_here(package)
     file = log if log is not None else _log_beside(package, "serve")
 
     def on_ready(server: TritonServer) -> None:

@@ -8,6 +8,7 @@ from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.settings import Settings, recipe_value
+from trtbuild.trtllm_engine_refusals import engine_refusals
 from trtbuild.trtllm_refusals import trtllm_refusals
 
 _NOT_HERE = "cannot be done by this version of trtbuild"
@@ -34,7 +35,7 @@ def recipe_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     if kind == "trtllm":
         return trtllm_refusals(settings, facts)
     if kind == "trtllm-engine":
-        return [Problem("runtime.kind", f"{kind}: {_NOT_HERE}", "use embedded or trtllm")]
+        return engine_refusals(settings, facts)
     return _embedded(settings.recipe)
 
 
