@@ -196,6 +196,8 @@ def _repository_parameters(settings: Settings) -> dict[str, Any]:
         parameters["engine"] = trtllm_engine_settings.server_parameters(settings)
     if settings["serving.layout"] == "ensemble":
         parameters["max_batch_size"] = settings["runtime.max_batch_size"]
+    if _kind(settings) == _TRTLLM:
+        parameters |= trtllm_settings.server_parameters(settings)
     adapters = _adapter_files(settings)
     return parameters | ({"lora_adapters": {name: f"adapters/{name}" for name in adapters}} if adapters else {})
 

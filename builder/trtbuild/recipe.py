@@ -206,6 +206,13 @@ class Serving(_Section):
     max_input_tokens: PositiveInt | None = Field(default=None, description="Longest prompt that is accepted.")
     max_output_tokens: PositiveInt | None = Field(default=None, description="Longest answer that may be asked for.")
     default_max_tokens: PositiveInt = Field(default=128, description="Answer length when a request does not say.")
+    model_py: Literal["trtbuild", "upstream"] = Field(
+        default="trtbuild",
+        description="trtllm: whose model files serve; upstream stands for the container's own llmapi.",
+    )
+    gpu_device_ids: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = Field(
+        default=(), description="trtllm: one list of GPU numbers for each model instance; by default one instance."
+    )
 
 
 class Deploy(_Section):

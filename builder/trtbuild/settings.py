@@ -263,6 +263,9 @@ def _serving(settings: Settings) -> None:
             settings.problem(
                 f"serving.{name}", f"{limit} leaves no room in max_seq_len {length}", f"use at most {length - 1}"
             )
+    if settings.recipe.runtime.kind == "trtllm":
+        for name in ("model_py", "gpu_device_ids"):
+            settings.take(f"serving.{name}")
     longest = settings["serving.max_input_tokens"]
     if longest < _LEAST_INPUT_TOKENS and settings.given("serving.max_input_tokens"):
         message = f"{longest} leaves no token to predict when quality is measured"

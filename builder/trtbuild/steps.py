@@ -124,6 +124,8 @@ def _repository(work: Work) -> dict[str, Any]:
     parameters = dict(work.step.parameters)
     if "engine" in parameters:
         parameters["engine"] = _server_parameters(parameters["engine"])
+    if "llm_args" in parameters:
+        parameters["llm_args"] = trtllm.llm_arguments(parameters["llm_args"])
     spec = triton.RepositorySpec(**parameters)
     triton.render_repository(spec, work.staging.content)
     return {}

@@ -39,7 +39,19 @@ def trtllm_mistakes(settings: Settings) -> list[Problem]:
         # Releases differ in which pairs they take (TorchLlmArgs.validate_cuda_graph_config).
         message = f"{graph.max_batch_size} is set together with batch_sizes, which says it too"
         problems.append(Problem("runtime.cuda_graph_config.max_batch_size", message, "remove one of the two"))
-    return problems
+    return [*problems, *_instances(recipe)]
+
+
+def _instances(recipe: Recipe) -> Iterable[Problem]:
+    """Each model instance needs one GPU a rank; instances may share GPUs, ranks may not."""
+    world = world_size(recipe)
+    for place, group in enumerate(recipe.serving.gpu_device_ids):
+        at = f"serving.gpu_device_ids.{place}"
+        if len(group) != world:
+            message = f"names {len(group)} GPUs, and one engine takes {world} (tensor x pipeline x context parallel)"
+            yield Problem(at, message, f"name {world}")
+        elif len(set(group)) != len(group):
+            yield Problem(at, f"{list(group)} names a GPU twice", "give each rank a GPU of its own")
 
 
 def _contradiction(path: str) -> Iterable[Problem]:
