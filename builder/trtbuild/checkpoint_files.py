@@ -61,7 +61,8 @@ def open_directory(path: Path, *, at: str = "model.path") -> LocalFiles:
                 Problem(
                     at,
                     f"{path} {found}",
-                    "give a checkpoint directory with config.json and *.safetensors, or a hub id such as org/name",
+                    "give a checkpoint directory with config.json and *.safetensors"
+                    + (", or a hub id such as org/name" if at == "model.path" else ""),
                 )
             ]
         )

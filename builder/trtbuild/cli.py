@@ -51,7 +51,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="trtbuild")
 def main() -> None:
-    r"""From a Hugging Face checkpoint to a proven Triton deployment.
+    """From a Hugging Face checkpoint to a proven Triton deployment.
 
     \b
       trtbuild init ~/models/SmolLM2 -o recipe.yaml
@@ -60,7 +60,7 @@ def main() -> None:
 
     Exit codes: 0 done, 2 recipe or usage, 3 incompatible, 4 a tool failed, 5 artifact damaged, 6 host lacks something,
     7 a quality gate failed.
-    """
+    """  # noqa: D301 - click reads the backspace itself, so that the examples keep their lines
 
 
 @main.command()
@@ -171,11 +171,12 @@ _PACKAGE = click.argument("package", type=click.Path(path_type=Path))
 @click.option("--log", type=click.Path(path_type=Path), help="The server's log [default: PACKAGE-serve.log beside it].")
 def serve(package: Path, log: Path | None, startup_timeout: float, **where: Any) -> None:
     """Serve a package with the real Triton, in the foreground, until Ctrl-C."""
-    from trtbuild.package import read_manifest
+    from trtbuild.package import read_manifest, refuse_to_serve_here
     from trtbuild.serving.foreground import serve_package
     from trtbuild.serving.server import TritonServer
 
     read_manifest(package)
+    refuse_to_serve_here(package)
     file = log if log is not None else _log_beside(package, "serve")
 
     def on_ready(server: TritonServer) -> None:
@@ -192,7 +193,7 @@ def serve(package: Path, log: Path | None, startup_timeout: float, **where: Any)
 @click.option("--model", default="tensorrt_llm", show_default=True, help="The model's name on the server.")
 @click.option("--max-tokens", type=int, help="Length of the answer at most.")
 @click.option("--temperature", type=float, help="Sample at this temperature; greedy without one.")
-@click.option("--seed", type=int, help="Seed of the sampling.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the sampling.")
 @click.option("--raw", is_flag=True, help="Send the text as it is, without the chat template.")
 @click.option("--no-stream", is_flag=True, help="Wait for the whole answer.")
 @_JSON

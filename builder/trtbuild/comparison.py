@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from trtbuild import trtllm_engine_settings, trtllm_settings
 from trtbuild.compat import facts as table
 from trtbuild.llm_keys import LLM_ARGUMENT, leaves
 from trtbuild.llm_validate import validate
@@ -21,7 +22,7 @@ from trtbuild.support import (
     sm_version,
     speculative_method,
 )
-from trtbuild.trtllm_settings import planned_release, release_schema
+from trtbuild.trtllm_settings import release_schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,9 @@ class _Column:
 
 def compare(settings: Settings, facts: ModelFacts) -> Comparison:
     """The comparison for a recipe whose settings are resolved."""
-    recipe, release = settings.recipe, planned_release(settings.recipe)
+    recipe = settings.recipe
+    for_engine = recipe.runtime.kind == trtllm_engine_settings.KIND
+    release = (trtllm_engine_settings if for_engine else trtllm_settings).planned_release(recipe)
     columns = [_Column(release, "engine"), _Column(release, "llm-api")]
     newest = newest_of_all()
     if newest.version != release.version:
@@ -57,7 +60,10 @@ def compare(settings: Settings, facts: ModelFacts) -> Comparison:
     if recipe.model.adapters:
         asks.append(("LoRA adapters", lambda _: Cell("available")))
     asks += [(path, _setting(path)) for path in LLM_ARGUMENT if settings.given(path)]
-    asks += [(f"runtime.extra.{path}", _extra(path, value)) for path, value in leaves(dict(recipe.runtime.extra))]
+    extra = [] if for_engine else leaves(dict(recipe.runtime.extra))
+    asks += [(f"runtime.extra.{path}", _extra(path, value)) for path, value in extra]
+    flags = recipe.runtime.extra if for_engine else ()
+    asks += [(f"runtime.extra.{flag}", _flag) for flag in flags]
     return Comparison(
         columns=tuple(column.title for column in columns),
         rows=tuple(Row(what, tuple(_cell(column, look) for column in columns)) for what, look in asks),
@@ -138,6 +144,10 @@ def _engine_name(path: str) -> Cell:
     if found is None:
         return Cell("not available", "no counterpart")
     return Cell("available" if found.lstrip("-") == path.rpartition(".")[2] else "renamed", found)
+
+
+def _flag(column: _Column) -> Cell:
+    return Cell("available") if column.flow == "engine" else Cell("not available", "a flag of trtllm-build")
 
 
 def _extra(path: str, value: object) -> Callable[[_Column], Cell]:

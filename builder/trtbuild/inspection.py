@@ -9,7 +9,7 @@ from typing import Any
 from trtbuild.checkpoint_files import LocalFiles, open_directory
 from trtbuild.manifest import MANIFEST, read_json
 from trtbuild.model import read_facts
-from trtbuild.package import LOCK, read_manifest
+from trtbuild.package import LOCK, is_for_engines, read_manifest
 from trtbuild.steps import ENGINE_FILE
 
 
@@ -24,13 +24,16 @@ def inspect_directory(directory: Path) -> dict[str, Any]:
     if manifest.is_file() and read_json(manifest).get("kind") == "package":
         return _package(directory)
     if (directory / ENGINE_FILE).is_file():
-        return {"kind": "engine", "engine": read_json(directory / ENGINE_FILE), "checkpoint": _checkpoint(directory)}
+        if is_for_engines(directory):
+            return {"kind": "engine"} | _converted(directory)
+        return {"kind": "engine"} | _loadable(directory)
     return {"kind": "checkpoint", "checkpoint": _checkpoint(directory)}
 
 
 def _package(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
     lock = read_json(directory / LOCK)
+    engine = directory / "engine"
     return {
         "kind": "package",
         "digest": manifest["digest"],
@@ -39,10 +42,20 @@ def _package(directory: Path) -> dict[str, Any]:
         "bytes": sum(entry["size"] for entry in manifest["files"]),
         "plan": lock["plan"]["digest"],
         "source": {name: lock["plan"]["source"][name] for name in ("path", "repo_id", "commit")},
-        "engine": read_json(directory / "engine" / ENGINE_FILE),
-        "checkpoint": _checkpoint(directory / "engine"),
+        **(_converted(engine) if is_for_engines(engine) else _loadable(engine)),
         "quality": read_json(directory / "evidence" / "quality.json"),
     }
+
+
+def _converted(engine: Path) -> dict[str, Any]:
+    described = read_json(engine / ENGINE_FILE)
+    built = (engine / described["built"]).is_dir()
+    config = read_json(engine / described["checkpoint"] / "config.json")
+    return {"engine": described, "built": built, "checkpoint": config}
+
+
+def _loadable(engine: Path) -> dict[str, Any]:
+    return {"engine": read_json(engine / ENGINE_FILE), "checkpoint": _checkpoint(engine)}
 
 
 def _checkpoint(directory: Path) -> dict[str, Any]:

@@ -137,10 +137,7 @@ def list_tree(root: Path, digests: DigestCache, *, skip: Iterable[str] = ()) -> 
 def compare_tree(
     root: Path, entries: Iterable[FileEntry], digests: DigestCache, *, skip: Iterable[str] = ()
 ) -> list[str]:
-    """What differs between the files below `root` and their list, one sentence each; empty when all is well.
-
-    Byte code in ``__pycache__`` is overlooked: Triton's python backend writes it beside the models that it serves.
-    """
+    """What differs between the files below `root` and their list, one sentence each; empty when all is well."""
     expected = {entry.path: entry for entry in entries}
     problems = []
     for path, entry in sorted(expected.items()):
@@ -152,7 +149,7 @@ def compare_tree(
         elif digests.sha256(file) != entry.sha256:
             problems.append(f"{path} has other bytes than were recorded")
     skipped = frozenset(skip)
-    there = (path for path in root.rglob("*") if not path.is_dir() and "__pycache__" not in path.parts)
+    there = (path for path in root.rglob("*") if not path.is_dir())
     found = (path.relative_to(root).as_posix() for path in there)
     problems += [f"{path} was not part of it" for path in sorted(found) if path not in expected and path not in skipped]
     return problems

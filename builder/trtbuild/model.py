@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,10 +197,19 @@ def _shards(files: CheckpointFiles, sizes: Mapping[str, int]) -> tuple[list[str]
     if pickles:
         raise CompatibilityError(
             f"{files.where}: the weights are pickles ({pickles[0]}), which can run code when they are read",
-            'convert them where you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{files.where}').save_pretrained('SAFE_DIR')\"",
+            _pickle_remedy(files.where, pickles),
         )
     raise ArtifactError(f"{files.where}: there are no *.safetensors files", "give a directory with the model's weights")
+
+
+def _pickle_remedy(where: str, pickles: Sequence[str]) -> str:
+    """The command that converts a checkpoint of Transformers; other files it cannot read either."""
+    if not any(name.startswith("pytorch_model") for name in pickles):
+        return "take the model's Hugging Face version, with config.json and *.safetensors"
+    return (
+        'convert them where you trust them: python -c "from transformers import AutoModelForCausalLM as M, '
+        f"AutoTokenizer as T; [it.from_pretrained('{where}').save_pretrained('SAFE_DIR') for it in (M, T)]\""
+    )
 
 
 def _numbers(text: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild import __version__
-from trtbuild.errors import ArtifactError, Problem, RecipeError
+from trtbuild.errors import ArtifactError, HostError, Problem, RecipeError
 from trtbuild.linking import place_tree
 from trtbuild.manifest import (
     MANIFEST,
@@ -27,11 +27,14 @@ from trtbuild.manifest import (
     write_atomic,
 )
 from trtbuild.store import Artifact, remove_tree
+from trtbuild.trtllm_build import BUILT
 
 SCHEMA_VERSION = 1
 RECIPE, LOCK = "recipe.yaml", "plan.lock.json"
 # What the package digest stands for; evidence holds times and lies outside it.
 DIGESTED = ("engine", "model_repository", "deploy")
+# What engine/build.sh adds to a package for TensorRT engines: the engine, and the place where it is built.
+_ADDED = (f"engine/{BUILT}", f"engine/{BUILT}.work")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -69,7 +72,7 @@ def refuse_foreign(out: Path) -> None:
     listed = {entry["path"] for entry in read_manifest(out)["files"]} | {MANIFEST}
     there = (path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
     # Byte code that another server left is nobody's work.
-    added = sorted(path for path in there if path not in listed and "__pycache__" not in path)
+    added = sorted(path for path in there if path not in listed | added_by_script(out) and "__pycache__" not in path)
     if added:
         message = f"{out} holds {added[0]}, which is no part of the package there"
         raise RecipeError([Problem("-o", message, "move it away, or name a new directory")])
@@ -86,6 +89,10 @@ def assemble(out: Path, parts: Parts, digests: DigestCache) -> tuple[str, str]:
     manifest = _manifest(parts.entries())
     if _is_package(out) and read_manifest(out) == manifest and not damage(out, digests):
         return manifest["digest"], "reused"
+    added = next((name for name in _ADDED if (out / name).exists()), None)
+    if added is not None:
+        message = f"{out} holds {added}, which engine/build.sh made, and the package would be replaced by another"
+        raise RecipeError([Problem("-o", message, "name a new directory, or move that one away")])
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         for name, artifact in parts.artifacts.items():
@@ -107,21 +114,54 @@ def read_manifest(package: Path) -> dict[str, Any]:
     """The manifest of a package.
 
     Raises:
+        RecipeError: there is no such directory.
         ArtifactError: `package` is no package, or the manifest is damaged.
     """
     if not package.is_dir():
-        raise ArtifactError(f"{package} is no directory", "name a package that `trtbuild build` made")
+        found = "is no directory" if package.exists() else "does not exist"
+        raise RecipeError([Problem("PACKAGE", f"{package} {found}", "name a package that `trtbuild build` made")])
     manifest = read_json(package / MANIFEST) if (package / MANIFEST).is_file() else None
     if not isinstance(manifest, dict) or manifest.get("kind") != "package" or "files" not in manifest:
         raise ArtifactError(f"{package} is no trtbuild package", "name a package that `trtbuild build` made")
     return manifest
 
 
+def added_by_script(package: Path) -> frozenset[str]:
+    """The files that engine/build.sh has added to a package for TensorRT engines, relative to it."""
+    if not (package / "engine" / "build.sh").is_file():
+        return frozenset()
+    files = (path for name in _ADDED for path in (package / name).rglob("*") if not path.is_dir())
+    return frozenset(path.relative_to(package).as_posix() for path in files)
+
+
+def is_for_engines(directory: Path) -> bool:
+    """Whether an engine directory says that it is for TensorRT engines; one that cannot be read says nothing."""
+    try:
+        described = read_json(directory / "engine.json")
+    except ArtifactError:
+        return False
+    return isinstance(described, dict) and described.get("runtime") == "trtllm-engine"
+
+
+def refuse_to_serve_here(package: Path) -> None:
+    """Refuse a package whose runtime trtbuild does not start itself.
+
+    Raises:
+        HostError: it is for TensorRT engines, which run in their container.
+    """
+    if is_for_engines(package / "engine"):
+        engine = read_json(package / "engine" / "engine.json")
+        raise HostError(
+            f"{package} is for a TensorRT engine, which is built and served in {engine.get('image')}",
+            "there, run engine/build.sh, then deploy/launch.sh with the package at /package",
+        )
+
+
 def damage(package: Path, digests: DigestCache) -> list[str]:
     """What differs between a package and its manifest; empty when every byte is as recorded."""
     manifest = read_manifest(package)
     entries = entries_from_json(manifest["files"])
-    problems = compare_tree(package, entries, digests, skip=(MANIFEST,))
+    problems = compare_tree(package, entries, digests, skip=(MANIFEST, *added_by_script(package)))
     if _package_digest(entries) != manifest["digest"]:
         problems.append("the package digest does not match the list of files")
     return problems
@@ -144,7 +184,7 @@ def _package_digest(entries: tuple[FileEntry, ...]) -> str:
 def _is_package(path: Path) -> bool:
     try:
         return bool(read_manifest(path))
-    except ArtifactError:
+    except (ArtifactError, RecipeError):
         return False
 
 

@@ -72,9 +72,25 @@ def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
         return [*missing, *container.check_deploy(deploy), *(() if missing else _check_adapters(loaded, plan))]
 
     plan = make_plan(loaded, read_facts(files), source, tool_versions(), check=check)
+    _foresee_conversion(plan)
     configured = loaded.recipe.store
     store = local_path(loaded, configured, at="store") if configured is not None else cache_dir() / "store"
     return Prepared(loaded=loaded, plan=plan, store=store)
+
+
+def _foresee_conversion(plan: Plan) -> None:
+    """Refuse a local checkpoint that the engine step could not convert; one on a hub is judged once it is here.
+
+    Raises:
+        CompatibilityError: the conversion's own sentence.
+    """
+    engine = plan.step("engine").parameters
+    if engine["runtime"] != "trtllm-engine" or plan.source.repo_id is not None:
+        return
+    from trtbuild.convert.run import refuse_source
+
+    spec = engine["spec"]
+    refuse_source(Path(plan.source.path), tp_size=spec["tp_size"], pp_size=spec["pp_size"])
 
 
 def _check_adapters(loaded: LoadedRecipe, plan: Plan) -> list[Problem]:
@@ -110,7 +126,7 @@ def build(prepared: Prepared, out: Path, reporter: Reporter, *, last: str | None
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise
-        where = error.filename or prepared.store
+        where = error.filename2 or error.filename or prepared.store  # a copy names its source first
         raise HostError(
             f"no space left on the device of {where}", "free some and start the build again: it resumes"
         ) from error
@@ -133,6 +149,7 @@ def _build(prepared: Prepared, out: Path, reporter: Reporter, last: str | None) 
         return Built(stopped, None)
     check_repository(run.artifacts["repository"].content, run.artifacts["engine"].content)
     digest = _package(run, out)
+    _say_what_is_left(run, out)
     return Built(out, digest)
 
 
@@ -215,6 +232,14 @@ def _package(run: _Run, out: Path) -> str:
         digest, status = package.assemble(target, parts, run.store.digests)
     run.reporter.finished("package", status, time.monotonic() - started)
     return digest
+
+
+def _say_what_is_left(run: _Run, out: Path) -> None:
+    """A TensorRT engine is built where its GPU is."""
+    engine = run.prepared.plan.step("engine").parameters
+    if engine["runtime"] == "trtllm-engine":
+        gpus = f"{engine['world_size']} x SM{engine['spec']['gpu']}"
+        run.reporter.note(f"the engine itself is built by {out}/engine/build.sh in {engine['image']}, on {gpus}")
 
 
 def _lock(run: _Run) -> dict[str, Any]:

@@ -54,6 +54,15 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """One argument of a vendor's tool: the flag without dashes, its values (none for a switch), and why."""
+
+    flag: str
+    values: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cell:
     """Whether one runtime has one thing that a recipe asks for; `detail` says why not, or under which name."""
 
@@ -82,7 +91,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything a build will do, in order; `comparison` is for runtimes of TensorRT-LLM."""
+    """Everything a build will do, in order.
+
+    `comparison` is for runtimes of TensorRT-LLM, `arguments` are those of ``trtllm-build`` for an engine.
+    """
 
     source: Source
     facts: ModelFacts
@@ -92,6 +104,7 @@ class Plan:
     estimates: Mapping[str, int]
     warnings: tuple[str, ...]
     comparison: Comparison | None = None
+    arguments: tuple[Choice, ...] = ()
 
     def step(self, kind: str) -> Step:
         """The step of one kind."""
@@ -117,6 +130,8 @@ class Plan:
         }
         if self.comparison is not None:
             body["comparison"] = asdict(self.comparison)
+        if self.arguments:
+            body["arguments"] = [asdict(choice) for choice in self.arguments]
         return body | {"digest": self.digest}
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from trtbuild import trtllm_engine_settings, trtllm_settings
 from trtbuild.comparison import compare
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.model import ModelFacts
@@ -12,14 +13,17 @@ from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.refusals import model_refusals, recipe_refusals
 from trtbuild.settings import Settings, is_compressed, resolve, take_embedded
+from trtbuild.trtllm_engine_refusals import engine_mistakes, engine_warnings
 from trtbuild.trtllm_refusals import trtllm_mistakes, trtllm_warnings
-from trtbuild.trtllm_settings import adapter_names, engine_parameters, take_trtllm
+from trtbuild.trtllm_settings import adapter_names, take_trtllm
 
 _FORMAT_BITS = {"none": 16.0, "fp8": 8.0, "int4_awq": 4.0}
 _SCALE_BITS = 16
 _EVALUATION_LENGTH = 512
-_KV_BYTES = {"embedded": 4, "trtllm": 2}  # the embedded engine computes in float32 on a CPU
-_TRTLLM = "trtllm"
+_KV_BYTES = {"embedded": 4, "trtllm": 2, "trtllm-engine": 2}  # the embedded engine computes in float32 on a CPU
+_EMBEDDED, _TRTLLM, _ENGINE = "embedded", "trtllm", "trtllm-engine"
+_TAKE = {_EMBEDDED: take_embedded, _TRTLLM: take_trtllm, _ENGINE: trtllm_engine_settings.take_engine}
+_MISTAKES = {_TRTLLM: trtllm_mistakes, _ENGINE: engine_mistakes}
 
 
 def _no_problems(_: Plan) -> Sequence[Problem]:
@@ -48,10 +52,10 @@ def make_plan(
         CompatibilityError: without mistakes, every demand that this runtime, model or version of trtbuild cannot meet.
     """
     settings = Settings(loaded.recipe, loaded.document, loaded.overridden)
-    for_trtllm = loaded.recipe.runtime.kind == _TRTLLM
-    resolve(settings, facts, take_trtllm if for_trtllm else take_embedded)
+    kind = loaded.recipe.runtime.kind
+    resolve(settings, facts, _TAKE[kind])
     plan = _draft(settings, facts, source, tools)
-    mistakes = [*settings.problems, *(trtllm_mistakes(settings) if for_trtllm else ()), *check(plan)]
+    mistakes = [*settings.problems, *(_MISTAKES[kind](settings) if kind in _MISTAKES else ()), *check(plan)]
     refused = [*recipe_refusals(settings, facts), *model_refusals(facts, loaded.recipe)]
     if mistakes:
         raise RecipeError([*mistakes, *refused])
@@ -68,21 +72,22 @@ def _draft(
         source=source,
         facts=facts,
         values=tuple(settings.values),
-        steps=_steps(settings, tools),
+        steps=_steps(settings, facts, tools),
         gates={
             name: settings[f"quality.{name}"]
             for name in ("max_perplexity_ratio", "max_kl_divergence", "min_top1_agreement")
         },
         estimates=_estimates(settings, facts),
         warnings=_warnings(settings, facts),
-        comparison=compare(settings, facts) if _is_trtllm(settings) else None,
+        comparison=None if _kind(settings) == _EMBEDDED else compare(settings, facts),
+        arguments=trtllm_engine_settings.build_choices(settings, facts) if _kind(settings) == _ENGINE else (),
     )
 
 
-def _steps(settings: Settings, tools: Mapping[str, Mapping[str, str | None]]) -> tuple[Step, ...]:
+def _steps(settings: Settings, facts: ModelFacts, tools: Mapping[str, Mapping[str, str | None]]) -> tuple[Step, ...]:
     compress = _compress_parameters(settings)
     compressed = is_compressed(settings)
-    engine = engine_parameters(settings) if _is_trtllm(settings) else _engine_parameters(settings)
+    engine = _engine_parameters(settings, facts)
     evaluate = {name: _numerics(settings, name) for name in ("device", "compute_dtype", "weights")} | {
         "kv_cache_dtype": _kv_cache_dtype(settings),
         "tokens": settings["quality.tokens"],
@@ -93,7 +98,7 @@ def _steps(settings: Settings, tools: Mapping[str, Mapping[str, str | None]]) ->
     return (
         Step("fetch", {}, (), {}),
         Step("compress", compress, ("fetch",), tools["compress" if compressed else "copy"], _compress_files(settings)),
-        Step("engine", engine, ("compress",), tools["engine"], _adapter_files(settings)),
+        Step("engine", engine, ("compress",), tools[_engine_tools(settings)], _adapter_files(settings)),
         Step("repository", _repository_parameters(settings), (), tools["repository"]),
         Step("deploy", _deploy_parameters(settings), ("engine",), tools["deploy"]),
         # Limits of the engine do not change a logit: the evaluation follows the checkpoint and the numerics alone.
@@ -126,16 +131,20 @@ def _evaluate_files(settings: Settings) -> dict[str, str]:
 
 def _adapter_files(settings: Settings) -> dict[str, str]:
     """The directories of LoRA adapters, by the name that clients send."""
-    return adapter_names(settings.recipe) if _is_trtllm(settings) else {}
+    return adapter_names(settings.recipe) if _kind(settings) == _TRTLLM else {}
 
 
-def _is_trtllm(settings: Settings) -> bool:
-    return settings.recipe.runtime.kind == _TRTLLM
+def _kind(settings: Settings) -> str:
+    return settings.recipe.runtime.kind
+
+
+def _engine_tools(settings: Settings) -> str:
+    return "convert" if _kind(settings) == _ENGINE else "engine"
 
 
 def _numerics(settings: Settings, name: str) -> str:
     """How the embedded engine computes; packages of other runtimes are calibrated and measured as it likes best."""
-    return "auto" if _is_trtllm(settings) else settings[f"runtime.{name}"]
+    return settings[f"runtime.{name}"] if _kind(settings) == _EMBEDDED else "auto"
 
 
 def _kv_cache_dtype(settings: Settings) -> str:
@@ -151,7 +160,15 @@ def _files(**paths: str | None) -> dict[str, str]:
     return {role: path for role, path in paths.items() if path is not None}
 
 
-def _engine_parameters(settings: Settings) -> dict[str, Any]:
+def _engine_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
+    if _kind(settings) == _TRTLLM:
+        return trtllm_settings.engine_parameters(settings)
+    if _kind(settings) == _ENGINE:
+        return trtllm_engine_settings.engine_parameters(settings, facts)
+    return _embedded_parameters(settings)
+
+
+def _embedded_parameters(settings: Settings) -> dict[str, Any]:
     """The contents of ``engine.json``."""
     names = (
         *("max_batch_size", "max_num_tokens", "max_seq_len", "capacity_scheduler_policy", "enable_chunked_prefill"),
@@ -175,14 +192,21 @@ def _repository_parameters(settings: Settings) -> dict[str, Any]:
         "max_seq_len": settings["runtime.max_seq_len"],
         "trust_remote_code": settings["model.trust_remote_code"],
     }
+    if _kind(settings) == _ENGINE:
+        parameters["engine"] = trtllm_engine_settings.server_parameters(settings)
     if settings["serving.layout"] == "ensemble":
         parameters["max_batch_size"] = settings["runtime.max_batch_size"]
+    if _kind(settings) == _TRTLLM:
+        parameters |= trtllm_settings.server_parameters(settings)
     adapters = _adapter_files(settings)
     return parameters | ({"lora_adapters": {name: f"adapters/{name}" for name in adapters}} if adapters else {})
 
 
 def _deploy_parameters(settings: Settings) -> dict[str, Any]:
-    return {
+    engine: dict[str, Any] = {}
+    if _kind(settings) == _ENGINE:
+        engine["engine"] = trtllm_engine_settings.launch_parameters(settings)
+    return engine | {
         "image": settings["deploy.image"],
         "labels": dict(settings["deploy.labels"]),
         "files": list(settings["deploy.files"]),
@@ -197,7 +221,7 @@ def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
     if settings["compress.group_size"] is not None:
         bits += _SCALE_BITS * 2 / settings["compress.group_size"]  # one float32 scale a group
     rest = facts.parameters - facts.linear_parameters
-    plain = _KV_BYTES[_TRTLLM if _is_trtllm(settings) else "embedded"]
+    plain = _KV_BYTES[_kind(settings)]
     per_token = facts.kv_bytes_per_token(1 if settings["compress.kv_cache"] == "fp8" else plain)
     estimates = {
         "checkpoint_bytes": int(facts.linear_parameters * bits / 8) + 2 * rest,
@@ -216,6 +240,8 @@ def _warnings(settings: Settings, facts: ModelFacts) -> tuple[str, ...]:
         )
     if not facts.has_chat_template:
         warnings.append("the checkpoint has no chat template: requests with `messages` will be refused")
-    if _is_trtllm(settings):
+    if _kind(settings) == _TRTLLM:
         warnings += trtllm_warnings(settings)
+    if _kind(settings) == _ENGINE:
+        warnings += engine_warnings(settings, facts)
     return tuple(warnings)

@@ -12,6 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
+# Tokens of a calibration sample, and of an evaluation.
+MIN_CALIBRATION_LENGTH, MIN_EVALUATION_TOKENS = 16, 4096
+# Files that text is read from.
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
 Format = Literal["none", "fp8", "int4_awq"]
 KvCacheFormat = Literal["none", "fp8"]
@@ -57,7 +61,7 @@ class Calibration(_Section):
         default=None, description="Column of the file: text, or chat messages for the chat template."
     )
     count: PositiveInt = Field(default=128, description="Number of samples.")
-    length: Annotated[int, Field(ge=16)] = Field(default=512, description="Tokens per sample.")
+    length: Annotated[int, Field(ge=MIN_CALIBRATION_LENGTH)] = Field(default=512, description="Tokens per sample.")
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Which samples are drawn.")
 
 
@@ -202,6 +206,13 @@ class Serving(_Section):
     max_input_tokens: PositiveInt | None = Field(default=None, description="Longest prompt that is accepted.")
     max_output_tokens: PositiveInt | None = Field(default=None, description="Longest answer that may be asked for.")
     default_max_tokens: PositiveInt = Field(default=128, description="Answer length when a request does not say.")
+    model_py: Literal["trtbuild", "upstream"] = Field(
+        default="trtbuild",
+        description="trtllm: whose model files serve; upstream stands for the container's own llmapi.",
+    )
+    gpu_device_ids: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = Field(
+        default=(), description="trtllm: one list of GPU numbers for each model instance; by default one instance."
+    )
 
 
 class Deploy(_Section):
@@ -228,7 +239,9 @@ class Quality(_Section):
     min_top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None, description="Share of equal best tokens."
     )
-    tokens: Annotated[int, Field(ge=4096)] = Field(default=4096, description="Held-out tokens to evaluate.")
+    tokens: Annotated[int, Field(ge=MIN_EVALUATION_TOKENS)] = Field(
+        default=4096, description="Held-out tokens to evaluate."
+    )
     data: NonEmpty | None = Field(
         default=None, description="A held-out text file; by default the text that trtbuild ships."
     )

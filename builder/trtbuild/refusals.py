@@ -8,6 +8,7 @@ from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.settings import Settings, recipe_value
+from trtbuild.trtllm_engine_refusals import engine_refusals
 from trtbuild.trtllm_refusals import trtllm_refusals
 
 _NOT_HERE = "cannot be done by this version of trtbuild"
@@ -35,12 +36,22 @@ def embedded_takes(path: str) -> bool:
 
 def recipe_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     """Every demand of the recipe that its runtime cannot meet, with the value to use instead."""
-    kind = settings.recipe.runtime.kind
-    if kind == "trtllm":
+    recipe = settings.recipe
+    if recipe.runtime.kind == "trtllm":
         return trtllm_refusals(settings, facts)
-    if kind == "trtllm-engine":
-        return [Problem("runtime.kind", f"{kind}: {_NOT_HERE}", "use embedded or trtllm")]
-    return _embedded(settings.recipe)
+    others = engine_refusals(settings, facts) if recipe.runtime.kind == "trtllm-engine" else _embedded(recipe)
+    return [*others, *_llm_api_only(recipe)]
+
+
+def _llm_api_only(recipe: Recipe) -> list[Problem]:
+    serving = recipe.serving
+    given = {"model_py": serving.model_py != "trtbuild", "gpu_device_ids": bool(serving.gpu_device_ids)}
+    what = {"model_py": serving.model_py, "gpu_device_ids": [list(group) for group in serving.gpu_device_ids]}
+    return [
+        Problem(f"serving.{name}", f"{what[name]}: only the runtime trtllm has it", "remove it")
+        for name, is_given in given.items()
+        if is_given
+    ]
 
 
 def _embedded(recipe: Recipe) -> list[Problem]:

@@ -248,7 +248,11 @@ def check_capacity(settings: Settings) -> None:
 
 def _serving(settings: Settings) -> None:
     length = settings["runtime.max_seq_len"]
-    for name in ("layout", "model_name", "streaming"):
+    if settings.recipe.runtime.kind == "trtllm-engine":
+        settings.take("serving.layout", "ensemble", "what serves a TensorRT engine")
+    else:
+        settings.take("serving.layout")
+    for name in ("model_name", "streaming"):
         settings.take(f"serving.{name}")
     if settings["serving.layout"] == "ensemble" and settings["serving.model_name"] != _ENSEMBLE_MODEL:
         message = f"{settings['serving.model_name']!r}: the five models of layout ensemble have fixed names"
@@ -259,6 +263,9 @@ def _serving(settings: Settings) -> None:
             settings.problem(
                 f"serving.{name}", f"{limit} leaves no room in max_seq_len {length}", f"use at most {length - 1}"
             )
+    if settings.recipe.runtime.kind == "trtllm":
+        for name in ("model_py", "gpu_device_ids"):
+            settings.take(f"serving.{name}")
     longest = settings["serving.max_input_tokens"]
     if longest < _LEAST_INPUT_TOKENS and settings.given("serving.max_input_tokens"):
         message = f"{longest} leaves no token to predict when quality is measured"
@@ -277,6 +284,8 @@ def _deploy(settings: Settings) -> None:
     settings.take("deploy.labels")
     if settings.recipe.runtime.kind == "trtllm":
         settings.take("deploy.files", (), "there are none for this runtime yet")
+    elif settings.recipe.runtime.kind == "trtllm-engine":
+        settings.take("deploy.files", ("launch",), "what there is for this runtime")
     else:
         settings.take("deploy.files")
 

@@ -12,6 +12,7 @@ from trtbuild.errors import ArtifactError, Problem, RecipeError
 from trtbuild.manifest import DigestCache, FileEntry
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
+from trtbuild.recipe import TEXT_SUFFIXES
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.report import Reporter
 
@@ -90,12 +91,14 @@ def recipe_path(kind: str, role: str) -> str:
 
 
 def _unfit(at: str, path: Path) -> list[Problem]:
-    hint = _DIRECTORIES.get(at, "name a .txt, .jsonl or .parquet file")
+    hint = _DIRECTORIES.get(at, f"name a file that ends in {', '.join(TEXT_SUFFIXES)}")
     directory = at in _DIRECTORIES
     if not path.exists():
         return [Problem(at, f"{path} does not exist", hint)]
     if directory != path.is_dir():
         return [Problem(at, f"{path} is a {'file' if directory else 'directory'}", hint)]
+    if not directory and path.suffix.lower() not in TEXT_SUFFIXES:
+        return [Problem(at, f"{path} ends in {path.suffix or 'nothing'}", hint)]
     empty = not any(path.iterdir()) if directory else path.stat().st_size == 0
     return [Problem(at, f"{path} is empty", hint)] if empty else []
 

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtbuild.adapters import container, triton, trtllm, trtllm_checkpoint
+from trtbuild.adapters import (
+    container,
+    triton,
+    triton_launch,
+    triton_parameters,
+    trtllm,
+    trtllm_checkpoint,
+    trtllm_engine,
+)
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.linking import place_tree
@@ -76,6 +84,8 @@ def _compress(work: Work) -> dict[str, Any]:
 def _engine(work: Work) -> dict[str, Any]:
     if work.step.parameters["runtime"] == "trtllm":
         return _trtllm_engine(work)
+    if work.step.parameters["runtime"] == "trtllm-engine":
+        return _converted_engine(work)
     place_tree(work.inputs["compress"].content, work.staging.content)
     write_atomic(work.staging.content / ENGINE_FILE, canonical_json(dict(work.step.parameters)))
     return {}
@@ -95,20 +105,62 @@ def _trtllm_engine(work: Work) -> dict[str, Any]:
     return {"result": {"checks": [check.name for check in checks]}}
 
 
+def _converted_engine(work: Work) -> dict[str, Any]:
+    """The checkpoint in TensorRT-LLM's format, and the script that builds the engine from it."""
+    parameters, checkpoint = work.step.parameters, work.inputs["compress"].content
+    request = {
+        "source": str(checkpoint),
+        "output": str(work.staging.content / trtllm_engine.CHECKPOINT),
+        "tp_size": parameters["spec"]["tp_size"],
+        "pp_size": parameters["spec"]["pp_size"],
+        "dtype": parameters["dtype"],
+    }
+    record = _in_child("trtbuild.convert", request, work)
+    trtllm_engine.write_engine(parameters, checkpoint, work.staging.content)
+    return record
+
+
 def _repository(work: Work) -> dict[str, Any]:
-    spec = triton.RepositorySpec(**work.step.parameters)
+    parameters = dict(work.step.parameters)
+    if "engine" in parameters:
+        parameters["engine"] = _server_parameters(parameters["engine"])
+    if "llm_args" in parameters:
+        parameters["llm_args"] = trtllm.llm_arguments(parameters["llm_args"])
+    spec = triton.RepositorySpec(**parameters)
     triton.render_repository(spec, work.staging.content)
     return {}
 
 
+def _server_parameters(engine: Mapping[str, Any]) -> triton_parameters.EngineParameters:
+    more = {name: tuple(value) if isinstance(value, list) else value for name, value in engine["more"].items()}
+    return triton_parameters.from_runtime(engine["runtime"], engine["gpt_model_path"], **more)
+
+
 def _deploy(work: Work) -> dict[str, Any]:
+    if "engine" in work.step.parameters:
+        return _launch(work)
     container.write_deploy(deploy_spec(work.step, work.inputs["engine"].digest), work.staging.content)
+    return {}
+
+
+def _launch(work: Work) -> dict[str, Any]:
+    """The script that starts the server of a TensorRT engine in its container."""
+    engine = work.step.parameters["engine"]
+    spec = triton_launch.LaunchSpec(
+        engine=_server_parameters(engine), world_size=engine["world_size"], container=engine["image"]
+    )
+    work.staging.content.mkdir(parents=True, exist_ok=True)
+    if "launch" in work.step.parameters["files"]:
+        script = work.staging.content / "launch.sh"
+        script.write_text(triton_launch.render_launch(spec), encoding="utf-8", newline="\n")
+        script.chmod(0o755)
     return {}
 
 
 def deploy_spec(step: Step, engine_digest: str) -> container.DeploySpec:
     """What the deployment files are made from."""
-    return container.DeploySpec(**step.parameters, engine_digest=engine_digest)
+    parameters = {name: value for name, value in step.parameters.items() if name != "engine"}
+    return container.DeploySpec(**parameters, engine_digest=engine_digest)
 
 
 def _evaluate(work: Work) -> dict[str, Any]:

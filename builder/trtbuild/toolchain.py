@@ -15,8 +15,9 @@ from trtbuild.render import data_dir
 COMPRESS_REVISION = 2
 COPY_REVISION = 2
 ENGINE_REVISION = 1
+CONVERT_REVISION = 1
 EVALUATE_REVISION = 1
-REPOSITORY_REVISION = 1
+REPOSITORY_REVISION = 2
 _LAYOUTS = ("llm", "ensemble")
 DEPLOY_REVISION = 1
 
@@ -43,6 +44,10 @@ def tool_versions() -> dict[str, Mapping[str, str | None]]:
         "compress": libraries | calibration | {"revision": str(COMPRESS_REVISION)},
         "copy": plain | {"revision": str(COPY_REVISION)},
         "engine": {"revision": str(ENGINE_REVISION)},
+        "convert": {
+            "revision": str(CONVERT_REVISION),
+            "files": _digest_shipped(data_dir("templates") / "trtllm_engine"),
+        },
         "repository": {
             "revision": str(REPOSITORY_REVISION),
             # Both layouts share modules.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
-import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,25 +14,13 @@ from trtbuild.llm_validate import validate
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Release
-from trtbuild.settings import Settings, fitting_group_sizes
-from trtbuild.support import (
-    QUANT_ALGO,
-    group_sizes,
-    refused_architecture,
-    refused_format,
-    sm_version,
-    speculative_method,
-    unknown_gpu,
-)
+from trtbuild.settings import Settings
+from trtbuild.support import refused_architecture, speculative_method
+from trtbuild.trtllm_common import embedded_only, excluded_in_part, gpu_refusals, group_refusals
 from trtbuild.trtllm_parallel import parallel_refusals
 from trtbuild.trtllm_settings import FLOW, planned_release, release_schema, wanted_release, world_size
 
 _ADAPTER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_JOINED = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("mlp.gate_proj", "mlp.up_proj"),
-)
-_EMBEDDED_ONLY = "only the embedded runtime has it"
 
 
 def trtllm_mistakes(settings: Settings) -> list[Problem]:
@@ -53,7 +39,19 @@ def trtllm_mistakes(settings: Settings) -> list[Problem]:
         # Releases differ in which pairs they take (TorchLlmArgs.validate_cuda_graph_config).
         message = f"{graph.max_batch_size} is set together with batch_sizes, which says it too"
         problems.append(Problem("runtime.cuda_graph_config.max_batch_size", message, "remove one of the two"))
-    return problems
+    return [*problems, *_instances(recipe)]
+
+
+def _instances(recipe: Recipe) -> Iterable[Problem]:
+    """Each model instance needs one GPU a rank; instances may share GPUs, ranks may not."""
+    world = world_size(recipe)
+    for place, group in enumerate(recipe.serving.gpu_device_ids):
+        at = f"serving.gpu_device_ids.{place}"
+        if len(group) != world:
+            message = f"names {len(group)} GPUs, and one engine takes {world} (tensor x pipeline x context parallel)"
+            yield Problem(at, message, f"name {world}")
+        elif len(set(group)) != len(group):
+            yield Problem(at, f"{list(group)} names a GPU twice", "give each rank a GPU of its own")
 
 
 def _contradiction(path: str) -> Iterable[Problem]:
@@ -83,7 +81,7 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += _fields(settings, schema)
     problems += _model(facts)
     problems += _format(settings, facts)
-    problems += _gpu(recipe, release)
+    problems += gpu_refusals(recipe, release.line, world_size(recipe))
     problems += parallel_refusals(settings, facts)
     problems += _speculation(recipe, release, schema)
     problems += _lora(recipe)
@@ -140,15 +138,9 @@ def _elsewhere(settings: Settings) -> Iterable[Problem]:
     if settings.given("deploy.files") and recipe.deploy.files:
         message = f"{', '.join(recipe.deploy.files)}: this version of trtbuild has no deployment files for trtllm"
         yield Problem("deploy.files", message, "remove it")
-    for name in ("device", "compute_dtype", "weights"):
-        value = getattr(recipe.runtime, name)
-        if value != "auto":
-            yield Problem(f"runtime.{name}", f"{value}: {_EMBEDDED_ONLY}", "use auto")
+    yield from embedded_only(recipe)
     if recipe.serving.layout != "llm":
         yield Problem("serving.layout", f"{recipe.serving.layout}: the LLM API is served by one model", "use llm")
-    if recipe.compress.max_memory is not None:
-        message = f"{recipe.compress.max_memory}: this version of trtbuild holds the model in memory"
-        yield Problem("compress.max_memory", message, "remove it")
 
 
 def _fields(settings: Settings, schema: Schema) -> Iterable[Problem]:
@@ -178,53 +170,13 @@ def _model(facts: ModelFacts) -> Iterable[Problem]:
 
 def _format(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     """What TensorRT-LLM's loader and kernels take of what `compress` can make."""
-    group, allowed = settings["compress.group_size"], group_sizes("W4A16_AWQ")
-    if settings["compress.format"] == "int4_awq" and group is not None and group not in allowed:
-        sizes = " or ".join(map(str, allowed))
-        message = f"{group}: TensorRT-LLM's INT4 kernels take groups of {sizes} only"
-        fitting = [size for size in allowed if size in fitting_group_sizes(facts)]
-        hint = f"use {' or '.join(map(str, fitting))}" if fitting else "neither divides every layer: use another format"
-        yield Problem("compress.group_size", message, f"{hint}, such as fp8" if not fitting else hint)
+    yield from group_refusals(settings, facts)
     if settings["compress.format"] == "none" and settings["compress.kv_cache"] != "none":
         message = (
             "TensorRT-LLM takes no checkpoint with KV scales whose weights are not quantized (quant_algo is required)"
         )
         yield Problem("compress.kv_cache", message, "set compress.format too, or use none")
-    yield from _excluded_in_part(settings["compress.exclude"], facts)
-
-
-def _excluded_in_part(patterns: Sequence[str], facts: ModelFacts) -> Iterable[Problem]:
-    """Projections that TensorRT-LLM joins must be quantized together; by the names that most decoders give them."""
-    for layer, names in itertools.product(range(facts.num_layers if patterns else 0), _JOINED):
-        modules = [f"model.layers.{layer}.{name}" for name in names]
-        left = [name for name in modules if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-        if left and len(left) < len(modules):
-            rest = next(name for name in modules if name not in left)
-            message = f"names {left[0]}, but not {rest}: TensorRT-LLM joins them into one layer"
-            yield Problem("compress.exclude", message, "name all of them or none")
-            return
-
-
-def _gpu(recipe: Recipe, release: Release) -> Iterable[Problem]:
-    needed, count = world_size(recipe), recipe.target.count
-    if count is not None and count < needed:
-        message = f"{count} GPUs, but tensor x pipeline x context parallel need {needed}"
-        yield Problem("target.count", message, f"use {needed}, or lower the parallel sizes")
-    if recipe.target.gpu is None:
-        return
-    sm = sm_version(recipe.target.gpu)
-    if sm is None:
-        yield unknown_gpu(recipe.target.gpu)
-        return
-    at = f"{recipe.target.gpu} (SM{sm})"
-    why = refused_format(release.line, QUANT_ALGO[recipe.compress.format], sm)
-    if why is not None:
-        yield Problem("compress.format", f"{recipe.compress.format} does not run on {at}: {why}", "use another format")
-    if recipe.compress.kv_cache != "none":
-        why = refused_format(release.line, f"kv:{recipe.compress.kv_cache.upper()}", sm)
-        if why is not None:
-            message = f"{recipe.compress.kv_cache} does not run on {at}: {why}"
-            yield Problem("compress.kv_cache", message, "use none")
+    yield from excluded_in_part(settings["compress.exclude"], facts)
 
 
 def _speculation(recipe: Recipe, release: Release, schema: Schema) -> Iterable[Problem]:

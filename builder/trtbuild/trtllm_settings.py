@@ -144,6 +144,18 @@ def engine_parameters(settings: Settings) -> dict[str, Any]:
     }
 
 
+def server_parameters(settings: Settings) -> dict[str, Any]:
+    """What only this runtime's repository has; the container's own model files read the LLM arguments from it."""
+    groups = settings["serving.gpu_device_ids"]
+    parameters: dict[str, Any] = {}
+    if groups:
+        parameters["instance_count"] = len(groups)
+        parameters["gpu_device_ids"] = ";".join(",".join(map(str, group)) for group in groups)
+    if settings["serving.model_py"] == "upstream":
+        parameters |= {"model_py": "upstream", "llm_args": engine_parameters(settings)}
+    return parameters
+
+
 def _is_said(settings: Settings, path: str) -> bool:
     """Whether a value goes into the arguments: not where the recipe leaves it to TensorRT-LLM."""
     if not settings.has(path) or settings[path] in (None, (), []):

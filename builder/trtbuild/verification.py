@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trtbuild.adapters import triton, trtllm, trtllm_checkpoint
+from trtbuild.adapters import triton, trtllm, trtllm_checkpoint, trtllm_engine_checks
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import HostError, TrtbuildError
 from trtbuild.manifest import DigestCache, FileEntry, digest_entries, entries_from_json, read_json
 from trtbuild.model import read_facts
-from trtbuild.package import LOCK, damage, read_manifest
+from trtbuild.package import LOCK, damage, is_for_engines, read_manifest, refuse_to_serve_here
 from trtbuild.plan import plan_digest
 from trtbuild.process import OnProgress
 from trtbuild.serving.verify import ServedReport, verify_served
@@ -43,6 +43,7 @@ def verify_files(package: Path) -> list[Check]:
     """Every check that needs no server: bytes, lock, checkpoint headers, model repository.
 
     Raises:
+        RecipeError: there is no such directory.
         ArtifactError: `package` is no package.
     """
     manifest = read_manifest(package)
@@ -51,10 +52,29 @@ def verify_files(package: Path) -> list[Check]:
         # Every byte is read again: a remembered digest would not see a disk that lost a bit.
         Check("bytes", tuple(damage(package, DigestCache(None))), count),
         _check("lock", lambda: _lock(package)),
-        _check("engine", lambda: _engine(package)),
-        *verify_trtllm(package),
+        *_engines(package),
         _check("model repository", lambda: _repository(package)),
     ]
+
+
+def _engines(package: Path) -> list[Check]:
+    """The checks of the engine directory, which differ between runtimes."""
+    if is_for_engines(package / ENGINE):
+        return verify_trtllm_engine(package)
+    return [_check("engine", lambda: _engine(package)), *verify_trtllm(package)]
+
+
+def verify_trtllm_engine(package: Path) -> list[Check]:
+    """Of a package for TensorRT engines: the converted checkpoint, and the engine where it was built."""
+    try:
+        steps = read_json(package / LOCK)["plan"]["steps"]
+        planned = next(step["parameters"] for step in steps if step["kind"] == "engine")
+        found = trtllm_engine_checks.check(package / ENGINE, planned)
+    except TrtbuildError as error:
+        return [Check("TensorRT-LLM engine", (str(error),))]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return [Check("TensorRT-LLM engine", (f"cannot be read: {type(error).__name__}: {error}",))]
+    return [Check(check.name, check.problems, check.detail) for check in found]
 
 
 def verify_trtllm(package: Path) -> list[Check]:
@@ -136,6 +156,7 @@ def verify_answers(package: Path, *, log: Path, on_progress: OnProgress) -> list
     Raises:
         HostError, ToolError: the server cannot be started here.
     """
+    refuse_to_serve_here(package)
     lock = read_json(package / LOCK)
     evidence = read_json(package / QUALITY)
     data = _held_out(lock)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,7 +70,7 @@ def test_mistakes_of_every_kind_come_in_one_report(cli: Cli, recipe: Path, tmp_p
         "deploy.image",
         "speculative.method",
     ]
-    assert "none.txt does not exist; name a .txt, .jsonl or .parquet file" in done.stderr
+    assert "none.txt does not exist; name a file that ends in .txt, .md, .jsonl, .parquet" in done.stderr
     assert "quality.data: " + str(tmp_path / "empty.txt") + " is empty" in done.stderr
     assert "empty.txt is a file; name a directory with tokenizer files" in done.stderr
 
@@ -129,3 +131,34 @@ def test_doctor_reports_this_host(cli: Cli) -> None:
     findings = {finding["name"]: finding["status"] for finding in json.loads(done.stdout)}
     assert findings["torch"] == "ok"
     assert done.returncode == (6 if "missing" in findings.values() else 0)
+
+
+def test_the_command_for_pickles_gives_a_checkpoint_that_builds(tmp_path: Path, tiny_llama: Path, cli: Cli) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "pickled"))
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    refused = cli("inspect", source, check=3).stderr
+    command = refused[refused.index('python -c "') :].strip()
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, cwd=tmp_path, check=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("schema_version: 1\nmodel: {path: SAFE_DIR}\nruntime: {kind: embedded}\n")
+    cli("check", recipe)
+    (source / "pytorch_model.bin").rename(source / "consolidated.00.pth")
+    assert "take the model's Hugging Face version" in cli("inspect", source, check=3).stderr
+
+
+def test_what_is_not_there_is_a_usage_error(tmp_path: Path, cli: Cli) -> None:
+    for verb in ("inspect", "verify", "serve"):
+        done = cli(verb, tmp_path / "none", check=2)
+        assert f"{tmp_path / 'none'} does not exist" in done.stderr
+        assert "hub id" not in done.stderr
+
+
+def test_calibration_files_of_unknown_kinds_are_refused_before_any_work(recipe: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "a.csv").write_text("text\nhello\n")
+    changes = ("compress.format=fp8", f"compress.calibration.data={tmp_path / 'a.csv'}")
+    done = cli("check", recipe, "--set", changes[0], "--set", changes[1], check=2)
+    assert "a.csv ends in .csv; name a file that ends in .txt, .md, .jsonl, .parquet" in done.stderr

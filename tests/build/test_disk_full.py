@@ -47,3 +47,19 @@ def test_full_store_is_host_error_and_the_build_resumes(tmp_path: Path) -> None:
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "result.safetensors").stat().st_size == (checkpoint / "model.safetensors").stat().st_size
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs unshare with the right to mount a tmpfs in a user namespace")
+def test_a_full_output_disk_is_the_one_that_is_named(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "ckpt")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"schema_version: 1\nmodel: {{path: {checkpoint}}}\nruntime: {{kind: embedded}}\nstore: {tmp_path / 'store'}\n"
+    )
+    out = tmp_path / "small"
+    out.mkdir()
+    build = shlex.join([sys.executable, "-m", "trtbuild", "build", str(recipe), "-o", str(out / "package")])
+    script = f"mount -t tmpfs -o size=100k none {out} || exit 99\n{build}; echo $?; ls -A {out}"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "6\n", done.stdout + done.stderr  # and nothing is left there
+    assert f"no space left on the device of {out}/" in done.stderr

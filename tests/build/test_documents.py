@@ -8,15 +8,19 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
 
 from trtbuild.cli import main
+from trtbuild.pipeline import prepare
+from trtbuild.recipe import RuntimeKind
 from trtbuild.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted((ROOT / "docs").glob("runtime-*.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 
@@ -100,10 +104,26 @@ def test_there_are_four_examples() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for document in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md"):
-        text = (ROOT / document).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
-            assert target.startswith("http") or (ROOT / target).exists(), f"{document}: {target}"
+    for document in (*(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")), *PAGES):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (document.parent / target).exists(), f"{document}: {target}"
+
+
+def test_there_is_a_page_for_each_runtime() -> None:
+    assert {path.stem for path in PAGES} == {f"runtime-{kind}" for kind in get_args(RuntimeKind)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_the_recipe_of_each_page_plans(page: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    small = (f"model.path={tiny_llama}", "runtime.max_seq_len=256")
+    plan = prepare(recipe, small).plan
+    assert plan.value("runtime.kind") == page.stem.removeprefix("runtime-")
+    for command in re.findall(r"^trtbuild (.*)", text, flags=re.MULTILINE):
+        verb, *arguments = shlex.split(command, comments=True)
+        assert isinstance(main.commands[verb].make_context(verb, arguments), click.Context)
 
 
 def test_architecture_names_modules_that_exist() -> None:

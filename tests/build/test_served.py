@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,3 +105,18 @@ def rewrite(package: Path, name: str, text: str) -> None:
         if entry["path"] == name:
             entry |= {"size": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     (package / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_byte_code_is_neither_left_in_a_package_nor_taken_from_one(
+    urls: tuple[str, str], package: Path, cli: Cli, tmp_path: Path
+) -> None:
+    places = list(package.rglob("__pycache__"))
+    assert [path.read_bytes() for path in places] == [b""]  # still a file, although it is being served
+    copy = Path(shutil.copytree(package, tmp_path / "copy"))
+    forged = copy / "model_repository" / "tiny" / "1" / "__pycache__"
+    forged.unlink()
+    forged.mkdir()
+    (forged / "model.cpython-311.pyc").write_bytes(b"anything")
+    found = cli("verify", copy, check=5).stdout
+    assert "model_repository/tiny/1/__pycache__ is missing" in found
+    assert "model_repository/tiny/1/__pycache__/model.cpython-311.pyc was not part of it" in found

@@ -232,3 +232,66 @@ def test_doctor_versions(cli: Cli) -> None:
     assert found["containers"][0]["image"] == "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
     assert found["containers"][0]["transformers"] is None
     assert {row["name"] for row in found["schemas"]} == {"1.0.0", "1.1.0", "1.2.1", "1.3rc", "newest"}
+
+
+def test_a_whole_package(trtllm_recipe: Path, cli: Cli, tmp_path: Path) -> None:
+    """From the recipe to a package that every offline check accepts; answers are for the container to give."""
+    package = tmp_path / "package"
+    cli("build", trtllm_recipe, "-o", package, "--set", "quality.max_perplexity_ratio=10.0")
+    lines = cli("verify", package).stdout.splitlines()
+    assert all(line.startswith("passed") for line in lines)
+    assert {"passed  model repository: tensorrt_llm", "passed  checkpoint: packing: 21 layers in FP8"} <= set(lines)
+    config = (package / "model_repository" / "tensorrt_llm" / "config.pbtxt").read_text()
+    assert 'key: "runtime" value { string_value: "trtllm" }' in config
+    assert "adapters/polite" in config
+    assert "runs in a Triton TensorRT-LLM container" in cli("verify", package, "--served", check=6).stderr
+
+
+def test_the_stock_form_and_several_instances(trtllm_recipe: Path, cli: Cli, tmp_path: Path) -> None:
+    changes = (
+        *("serving.model_py=upstream", "serving.gpu_device_ids=[[0],[1]]", "model.adapters=[]"),
+        *("quality.max_perplexity_ratio=10.0", "runtime.lora_config={}"),
+    )
+    options = [word for change in changes for word in ("--set", change)]
+    package = tmp_path / "stock"
+    cli("build", trtllm_recipe, "-o", package, *options)
+    model = package / "model_repository" / "tensorrt_llm"
+    assert {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()} == {
+        "README.md", "config.pbtxt", "1/model.yaml",
+    }  # fmt: skip
+    arguments = parse_yaml((model / "1" / "model.yaml").read_text())
+    assert arguments["triton_config"] == {
+        "max_batch_size": 0, "decoupled": True, "cancellation_check_period_ms": 50,
+    }  # fmt: skip
+    assert arguments["model"] == arguments["tokenizer"] == "/package/engine"
+    written = parse_yaml((package / "engine" / "llm_args.yaml").read_text())
+    assert {name: arguments[name] for name in written} == written
+    config = (model / "config.pbtxt").read_text()
+    assert 'key: "gpu_device_ids" value { string_value: "0;1" }' in config
+    assert "count: 2" in config
+    assert all(line.startswith("passed") for line in cli("verify", package).stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "sentence"),
+    [
+        (["serving.gpu_device_ids=[[0,1]]"], 2, "serving.gpu_device_ids.0: names 2 GPUs, and one engine takes 1"),
+        (
+            ["serving.gpu_device_ids=[[0,0]]", "runtime.tensor_parallel_size=2"],
+            2,
+            "serving.gpu_device_ids.0: [0, 0] names a GPU twice",
+        ),
+        (["serving.gpu_device_ids=[[-1]]"], 2, "serving.gpu_device_ids.0.0"),
+        (["serving.model_py=mine"], 2, "serving.model_py"),
+    ],
+)
+def test_instances_that_do_not_fit(trtllm_recipe: Path, cli: Cli, changes: list[str], code: int, sentence: str) -> None:
+    options = [word for change in changes for word in ("--set", change)]
+    assert sentence in cli("check", trtllm_recipe, *options, check=code).stderr
+
+
+def test_other_runtimes_have_neither(recipe: Path, cli: Cli) -> None:
+    options = ("--set", "serving.model_py=upstream", "--set", "serving.gpu_device_ids=[[0]]")
+    done = cli("check", recipe, *options, check=3)
+    assert "serving.model_py: upstream: only the runtime trtllm has it; remove it" in done.stderr
+    assert "serving.gpu_device_ids: [[0]]: only the runtime trtllm has it; remove it" in done.stderr

@@ -215,10 +215,6 @@ def test_layout_ensemble_has_fixed_names_and_a_batch_size(tiny_llama: Path, tmp_
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "runtime.kind=trtllm-engine",
-            "runtime.kind: trtllm-engine: cannot be done by this version of trtbuild; use emb",
-        ),
         ("runtime.stream_interval=4", "runtime.stream_interval: 4: only the trtllm runtime has it; remove it"),
         (
             "runtime.enable_attention_dp=true",

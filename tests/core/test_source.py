@@ -27,10 +27,11 @@ def test_each_file_is_named_once_by_its_place_in_the_recipe(loaded: LoadedRecipe
         Step("compress", {}, (), {}, {"data": "none.txt", "tokenizer": "empty"}),
         Step("evaluate", {}, (), {}, {"data": "empty", "calibration": "none.txt"}),
     ]
+    text = "name a file that ends in .txt, .md, .jsonl, .parquet"
     assert [str(problem) for problem in missing_files(loaded, steps)] == [
-        f"compress.calibration.data: {tmp_path}/none.txt does not exist; name a .txt, .jsonl or .parquet file",
+        f"compress.calibration.data: {tmp_path}/none.txt does not exist; {text}",
         f"model.tokenizer: {tmp_path}/empty is empty; name a directory with tokenizer files",
-        f"quality.data: {tmp_path}/empty is a directory; name a .txt, .jsonl or .parquet file",
+        f"quality.data: {tmp_path}/empty is a directory; {text}",
     ]
     assert missing_files(loaded, [Step("evaluate", {}, (), {}, {"data": "text.txt"})]) == []
     long = [Step("evaluate", {}, (), {}, {"data": "a" * 300})]

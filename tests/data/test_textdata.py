@@ -166,7 +166,8 @@ def test_too_little_heldout_text_is_refused(tokenizer_dir: Path, write: Write) -
     path = write("held.txt", "y" * 1000)
     field, text = problem(lambda: heldout_windows(HeldoutSpec(path, tokens=4096, length=512), tokenizer_dir))
     assert field == "quality.data"
-    assert "has 1,000 tokens, 1 windows of 513; 8 are needed; to evaluate 4,096 tokens" in text
+    assert "has 1,000 tokens, 1 windows of 513; 8 are needed; give a longer file to evaluate 4,096 tokens" in text
+    assert "lower quality.tokens" not in text
 
 
 @pytest.mark.parametrize("kind", ["same", "link", "copy", "excerpt", "jsonl"])

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from trtbuild.adapters.trtllm_engine import (
+from trtbuild.adapters.trtllm_engine import RECORD, build_script, check_engine
+from trtbuild.errors import CompatibilityError
+from trtbuild.trtllm_build import (
     EngineSpec,
     Limits,
     Lora,
@@ -22,8 +24,6 @@ from trtbuild.adapters.trtllm_engine import (
     release_line,
     release_lines,
 )
-from trtbuild.adapters.trtllm_engine_files import RECORD, build_script, check_engine
-from trtbuild.errors import CompatibilityError
 
 LIMITS = Limits(max_batch_size=64, max_seq_len=4096, max_num_tokens=8192)
 SPEC = EngineSpec(

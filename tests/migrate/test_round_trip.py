@@ -49,6 +49,7 @@ TRTLLM = {
     "serving.default_max_tokens": 33,
     "serving.streaming": False,
     "serving.model_name": "chat",
+    "serving.gpu_device_ids": [[0, 1], [2, 3]],
     "runtime.extra.num_postprocess_workers": 0,
     "runtime.extra.sampler_type": "TorchSampler",
     "runtime.extra.kv_cache_config.event_buffer_max_size": 7,
@@ -112,13 +113,14 @@ def test_trtllm(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_trtllm_in_the_stock_form(tiny_llama: Path, tmp_path: Path) -> None:
-    plan = planned("trtllm", TRTLLM, tiny_llama, tmp_path)
+    # The container's model files have no limits of answers.
+    server = ("runtime.extra.num_postprocess_workers", "serving.max_output_tokens", "serving.default_max_tokens")
+    values = {path: value for path, value in TRTLLM.items() if path not in server} | {"serving.model_py": "upstream"}
+    plan = planned("trtllm", values, tiny_llama, tmp_path)
     arguments = trtllm.llm_arguments(json.loads(json.dumps(dict(plan.step("engine").parameters))))
     repository = written(plan, tmp_path, model_py="upstream", llm_args=arguments)
     done = migrate(str(repository), model=str(tiny_llama))
-    # The container's model files have no limits of answers.
-    server = ("runtime.extra.num_postprocess_workers", "serving.max_output_tokens", "serving.default_max_tokens")
-    assert_back({path: value for path, value in TRTLLM.items() if path not in server}, done, tiny_llama, tmp_path)
+    assert_back(values, done, tiny_llama, tmp_path)
 
 
 def test_the_engine_form_of_the_five_models(tiny_llama: Path, tmp_path: Path) -> None:

@@ -179,7 +179,8 @@ def test_the_forms_differ_in_backend_and_code(rendered: Path) -> None:
     backends = {form.name: model(form, "tensorrt_llm").config.backend for form in rendered.iterdir()}
     assert backends == {"embedded": "python", "tensorrtllm": "tensorrtllm", "python": "python"}
     assert [path.name for path in (rendered / "tensorrtllm/tensorrt_llm/1").iterdir()] == [".keep"]
-    assert {path.name for path in (rendered / "python/tensorrt_llm/1").iterdir()} == {"model.py", "settings.py"}
+    files = {path.name for path in (rendered / "python/tensorrt_llm/1").iterdir()}
+    assert files == {"model.py", "settings.py", "__pycache__"}
     for form in ("tensorrtllm", "python"):
         code = "".join(path.read_text() for path in (rendered / form).rglob("*.py"))
         assert "trtbuild" not in code.replace("trtbuild-", "").replace("trtbuild's own", ""), "runs without trtbuild"

@@ -248,5 +248,5 @@ def test_rendering_is_the_same_every_time(tmp_path: Path) -> None:
         for settings, folder in ((OWN, "own"), (STOCK, "stock")):
             render_repository(spec(**settings), tmp_path / name / folder)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert len(files) == 16
+    assert len(files) == 17
     assert all((tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes() for path in files)

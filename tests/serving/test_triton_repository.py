@@ -215,7 +215,7 @@ def test_rendering_is_the_same_every_time(tmp_path: Path) -> None:
     for name in ("one", "two"):
         render_repository(spec(), tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert len(files) == 13
+    assert len(files) == 14
     assert all((tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes() for path in files)
 
 

@@ -19,7 +19,10 @@ from trtbuild.errors import Problem, RecipeError
 __all__ = ["REVISION", "RepositorySpec", "check_repository", "render_repository"]
 
 # Part of the repository step's key: raise it when the bytes that these modules write change.
-REVISION = 2
+REVISION = 3
+# A file in the place of the directory for byte code, where Python would leave some and take some for the source.
+# Triton's python stub isolates its Python from the environment: PYTHONDONTWRITEBYTECODE does not reach it.
+_NO_BYTE_CODE = "__pycache__"
 _WRITERS = {triton_llm.LAYOUT: triton_llm.write, triton_five.LAYOUT: triton_five.write}
 _RUNTIMES = {triton_llm.LAYOUT: ("embedded", "trtllm"), triton_five.LAYOUT: ("embedded", "trtllm-engine")}
 
@@ -32,6 +35,8 @@ def render_repository(spec: RepositorySpec, out: Path) -> None:
     """
     _refuse_unknown(spec)
     _WRITERS[spec.layout](spec, out)
+    for version in {path.parent for path in out.rglob("*.py")}:
+        (version / _NO_BYTE_CODE).touch()
 
 
 def check_repository(repo: Path, *, engine: Path | None) -> list[Problem]:

@@ -14,6 +14,7 @@ from typing import Any
 from trtbuild.adapters.triton_config import Model
 from trtbuild.adapters.triton_parameters import device_problems
 from trtbuild.errors import Problem
+from trtbuild.trtllm_build import BUILT
 
 # `SpeculativeDecodingMode` of an engine, and the decoding mode that executes it.
 _SPECULATIVE = {
@@ -23,6 +24,11 @@ _SPECULATIVE = {
     "EAGLE": "eagle",
 }
 _BUILD_AGAIN = "build the engine again, or change the configuration"
+
+
+def place(directory: Path) -> Path:
+    """Where an engine directory has the engine itself: in ours the build script puts it below."""
+    return directory / BUILT if (directory / "engine.json").is_file() else directory
 
 
 def check_engine(model: Model, directory: Path) -> list[Problem]:
@@ -44,6 +50,7 @@ def check_engine(model: Model, directory: Path) -> list[Problem]:
 
 def check_limits(model: Model, limits: Mapping[str, int], directory: Path) -> list[Problem]:
     """What preprocessing lets in must fit into the engine, where one lies beside the tokenizer."""
+    directory = place(directory)
     if not (directory / "config.json").is_file():
         return []
     config, problems = _config(directory)

@@ -26,7 +26,8 @@ def check_against_engine(model: Model, engine: Path | None) -> list[Problem]:
     A TensorRT engine lies where the server sees it: without `engine` it is judged only if it lies there on this host.
     """
     if model.parameter("gpt_model_path"):
-        return triton_built.check_engine(model, engine or Path(str(model.parameter("gpt_model_path"))))
+        built = Path(str(model.parameter("gpt_model_path"))) if engine is None else triton_built.place(engine)
+        return triton_built.check_engine(model, built)
     name = next((name for name in ("engine_dir", "tokenizer_dir") if model.parameter(name) is not None), None)
     if name is None:
         return []

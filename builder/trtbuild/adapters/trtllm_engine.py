@@ -1,262 +1,114 @@
-"""``trtllm-build``: its arguments, with a reason for each.
+"""The engine directory of a package for TensorRT engines, the script that builds the engine, and the check of it.
 
-Pure: plain values in, rows out. The flags of each release line are data (``trtllm_build.toml``).
+The directory holds ``checkpoint/`` (TensorRT-LLM's own format), the tokenizer, ``engine.json`` (what this is, for
+people and checks) and ``build.sh``, which makes ``built/``, the engine that a server loads.
 """
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
+from trtbuild.errors import Problem
+from trtbuild.manifest import canonical_json, write_atomic
+from trtbuild.render import render
+from trtbuild.trtllm_build import BUILT, EngineSpec, arguments, built_limits, choose, spec_from_json
 
-from trtbuild.errors import CompatibilityError
-
-REVISION = 1  # bump when the same spec would give other arguments
-_FLAGS = Path(__file__).parents[1] / "trtllm_build.toml"
-
-# Lowest compute capability, times ten: docs/source/legacy/reference/support-matrix.md @17552a44.
-_LOWEST = {"FP8": 89, "W4A8_AWQ": 89, "NVFP4": 100, "W4A16_AWQ": 80, "W8A8_SQ_PER_CHANNEL": 80}
-_SPARSE_FROM = 80
-_FP8_ATTENTION = ("FP8", "W4A8_AWQ", "NVFP4")
-# plugin.py @c20322ff, reduce_fusion and user_buffer; models/llama and models/gemma use the fused all-reduce.
-_REDUCE_FUSION = ("LlamaForCausalLM", "MistralForCausalLM", "Gemma2ForCausalLM")
-_USER_BUFFER = ("LlamaForCausalLM",)
+CHECKPOINT, ENGINE_FILE, SCRIPT = "checkpoint", "engine.json", "build.sh"
+# Of the compressed checkpoint: what the conversion has replaced.
+_CONVERTED = ("*.safetensors", "*.safetensors.index.json", "hf_quant_config.json")
+RECORD = "trtbuild.json"  # what the script leaves in the engine directory: TensorRT-LLM's config names no GPU
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What the engine is built for; lengths and counts in tokens."""
+def write_engine(parameters: Mapping[str, Any], source: Path, out: Path) -> None:
+    """Write what stands beside ``checkpoint/`` in an engine directory.
 
-    max_batch_size: int
-    max_seq_len: int
-    max_num_tokens: int
-    max_beam_width: int = 1
-    tokens_per_block: int = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speculation:
-    """A mode of ``--speculative_decoding_mode`` and the longest draft in tokens."""
-
-    mode: str
-    max_draft_len: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lora:
-    """Adapters: their directories (the first one configures), modules in TensorRT-LLM's names, highest rank."""
-
-    directories: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
-    max_rank: int = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSpec:
-    """Everything that decides an engine; `gpu` is the compute capability times ten (90 for an H100)."""
-
-    version: str
-    architecture: str
-    format: str | None
-    kv_cache: str | None
-    gpu: int
-    tp_size: int
-    pp_size: int
-    limits: Limits
-    experts: bool = False
-    speculation: Speculation | None = None
-    lora: Lora | None = None
-    sparse: bool = False
-    multiple_profiles: bool = False
-    gather_generation_logits: bool = False
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.tp_size * self.pp_size
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One argument: the flag without dashes, its values (none for a switch), and why."""
-
-    flag: str
-    values: tuple[str, ...]
-    reason: str
-
-
-@cache
-def release_lines() -> tuple[Mapping[str, Any], ...]:
-    """The rows of ``trtllm_build.toml``."""
-    return tuple(tomllib.loads(_FLAGS.read_text(encoding="utf-8"))["line"])
-
-
-def release_line(version: str) -> Mapping[str, Any]:
-    """The row whose flags `version` takes.
-
-    Raises:
-        CompatibilityError: no row covers this version.
+    Args:
+        parameters: of the planned step.
+        source: the compressed checkpoint, for its tokenizer and config.
+        out: the engine directory, whose ``checkpoint/`` is finished.
     """
-    known = ", ".join(f"{line['name']} ({line['versions']})" for line in release_lines())
-    try:
-        parsed = Version(version)
-    except InvalidVersion:
-        raise CompatibilityError(f"{version!r} is no TensorRT-LLM version; known are {known}") from None
-    for line in release_lines():
-        if SpecifierSet(line["versions"]).contains(parsed, prereleases=True):
-            return line
-    raise CompatibilityError(
-        f"the flags of trtllm-build {version} are not known; known are {known}",
-        "use one of these, or the runtime trtllm for newer versions, which have no trtllm-build",
-    )
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not any(path.match(pattern) for pattern in _CONVERTED):
+            shutil.copyfile(path, out / path.name)
+    spec = spec_from_json(parameters["spec"])
+    write_atomic(out / ENGINE_FILE, canonical_json(engine_json(parameters)))
+    write_atomic(out / SCRIPT, build_script(spec, image=parameters["image"], name=spec.architecture))
+    (out / SCRIPT).chmod(0o755)
 
 
-def choose(spec: EngineSpec) -> tuple[Choice, ...]:
-    """Every argument but the directories, in the order of the command line.
-
-    Raises:
-        CompatibilityError: the spec asks for what does not exist, each fault named; or a version without known flags.
-    """
-    line = release_line(spec.version)
-    wrong = _faults(spec)
-    if wrong:
-        raise CompatibilityError("; ".join(wrong), "change the recipe's runtime, target or compress section")
-    rows = [*_limit_rows(spec), *_cache_rows(spec), *_plugin_rows(spec), *_feature_rows(spec), *_build_rows(spec)]
-    for row in rows:
-        _check_row(row, line)
-    return tuple(rows)
-
-
-def arguments(choices: Sequence[Choice], checkpoint: str, output: str) -> tuple[str, ...]:
-    """The argument list after ``trtllm-build``."""
-    made = ["--checkpoint_dir", checkpoint, "--output_dir", output]
-    for choice in choices:
-        made += [f"--{choice.flag}", *choice.values]
-    return tuple(made)
-
-
-def _faults(spec: EngineSpec) -> list[str]:
-    wrong = []
-    lowest = _LOWEST.get(str(spec.format), 0)
-    if spec.gpu < lowest:
-        wrong.append(f"{spec.format} needs compute capability {lowest / 10}, the target has {spec.gpu / 10}")
-    if spec.kv_cache == "FP8" and spec.gpu < _LOWEST["FP8"]:
-        wrong.append(f"an FP8 KV cache needs compute capability 8.9, the target has {spec.gpu / 10}")
-    if spec.speculation is not None and spec.pp_size > 1:
-        wrong.append("speculation does not work with pipeline stages: pp_size must be 1")
-    if spec.speculation is not None and spec.speculation.max_draft_len < 1:
-        wrong.append("speculation needs a max_draft_len of 1 or more")
-    if spec.sparse and spec.gpu < _SPARSE_FROM:
-        wrong.append(f"2:4 sparsity needs compute capability 8.0, the target has {spec.gpu / 10}")
-    return wrong
-
-
-def built_limits(spec: EngineSpec) -> dict[str, int]:
-    """The limits as they will stand in the engine's config: builder.py grows two of them for drafts."""
-    limits, draft = spec.limits, spec.speculation.max_draft_len if spec.speculation else 0
+def engine_json(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of ``engine.json``; `gpu` is the compute capability, the limits are those of the finished engine."""
+    spec = spec_from_json(parameters["spec"])
+    names = ("runtime", "version", "container", "image", "world_size", "dtype", "trust_remote_code")
     return {
-        "max_batch_size": limits.max_batch_size,
-        "max_seq_len": limits.max_seq_len + draft,
-        "max_num_tokens": max(limits.max_num_tokens, limits.max_batch_size * (draft + 1)),
-        "max_beam_width": limits.max_beam_width,
-        "tokens_per_block": limits.tokens_per_block,
+        "schema_version": 1,
+        **{name: parameters[name] for name in names},
+        "gpu": f"{spec.gpu // 10}.{spec.gpu % 10}",
+        "limits": built_limits(spec),
+        "spec": parameters["spec"],
+        "checkpoint": CHECKPOINT,
+        "built": BUILT,
     }
 
 
-def _limit_rows(spec: EngineSpec) -> list[Choice]:
-    limits = spec.limits
-    tokens = built_limits(spec)["max_num_tokens"]
-    why = "the recipe's" if tokens == limits.max_num_tokens else "raised to hold every request's draft in one step"
-    return [
-        Choice("max_batch_size", (str(limits.max_batch_size),), "the recipe's"),
-        Choice("max_seq_len", (str(limits.max_seq_len),), "the recipe's; a draft's length is added by the builder"),
-        Choice("max_input_len", (str(limits.max_seq_len),), "the default of 1024 would refuse longer prompts"),
-        Choice("max_num_tokens", (str(tokens),), why),
-        Choice("max_beam_width", (str(limits.max_beam_width),), "the recipe's"),
-    ]
+def build_script(spec: EngineSpec, *, image: str, name: str) -> str:
+    """A POSIX shell script that builds the engine in `image` with docker, podman or enroot, and resumes.
+
+    It takes the checkpoint's and the engine's directories as arguments (by default those beside it), keeps TensorRT's
+    timing cache beside the engine, and renames a finished engine into place, so that a second run after a kill starts
+    the build anew and a run after success does nothing.
+    """
+    command = ("trtllm-build", *arguments(choose(spec), "/checkpoint", "/work/engine.part"))
+    context = {
+        "image": image, "name": name, "command": list(command), "gpu": f"{spec.gpu // 10}.{spec.gpu % 10}",
+        "version": spec.version, "world_size": spec.world_size, "record": RECORD, "built": BUILT,
+    }  # fmt: skip
+    return render("trtllm_engine/build.sh.j2", context)
 
 
-def _cache_rows(spec: EngineSpec) -> list[Choice]:
-    fp8 = spec.format in _FP8_ATTENTION and spec.kv_cache == "FP8"
-    if fp8:
-        why = f"{spec.format} with an FP8 KV cache: attention over the prompt in FP8"
-    else:
-        why = "takes effect only with FP8, W4A8_AWQ or NVFP4 weights and an FP8 KV cache"
-    return [
-        Choice("kv_cache_type", ("paged",), "in-flight batching and block reuse need blocks"),
-        Choice("tokens_per_block", (str(spec.limits.tokens_per_block),), "the recipe's"),
-        Choice("use_paged_context_fmha", ("enable",), "block reuse, chunked context and drafts need it"),
-        Choice("use_fp8_context_fmha", ("enable" if fp8 else "disable",), why),
-    ]
-
-
-def _plugin_rows(spec: EngineSpec) -> list[Choice]:
-    made = [Choice("gemm_plugin", *_gemm_plugin(spec))]
-    if spec.experts:
-        made.append(Choice("moe_plugin", ("auto",), "the model has experts"))
-    fusion = spec.tp_size > 1 and spec.architecture in _REDUCE_FUSION
-    if fusion:
-        made.append(Choice("reduce_fusion", ("enable",), "adds and norms join the all-reduce of several ranks"))
-        if spec.format == "FP8" and spec.architecture in _USER_BUFFER:
-            made.append(Choice("user_buffer", ("enable",), "FP8 Llama on several ranks: no copy before the all-reduce"))
-    return made
-
-
-def _gemm_plugin(spec: EngineSpec) -> tuple[tuple[str], str]:
-    if spec.sparse:
-        return ("disable",), "only TensorRT's own kernels use 2:4 weights; the plugin would bypass them"
-    if spec.format == "FP8":
-        return ("disable",), "the default: TensorRT's own FP8 kernels, fused with what surrounds them"
-    if spec.format == "NVFP4":
-        return ("nvfp4",), "the plugin has the FP4 kernels"
-    if spec.format is None:
-        return ("auto",), "cuBLASLt for the matrix products, in the model's type"
-    return ("auto",), f"{spec.format} has kernels of its own; the plugin computes the unquantized head"
-
-
-def _feature_rows(spec: EngineSpec) -> list[Choice]:
-    made = []
-    if spec.sparse:
-        made.append(Choice("weight_sparsity", (), "the weights are 2:4 sparse; TensorRT uses it where it is faster"))
-    if spec.multiple_profiles:
-        made.append(Choice("multiple_profiles", ("enable",), "the recipe's: kernels for several batch sizes"))
-    if spec.gather_generation_logits:
-        made.append(Choice("gather_generation_logits", (), "the recipe's: clients may ask for logits"))
-    if spec.speculation is not None:
-        made.append(Choice("speculative_decoding_mode", (spec.speculation.mode,), "the recipe's"))
-        made.append(Choice("max_draft_len", (str(spec.speculation.max_draft_len),), "the recipe's"))
-    if spec.lora is not None:
-        made.append(Choice("lora_plugin", ("auto",), "adapters at run time, in the model's type"))
-        if spec.lora.directories:
-            made.append(Choice("lora_dir", spec.lora.directories, "the recipe's adapters; the first one configures"))
-        if spec.lora.modules:
-            made.append(Choice("lora_target_modules", spec.lora.modules, "the modules that the adapters change"))
-        made.append(Choice("max_lora_rank", (str(spec.lora.max_rank),), "the highest rank of the adapters"))
-    return made
-
-
-def _build_rows(spec: EngineSpec) -> list[Choice]:
-    return [
-        Choice("input_timing_cache", ("/work/timing.cache",), "kernels measured before are not measured again"),
-        Choice("output_timing_cache", ("/work/timing.cache",), "for the next build on this kind of GPU"),
-        Choice("workers", (str(spec.world_size),), "ranks are built at once, one a GPU"),
-        Choice("monitor_memory", (), "the log says how much memory the build took"),
-    ]
-
-
-def _check_row(row: Choice, line: Mapping[str, Any]) -> None:
-    """Refuse a flag or a value that this release line does not have."""
-    flag = {**line["build"], **line["plugin"]}.get(row.flag)
-    if flag is None:
-        raise CompatibilityError(f"trtllm-build {line['name']} has no flag --{row.flag}")
-    allowed = flag.get("allowed")
-    if allowed is not None and row.values and row.values[0] not in allowed:
-        raise CompatibilityError(
-            f"trtllm-build {line['name']}: --{row.flag} {row.values[0]} is not one of {', '.join(allowed)}"
+def check_engine(config: Mapping[str, Any], record: Mapping[str, Any] | None, spec: EngineSpec) -> tuple[Problem, ...]:
+    """What an engine directory's ``config.json`` and the script's record say otherwise than the spec."""
+    model, build = config.get("pretrained_config") or {}, config.get("build_config") or {}
+    mapping, quantization = model.get("mapping") or {}, model.get("quantization") or {}
+    found = {
+        "version": config.get("version"),
+        "pretrained_config.architecture": model.get("architecture"),
+        "pretrained_config.mapping.world_size": mapping.get("world_size"),
+        "pretrained_config.mapping.tp_size": mapping.get("tp_size"),
+        "pretrained_config.mapping.pp_size": mapping.get("pp_size"),
+        "pretrained_config.quantization.quant_algo": quantization.get("quant_algo"),
+        "pretrained_config.quantization.kv_cache_quant_algo": quantization.get("kv_cache_quant_algo"),
+    }
+    wanted = dict(
+        zip(
+            found,
+            (
+                spec.version, spec.architecture, spec.world_size, spec.tp_size, spec.pp_size, spec.format, spec.kv_cache
+            ),
+            strict=True,
         )
+    )  # fmt: skip
+    plugins = build.get("plugin_config") or {}
+    for field, value in built_limits(spec).items():
+        found[f"build_config.{field}"] = build.get(field, plugins.get(field))
+        wanted[f"build_config.{field}"] = value
+    problems = [
+        Problem(f"config.json: {path}", f"is {found[path]!r}, the plan says {value!r}", "build the engine again")
+        for path, value in wanted.items()
+        if found[path] != value
+    ]
+    return (*problems, *_gpu_problems(record, spec))
+
+
+def _gpu_problems(record: Mapping[str, Any] | None, spec: EngineSpec) -> list[Problem]:
+    if record is None:
+        hint = "build it with the script, which records the GPU"
+        return [Problem(RECORD, "is missing: nothing says for which GPU the engine was built", hint)]
+    wanted = f"{spec.gpu // 10}.{spec.gpu % 10}"
+    if record.get("compute_capability") != wanted:
+        said = f"is {record.get('compute_capability')!r}, the plan says {wanted!r}"
+        return [Problem(f"{RECORD}: compute_capability", said, "build the engine on the target's kind of GPU")]
+    return []

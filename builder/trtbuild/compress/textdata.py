@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.errors import ArtifactError, Problem, RecipeError
+from trtbuild.recipe import MIN_CALIBRATION_LENGTH, MIN_EVALUATION_TOKENS
 
 from .textfiles import Message, Row, TextFile, read_rows
 
@@ -107,7 +108,9 @@ def heldout_windows(spec: HeldoutSpec, tokenizer_dir: Path, *, trust_remote_code
     found = len(pool.windows)
     if found < needed:
         what = f"{file.path} has {pool.tokens:,} tokens, {found} windows of {spec.length + 1}; {needed} are needed"
-        hint = f"to evaluate {spec.tokens:,} tokens give a longer file, or lower quality.tokens"
+        hint = f"give a longer file to evaluate {spec.tokens:,} tokens"
+        if spec.tokens > MIN_EVALUATION_TOKENS:
+            hint += f", or lower quality.tokens, to {MIN_EVALUATION_TOKENS:,} at least"
         raise RecipeError([Problem("quality.data", what, hint)])
     chosen = [pool.windows[index * found // needed] for index in range(needed)]
     return _samples(chosen, pool, _source(spec.data, "shipped held-out text"))
@@ -197,8 +200,9 @@ def _too_few_samples(spec: CalibrationSpec, pool: _Pool, file: TextFile) -> Reci
     more = "give a longer file" if spec.data else "give a longer text of your own in compress.calibration.data"
     if found:
         return RecipeError([Problem(_COUNT_FIELD, what, f"{more}, or set {_COUNT_FIELD} to {found} or less")])
-    shorter = f"set compress.calibration.length to {pool.tokens} or less"
-    return RecipeError([Problem("compress.calibration.data", what, f"{more}, or {shorter}")])
+    if pool.tokens >= MIN_CALIBRATION_LENGTH:
+        more += f", or set compress.calibration.length to {pool.tokens} or less"
+    return RecipeError([Problem("compress.calibration.data", what, more)])
 
 
 def _samples(windows: Sequence[tuple[int, ...]], pool: _Pool, source: str) -> Samples:

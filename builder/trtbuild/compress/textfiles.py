@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trtbuild.errors import HostError, Problem, RecipeError
+from trtbuild.recipe import TEXT_SUFFIXES
 
 Message = dict[str, Any]
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
 _PREFERRED = ("text", "messages", "content")
 _SECTION_CHARS = 65_536
@@ -76,8 +76,8 @@ def _check_readable(file: TextFile) -> None:
     if not file.path.is_file():
         raise file.problem("is not a file", "give the path of one .txt, .md, .jsonl or .parquet file")
     suffix = file.path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise file.problem(f"ends in {suffix or 'nothing'}", f"use one of {', '.join(SUFFIXES)}")
+    if suffix not in TEXT_SUFFIXES:
+        raise file.problem(f"ends in {suffix or 'nothing'}", f"use one of {', '.join(TEXT_SUFFIXES)}")
     try:
         with file.path.open("rb") as stream:
             start = stream.read(_PROBE_BYTES)

@@ -56,6 +56,15 @@ def run(raw: dict[str, Any], progress: Progress) -> dict[str, Any]:
     }
 
 
+def refuse_source(source: Path, *, tp_size: int, pp_size: int) -> None:
+    """Refuse an original checkpoint whose conversion would be refused for its sizes or its config, without tensor data.
+
+    Raises:
+        CompatibilityError, ArtifactError: as `run`.
+    """
+    checkpoint_config(_read(Request(source=source, output=source, tp_size=tp_size, pp_size=pp_size, dtype="auto")))
+
+
 def _read(request: Request) -> Model:
     """Everything that decides the conversion, read from small files and headers; sizes are checked to divide."""
     source = open_source(request.source)

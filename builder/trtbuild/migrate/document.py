@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from trtbuild.migrate.extras import put
+from trtbuild.migrate.extras import plain, put
 from trtbuild.migrate.translate import Draft, Row
 from trtbuild.recipe import SCHEMA_VERSION, Recipe
 
@@ -23,7 +23,7 @@ def recipe_values(draft: Draft) -> dict[str, Any]:
         given["model.tokenizer"] = draft.places.tokenizer
     if draft.target.release is not None:
         given["runtime.version"] = draft.target.release.version
-    given |= {path: list(value) if isinstance(value, tuple) else value for path, value in draft.values.items()}
+    given |= {path: plain(value) for path, value in draft.values.items()}
     document: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     for path in _paths(Recipe, ""):
         if path in given:
@@ -32,7 +32,7 @@ def recipe_values(draft: Draft) -> dict[str, Any]:
             put(document, free, given[free])
     for path, value in sorted(draft.extras.values.items()):
         extra = document.setdefault("runtime", {}).setdefault("extra", {})
-        put(extra, path, list(value) if isinstance(value, tuple) else value)
+        put(extra, path, plain(value))
     return document
 
 

@@ -100,9 +100,14 @@ def _method(name: str, schema: Schema) -> str:
 def _first_problem(kept: Mapping[int, _Offer], schema: Schema) -> tuple[str, str] | None:
     document: dict[str, Any] = {}
     for one in kept.values():
-        put(document, one.path, list(one.value) if isinstance(one.value, tuple) else one.value)
+        put(document, one.path, plain(one.value))
     problems = validate(document, schema, partial=True)
     return (problems[0].path, problems[0].message) if problems else None
+
+
+def plain(value: Any) -> Any:
+    """A value with lists where it has tuples."""
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def put(document: dict[str, Any], path: str, value: Any) -> None:

@@ -13,6 +13,7 @@ _MOST_REQUESTS = 4096
 _BATCH, _TOKENS, _LENGTH = "runtime.max_batch_size", "runtime.max_num_tokens", "runtime.max_seq_len"
 _CHUNKED, _CAPACITY = "runtime.enable_chunked_prefill", "runtime.kv_cache.max_tokens"
 _GRAPHS = "runtime.cuda_graph_config."
+_DEVICES = "serving.gpu_device_ids"
 _DEFAULT_BATCH, _DEFAULT_LENGTH = 8, 2048
 
 
@@ -89,6 +90,11 @@ def _ranks(draft: Draft) -> None:
     sizes = [values.get(f"runtime.{name}_parallel_size", 1) for name in ("tensor", "pipeline", "context")]
     if kind != "embedded" and values.get(count, math.prod(sizes)) < math.prod(sizes):
         draft.add(count, math.prod(sizes), "tensor x pipeline x context parallel")
+    groups = values.get(_DEVICES, ())
+    if any(len(group) != math.prod(sizes) for group in groups):
+        draft.leave_out(_DEVICES, f"its groups do not give each of {math.prod(sizes)} ranks a GPU")
+    elif groups:
+        draft.settle("instance_count", len(groups), f"{_DEVICES} has a group for each")
 
 
 def _serving(draft: Draft, legacy: Legacy) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from trtbuild.compat import DATA, facts
+from trtbuild.compat import facts
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.llm_schema import Schema, load_schema
@@ -18,6 +16,9 @@ from trtbuild.migrate.values import text
 from trtbuild.recipe import RuntimeKind
 from trtbuild.refusals import embedded_takes
 from trtbuild.releases import Flow, Release, find_release, newest
+from trtbuild.trtllm_build import release_line
+from trtbuild.trtllm_build_extra import extra_problems
+from trtbuild.trtllm_engine_refusals import NOT_WRITTEN
 
 _ONE = "the embedded runtime runs on one device"
 # Said to TensorRT-LLM in other words than the field's value.
@@ -46,12 +47,17 @@ class Target:
 
     def takes_flag(self, name: str, value: Any) -> bool:
         """Whether a flag of ``trtllm-build`` belongs into ``runtime.extra``: free to choose, not at its default."""
-        row = _flags().get(name) if self.kind == "trtllm-engine" else None
+        if self.kind != "trtllm-engine" or self.release is None or name not in table()["targets"]["flags"]:
+            return False
+        line = release_line(self.release.version)
         said = {"true": "enable", "false": "disable", "none": "disable"}.get(text(value).lower(), text(value))
-        return row is not None and said in row.get("allowed", ()) and said != row["default"]
+        problems = extra_problems({name: said}, line, sparse=False, fp8_attention=True)
+        return not problems and said != line["plugin"][name]["default"]
 
     def refuses(self, field: str, value: Any) -> str | None:
         """Why the new runtime does not take a field with this value, or None where it does."""
+        if field in table()["targets"]["llm_api"] and self.kind != "trtllm":
+            return "only the trtllm runtime has it"
         if self.kind == "embedded":
             return _embedded(field, value)
         if field in table()["targets"]["own"] and value != "auto":
@@ -95,14 +101,6 @@ def nested(path: str, value: Any) -> dict[str, Any]:
     return {first: nested(rest, value) if rest else value}
 
 
-@cache
-def _flags() -> Mapping[str, Any]:
-    """Plugins of ``trtllm-build`` that a recipe may choose."""
-    data = tomllib.loads((DATA.parent / "trtllm_build.toml").read_text(encoding="utf-8"))
-    chosen = table()["targets"]["flags"]
-    return {name: row for line in data["line"] for name, row in line["plugin"].items() if name in chosen}
-
-
 def _embedded(field: str, value: Any) -> str | None:
     if field in table()["targets"]["embedded"]:
         many = field != "model.adapters"
@@ -113,6 +111,8 @@ def _embedded(field: str, value: Any) -> str | None:
 def _engine(field: str, value: Any) -> str | None:
     names: Mapping[str, Any] = facts("engine_names")
     known = {path for part in ("build", "checkpoint", "triton") for path in names[part]} | {"model.trust_remote_code"}
-    if field in table()["targets"]["engine"] and value != 1:
-        return "this version of trtbuild does not write it for engines"
+    if field == "model.adapters":
+        return "this version of trtbuild packages no adapters for engines"
+    if field in NOT_WRITTEN and value != 1:
+        return NOT_WRITTEN[field]
     return None if field not in LLM_ARGUMENT or field in known else "TensorRT engines have no counterpart of it"

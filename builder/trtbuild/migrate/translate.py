@@ -63,6 +63,13 @@ class Draft:
         if not given:
             self.rows.append(Row("", "", "", path, text(value), "computed", note))
 
+    def settle(self, old: str, value: object, why: str) -> None:
+        """A setting that was dropped with this value is no loss after all: another field says it."""
+        self.rows = [
+            replace(row, note=_NOT_LOST + why) if (row.old, row.old_value) == (old, text(value)) else row
+            for row in self.rows
+        ]
+
     def leave_out(self, path: str, why: str, *, is_loss: bool = True) -> None:
         """Take a field back: the settings that gave it are dropped."""
         note = f"{path}: {why}" if is_loss else f"{_NOT_LOST}{path}: {why}"

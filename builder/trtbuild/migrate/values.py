@@ -79,6 +79,13 @@ def integers(value: Any) -> tuple[int, ...]:
     return tuple(positive(part.strip()) for part in text(value).split(","))
 
 
+def groups(value: Any) -> tuple[tuple[int, ...], ...]:
+    """GPU numbers for each instance of a model: commas in a group, semicolons between groups."""
+    if isinstance(value, (list, tuple)):
+        return tuple(tuple(map(whole, group)) for group in value)
+    return tuple(tuple(whole(part.strip()) for part in group.split(",")) for group in text(value).split(";"))
+
+
 def word(value: Any) -> str:
     """Text as it is."""
     return text(value)
@@ -152,7 +159,7 @@ def adapters(value: Any) -> tuple[str, ...] | None:
 TRANSFORMS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {
         **{one.__name__: one for one in (boolean, whole, positive, several, number, fraction, integers, word, words)},
-        **{one.__name__: one for one in (places, policy, layout, sparsity, kv_format, excluded, adapters)},
+        **{one.__name__: one for one in (groups, places, policy, layout, sparsity, kv_format, excluded, adapters)},
         "format": weight_format,
         "group": positive,
     }

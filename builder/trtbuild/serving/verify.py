@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.adapters import triton_config
-from trtbuild.errors import ArtifactError, ToolError
+from trtbuild.errors import ArtifactError, HostError, ToolError
 from trtbuild.process import run_worker
 from trtbuild.serving.client import DEFAULT_MODEL, Answer, ask
 from trtbuild.serving.contract import ENGINE, ENSEMBLE, LLM
@@ -76,10 +76,11 @@ def verify_served(
 
     Raises:
         ArtifactError: the package has no model of a known layout, or its engine cannot be loaded.
-        HostError: the host lacks something.
+        HostError: the host lacks something, or the package is for another runtime.
         ToolError: the server does not start, or fails.
     """
     model = _served_model(package / "model_repository")
+    _refuse_other_runtimes(package, model)
     ensemble = model.parameter("layout") == ENSEMBLE
     trust = _trust_remote_code(package / "model_repository", model)
     request: dict[str, Any] = {
@@ -260,6 +261,16 @@ def _served_model(repository: Path) -> triton_config.Model:
             if model.parameter("layout") in (LLM, ENSEMBLE):
                 return model
     raise ArtifactError(f"{repository}: there is no model of a known layout here", "build the package again")
+
+
+def _refuse_other_runtimes(package: Path, model: triton_config.Model) -> None:
+    runtime = model.parameter("runtime")
+    if runtime != "embedded":
+        raise HostError(
+            f"{package}: the runtime {runtime} runs in a Triton TensorRT-LLM container, and answers are held against "
+            "the embedded engine here",
+            "verify it without --served, serve it in its container, and ask it with `trtbuild ask`",
+        )
 
 
 def _trust_remote_code(repository: Path, model: triton_config.Model) -> bool:

@@ -1,0 +1,136 @@
+"""What `verify` looks at in the engine directory of a package for TensorRT engines; see `trtllm_engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtbuild.adapters.trtllm_engine import CHECKPOINT, ENGINE_FILE, RECORD, SCRIPT, check_engine
+from trtbuild.checkpoint_files import LocalFiles
+from trtbuild.errors import ArtifactError
+from trtbuild.manifest import read_json
+from trtbuild.safetensors_header import HeaderError, TensorInfo, read_header
+from trtbuild.trtllm_build import BUILT, EngineSpec, spec_from_json
+
+_AGAIN = "build the package again"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCheck:
+    """One check: what was looked at, and every problem found."""
+
+    name: str
+    problems: tuple[str, ...] = ()
+    detail: str = ""
+
+
+def check(directory: Path, planned: Mapping[str, Any]) -> list[EngineCheck]:
+    """Every check of an engine directory.
+
+    Args:
+        directory: the engine directory.
+        planned: parameters of the engine step, as the package's lock has them.
+
+    Raises:
+        ArtifactError: a file is missing or no JSON.
+        KeyError, TypeError: a file lacks something.
+    """
+    engine = read_json(directory / ENGINE_FILE)
+    spec = spec_from_json(planned["spec"])
+    return [
+        EngineCheck("engine.json", tuple(_against_plan(engine, planned)), f"TensorRT-LLM {engine['version']}"),
+        _checkpoint(directory / CHECKPOINT, spec, str(planned["dtype"])),
+        _ranks(directory / CHECKPOINT, spec),
+        _built(directory, spec, engine["image"]),
+    ]
+
+
+def _against_plan(engine: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
+    names = ("runtime", "version", "container", "image", "world_size", "dtype", "spec")
+    return [
+        f"{name} is {engine.get(name)!r}, the plan says {planned[name]!r}; {_AGAIN}"
+        for name in names
+        if engine.get(name) != planned[name]
+    ]
+
+
+def _checkpoint(directory: Path, spec: EngineSpec, dtype: str) -> EngineCheck:
+    """The checkpoint's config against the plan."""
+    config = read_json(directory / "config.json")
+    mapping, quantization = config.get("mapping") or {}, config.get("quantization") or {}
+    found = {
+        "architecture": config.get("architecture"),
+        "dtype": config.get("dtype"),
+        **{f"mapping.{name}": mapping.get(name) for name in ("world_size", "tp_size", "pp_size")},
+        "quantization.quant_algo": quantization.get("quant_algo"),
+        "quantization.kv_cache_quant_algo": quantization.get("kv_cache_quant_algo"),
+    }
+    values = (spec.architecture, dtype, spec.world_size, spec.tp_size, spec.pp_size, spec.format, spec.kv_cache)
+    wanted = dict(zip(found, values, strict=True))
+    problems = tuple(
+        f"config.json: {path} is {found[path]!r}, the plan says {value!r}; {_AGAIN}"
+        for path, value in wanted.items()
+        if found[path] != value
+    )
+    shown = f"{spec.architecture}, {spec.format or dtype}, KV cache {spec.kv_cache or dtype}"
+    return EngineCheck("TensorRT-LLM checkpoint: config", problems, shown)
+
+
+def _ranks(directory: Path, spec: EngineSpec) -> EngineCheck:
+    """One sound file for each rank, and the same tensors on every rank of a pipeline stage."""
+    files, problems = LocalFiles(directory), []
+    there, wanted = files.names_and_sizes(), [f"rank{rank}.safetensors" for rank in range(spec.world_size)]
+    problems += [
+        f"{name} is missing, and there are {spec.world_size} ranks; {_AGAIN}" for name in wanted if name not in there
+    ]
+    more = sorted(name for name in there if name.startswith("rank") and name not in wanted)
+    problems += [f"{name} belongs to no rank of {spec.world_size}; {_AGAIN}" for name in more]
+    tensors: dict[str, dict[str, TensorInfo]] = {}
+    for name in (name for name in wanted if name in there):
+        try:
+            tensors[name] = {tensor.name: tensor for tensor in read_header(files, name)[1]}
+        except HeaderError as error:
+            problems.append(f"{error}; {_AGAIN}")
+    for rank, name in enumerate(wanted):
+        first = wanted[rank - rank % spec.tp_size]
+        if name in tensors and first in tensors:
+            problems += _differences(first, tensors[first], name, tensors[name])
+    count = sum(map(len, tensors.values()))
+    return EngineCheck("TensorRT-LLM checkpoint: ranks", tuple(problems), f"{count} tensors on {spec.world_size} ranks")
+
+
+def _differences(first: str, ours: Mapping[str, TensorInfo], other: str, theirs: Mapping[str, TensorInfo]) -> list[str]:
+    """Where a rank of a stage has other tensors than the stage's first."""
+    return [
+        f"{name} differs between {first} and {other}, ranks of one pipeline stage; {_AGAIN}"
+        for name in sorted(set(ours) | set(theirs))
+        if _layout(ours.get(name)) != _layout(theirs.get(name))
+    ]
+
+
+def _layout(tensor: TensorInfo | None) -> tuple[str, tuple[int, ...]] | None:
+    return None if tensor is None else (tensor.dtype, tensor.shape)
+
+
+def _built(directory: Path, spec: EngineSpec, image: str) -> EngineCheck:
+    """The engine that the script has built, if it has."""
+    built, name = directory / BUILT, "TensorRT engine"
+    if not built.is_dir():
+        return EngineCheck(name, (), f"not built yet: engine/{SCRIPT} builds it in {image}")
+    again = f"move engine/{BUILT} away and run engine/{SCRIPT}"
+    try:
+        config = read_json(built / "config.json")
+    except ArtifactError as error:
+        return EngineCheck(name, (f"{error}; {again}",))
+    record = read_json(built / RECORD) if (built / RECORD).is_file() else None
+    found = [f"{problem.path}: {problem.message}; {again}" for problem in check_engine(config, record, spec)]
+    found += [
+        f"rank{rank}.engine is missing, and there are {spec.world_size} ranks; {again}"
+        for rank in range(spec.world_size)
+        if not (built / f"rank{rank}.engine").is_file()
+    ]
+    return EngineCheck(
+        name, tuple(found), f"TensorRT-LLM {config.get('version')}, {spec.world_size} ranks, SM{spec.gpu}"
+    )

@@ -1,0 +1,181 @@
+"""The target and the runtime of a recipe for TensorRT engines: values, their origins, the spec, and the engine step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from trtbuild.errors import CompatibilityError, Problem
+from trtbuild.model import ModelFacts
+from trtbuild.plan import Choice
+from trtbuild.recipe import Recipe
+from trtbuild.releases import Container, Flow, Release, containers, find_release, newest
+from trtbuild.settings import FROM_GPU_MEMORY, Settings, check_capacity, take_limits
+from trtbuild.support import QUANT_ALGO, sm_version
+from trtbuild.trtllm_build import BUILT, EngineSpec, Limits, arguments, choose, release_line
+from trtbuild.trtllm_build_extra import extra_flags
+
+KIND = "trtllm-engine"
+FLOW: Flow = "engine"
+DTYPE = "bfloat16"  # of what is not quantized: the compress step casts to it
+_PACKAGE = "/package"  # where the server sees the package
+_USUAL_TOKENS = 8192  # trtllm_build.toml: the default of --max_num_tokens
+# A window of all layers alike, which TensorRT-LLM's own converters leave to the server as well.
+_ONE_WINDOW = ("mistral", "mixtral", "phi3")
+_NO_GPU = 90  # for drafting a plan that is refused for want of a GPU
+
+
+def planned_release(recipe: Recipe) -> Release:
+    """The release that a plan is drawn up for: where the recipe names none that builds engines, the newest one."""
+    found = wanted_release(recipe)
+    return newest(FLOW) if isinstance(found, Problem) else found
+
+
+def wanted_release(recipe: Recipe) -> Release | Problem:
+    """The release that the recipe means, if it builds engines, trtbuild knows its flags, and a container has it."""
+    runtime, at = recipe.runtime, "runtime.version"
+    found = find_release(runtime.version, allow_unknown=runtime.allow_unknown_version, flow=FLOW)
+    if isinstance(found, Problem):
+        return found
+    usual = newest(FLOW).version
+    if FLOW not in found.line.flows:
+        message = f"TensorRT-LLM {found.version} builds no engines, the last that did is 1.3.0rc20"
+        return Problem(at, message, f"use {usual}, or runtime.kind: trtllm")
+    try:
+        release_line(found.version)
+    except CompatibilityError as error:
+        return Problem(at, error.message, f"use {usual}, or runtime.kind: trtllm where it has an LLM API")
+    if found.container is None:
+        message = f"no Triton container has TensorRT-LLM {found.version}, and engines are built and served in one"
+        return Problem(at, message, f"use {usual}")
+    return found
+
+
+def _container(release: Release) -> Container:
+    if release.container is None:
+        raise ValueError(f"{release.version} has no container")
+    return release.container
+
+
+def ranks(recipe: Recipe) -> int:
+    """How many GPUs one engine takes."""
+    return recipe.runtime.tensor_parallel_size * recipe.runtime.pipeline_parallel_size
+
+
+def take_engine(settings: Settings, facts: ModelFacts) -> None:
+    """The target and the runtime, for TensorRT engines."""
+    release = planned_release(settings.recipe)
+    sm = sm_version(settings.recipe.target.gpu or "")
+    settings.take("target.gpu", note=f"SM{sm}" if sm else "")
+    settings.take("target.count", ranks(settings.recipe), "tensor x pipeline parallel")
+    settings.take("runtime.kind")
+    settings.put("runtime.version", release.version, "default: the newest with a container", note=_where(release))
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        settings.take(f"runtime.{name}")
+    take_limits(settings, facts, _USUAL_TOKENS, "default of trtllm-build")
+    _kv_cache(settings, facts)
+    if settings.given("runtime.cuda_graph_config.enabled"):
+        settings.take("runtime.cuda_graph_config.enabled")
+    settings.take("runtime.extra")
+
+
+def _where(release: Release) -> str:
+    tags = [container.tag for container in containers() if container.tensorrt_llm == release.version]
+    tag = _container(release).tag
+    return f"container {tag}" + ("" if tag == tags[0] else f", newest container {tags[0]}")
+
+
+def _kv_cache(settings: Settings, facts: ModelFacts) -> None:
+    for name in ("free_gpu_memory_fraction", "tokens_per_block", "enable_block_reuse"):
+        settings.take(f"runtime.kv_cache.{name}")
+    settings.take("runtime.kv_cache.max_tokens", None, FROM_GPU_MEMORY)
+    check_capacity(settings)
+    if settings.given("runtime.kv_cache.host_cache_size"):
+        settings.take("runtime.kv_cache.host_cache_size")
+    window = (facts.sliding_window,) if facts.model_type in _ONE_WINDOW and short_window(settings, facts) else None
+    if window or settings.given("runtime.kv_cache.max_attention_window"):
+        settings.take("runtime.kv_cache.max_attention_window", window, "model: its sliding window")
+
+
+def short_window(settings: Settings, facts: ModelFacts) -> bool:
+    """Whether a request may grow longer than the model's attention window."""
+    return facts.sliding_window is not None and facts.sliding_window < settings["runtime.max_seq_len"]
+
+
+def engine_spec(settings: Settings, facts: ModelFacts) -> EngineSpec:
+    """What the engine is built for."""
+    recipe, kv_cache = settings.recipe, settings["compress.kv_cache"]
+    return EngineSpec(
+        version=settings["runtime.version"],
+        architecture=facts.architecture,
+        format=QUANT_ALGO[settings["compress.format"]],
+        kv_cache=None if kv_cache == "none" else kv_cache.upper(),
+        gpu=sm_version(recipe.target.gpu or "") or _NO_GPU,
+        tp_size=recipe.runtime.tensor_parallel_size,
+        pp_size=recipe.runtime.pipeline_parallel_size,
+        limits=Limits(
+            max_batch_size=settings["runtime.max_batch_size"],
+            max_seq_len=settings["runtime.max_seq_len"],
+            max_num_tokens=settings["runtime.max_num_tokens"],
+            max_input_len=settings["serving.max_input_tokens"],
+            tokens_per_block=settings["runtime.kv_cache.tokens_per_block"],
+        ),
+        experts=bool(facts.num_experts),
+        sparse=settings["compress.sparsity"] == "2:4",
+        extra=extra_flags(recipe.runtime.extra),
+    )
+
+
+def engine_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
+    """What decides the engine directory: the release, its container, and everything that the engine is built for."""
+    spec, container = engine_spec(settings, facts), _container(planned_release(settings.recipe))
+    return {
+        "runtime": KIND,
+        "version": spec.version,
+        "container": container.tag,
+        "image": container.image,
+        "world_size": spec.world_size,
+        "dtype": DTYPE,
+        "trust_remote_code": settings["model.trust_remote_code"],
+        "spec": asdict(spec) | {"extra": {flag: list(values) for flag, values in spec.extra.items()}},
+        "arguments": list(arguments(_choices(spec), "CHECKPOINT", "ENGINE")),
+    }
+
+
+def _choices(spec: EngineSpec) -> tuple[Choice, ...]:
+    """The arguments, or none where the plan is about to be refused for them."""
+    try:
+        return choose(spec)
+    except CompatibilityError:
+        return ()
+
+
+def build_choices(settings: Settings, facts: ModelFacts) -> tuple[Choice, ...]:
+    """Every argument of trtllm-build with its reason, for the plan."""
+    return _choices(engine_spec(settings, facts))
+
+
+def launch_parameters(settings: Settings) -> dict[str, Any]:
+    """What decides the script that starts the server."""
+    container = _container(planned_release(settings.recipe))
+    return server_parameters(settings) | {"world_size": ranks(settings.recipe), "image": container.image}
+
+
+def server_parameters(settings: Settings) -> dict[str, Any]:
+    """What the C++ backend reads, in the recipe's words; `more` has its own names."""
+    cache = {
+        name: settings[f"runtime.kv_cache.{name}"]
+        for name in ("max_tokens", "free_gpu_memory_fraction", "enable_block_reuse")
+    }
+    optional = {
+        "runtime.kv_cache.host_cache_size": "kv_cache_host_memory_bytes",
+        "runtime.kv_cache.max_attention_window": "max_attention_window_size",
+        "runtime.cuda_graph_config.enabled": "cuda_graph_mode",
+    }
+    more = {theirs: settings[ours] for ours, theirs in optional.items() if settings.has(ours)}
+    names = ("tensor_parallel_size", "pipeline_parallel_size", "capacity_scheduler_policy", "enable_chunked_prefill")
+    return {
+        "gpt_model_path": f"{_PACKAGE}/engine/{BUILT}",
+        "runtime": {name: settings[f"runtime.{name}"] for name in names} | {"kv_cache": cache},
+        "more": {name: list(value) if isinstance(value, tuple) else value for name, value in more.items()},
+    }

@@ -1,0 +1,248 @@
+"""A package for TensorRT engines: what is in it, the engine that its script adds, and what `verify` finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+IMAGE = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
+
+
+@pytest.fixture(scope="module")
+def engine_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, store: Path) -> Path:
+    """FP8 weights and KV cache on two H100."""
+    path = tmp_path_factory.mktemp("engine") / "engine.yaml"
+    path.write_text(
+        f"schema_version: 1\nmodel: {{path: {tiny_llama}}}\n"
+        "compress: {format: fp8, kv_cache: fp8, calibration: {count: 2, length: 32}}\n"
+        "target: {gpu: H100}\n"
+        "runtime: {kind: trtllm-engine, tensor_parallel_size: 2, max_batch_size: 4, max_seq_len: 256}\n"
+        f"serving: {{max_input_tokens: 200, max_output_tokens: 56}}\nstore: {store}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, engine_recipe: Path, cli: Cli) -> tuple[Path, str]:
+    """The package, and what the build said."""
+    out = tmp_path_factory.mktemp("engine-out") / "package"
+    done = cli("build", engine_recipe, "-o", out)
+    assert done.stdout.strip() == str(out)
+    return out, done.stderr
+
+
+@pytest.fixture
+def package(built: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(built[0], tmp_path / "package"))
+
+
+def checks(cli: Cli, package: Path, code: int) -> dict[str, dict[str, Any]]:
+    done = cli("verify", package, "--json", check=code)
+    return {check["name"]: check for check in json.loads(done.stdout)}
+
+
+def change(path: Path, *changes: tuple[str, Any]) -> None:
+    """Set values of a JSON file by dotted path."""
+    path.chmod(0o644)
+    document = json.loads(path.read_text())
+    for place, value in changes:
+        *sections, last = place.split(".")
+        inner = document
+        for section in sections:
+            inner = inner[section]
+        inner[last] = value
+    path.write_text(json.dumps(document))
+
+
+def test_the_package(built: tuple[Path, str], cli: Cli) -> None:
+    package, said = built
+    assert f"the engine itself is built by {package}/engine/build.sh in {IMAGE}, on 2 x SM90" in said
+    names = {path.relative_to(package / "engine").as_posix() for path in (package / "engine").rglob("*")}
+    assert {"checkpoint/config.json", "checkpoint/rank0.safetensors", "checkpoint/rank1.safetensors"} <= names
+    assert {"tokenizer.json", "tokenizer_config.json", "engine.json", "build.sh"} <= names
+    assert not any(name.endswith("model.safetensors") or "hf_quant" in name for name in names)
+    engine = json.loads((package / "engine" / "engine.json").read_text())
+    assert (engine["runtime"], engine["version"], engine["gpu"], engine["world_size"]) == (
+        "trtllm-engine", "1.2.1", "9.0", 2,
+    )  # fmt: skip
+    assert engine["limits"]["max_num_tokens"] == 4 * 256
+    assert os.access(package / "engine" / "build.sh", os.X_OK)
+    assert sorted(path.name for path in (package / "deploy").iterdir()) == ["launch.sh"]
+    launch = (package / "deploy" / "launch.sh").read_text()
+    assert "engine=/package/engine/built" in launch
+    assert launch.count('-n 1 "$server"') == 2
+    config = (package / "model_repository" / "tensorrt_llm" / "config.pbtxt").read_text()
+    assert 'backend: "tensorrtllm"' in config
+    assert "max_batch_size: 4" in config
+    assert '"/package/engine/built"' in config
+    found = json.loads(cli("inspect", package, "--json").stdout)
+    assert (found["built"], found["checkpoint"]["mapping"]["tp_size"]) == (False, 2)
+    assert found["engine"] == engine
+
+
+def test_verify_reports_every_check(built: tuple[Path, str], cli: Cli) -> None:
+    found = checks(cli, built[0], 0)
+    assert list(found) == [
+        "bytes", "lock", "engine.json", "TensorRT-LLM checkpoint: config", "TensorRT-LLM checkpoint: ranks",
+        "TensorRT engine", "model repository",
+    ]  # fmt: skip
+    assert found["TensorRT engine"]["detail"] == f"not built yet: engine/build.sh builds it in {IMAGE}"
+    assert found["TensorRT-LLM checkpoint: config"]["detail"] == "LlamaForCausalLM, FP8, KV cache FP8"
+    assert found["TensorRT-LLM checkpoint: ranks"]["detail"].endswith("tensors on 2 ranks")
+
+
+def test_what_cannot_be_served_here_says_where(built: tuple[Path, str], cli: Cli) -> None:
+    sentence = f"is for a TensorRT engine, which is built and served in {IMAGE}; there, run engine/build.sh, then"
+    assert sentence in cli("serve", built[0], check=6).stderr
+    assert sentence in cli("verify", built[0], "--served", check=6).stderr
+
+
+def script(package: Path, tmp_path: Path, *, gpu: str = "9.0") -> subprocess.CompletedProcess[str]:
+    """Run the package's own script on a host with stand-ins for nvidia-smi and docker, which leaves an engine."""
+    tools, planned = tmp_path / "tools", json.loads((package / "engine" / "engine.json").read_text())
+    tools.mkdir(exist_ok=True)
+    checkpoint = json.loads((package / "engine" / "checkpoint" / "config.json").read_text())
+    limits = dict(planned["limits"])
+    plugins = {"tokens_per_block": limits.pop("tokens_per_block"), "use_paged_context_fmha": True}
+    config = {
+        "version": planned["version"],
+        "pretrained_config": checkpoint,
+        "build_config": limits | {"plugin_config": plugins, "speculative_decoding_mode": "NONE"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    part = "$(printf '%s\\n' \"$@\" | sed -n 's|^\\(.*\\):/work$|\\1|p')/engine.part"
+    for name, body in {
+        "nvidia-smi": f"printf '%s\\n' {gpu} {gpu}",
+        "docker": f'mkdir -p "{part}"; cp {tmp_path}/config.json "{part}/"; '
+        f'touch "{part}/rank0.engine" "{part}/rank1.engine"; touch "{part}/../timing.cache"',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / name).chmod(0o755)
+    environment = {"PATH": f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin"}
+    command = [str(package / "engine" / "build.sh")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_engine_that_the_script_built(package: Path, tmp_path: Path, cli: Cli, engine_recipe: Path) -> None:
+    done = script(package, tmp_path)
+    assert (done.returncode, done.stdout.strip()) == (0, str(package / "engine" / "built")), done.stderr
+    found = checks(cli, package, 0)
+    assert found["TensorRT engine"]["detail"] == "TensorRT-LLM 1.2.1, 2 ranks, SM90"
+    assert json.loads(cli("inspect", package, "--json").stdout)["built"] is True
+    cli("build", engine_recipe, "-o", package)
+    other = cli("build", engine_recipe, "-o", package, "--set", "runtime.max_batch_size=5", check=2)
+    assert "holds engine/built, which engine/build.sh made, and the package would be replaced by anoth" in other.stderr
+    assert (package / "engine" / "built" / "rank1.engine").is_file()
+    shutil.rmtree(package / "engine" / "built")
+    working = cli("build", engine_recipe, "-o", package, "--set", "runtime.max_batch_size=5", check=2)
+    assert "holds engine/built.work, which engine/build.sh made" in working.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "sentence"),
+    [
+        ("config.json", ("version", "1.1.0"), "config.json: version: is '1.1.0', the plan says '1.2.1'"),
+        ("config.json", ("pretrained_config.mapping.world_size", 4), "mapping.world_size: is 4, the plan says 2"),
+        ("config.json", ("build_config.max_seq_len", 128), "build_config.max_seq_len: is 128, the plan says 256"),
+        ("config.json", ("build_config.max_input_len", 100), "build_config.max_input_len: is 100, the plan says 200"),
+        ("trtbuild.json", ("compute_capability", "8.9"), "compute_capability: is '8.9', the plan says '9.0'"),
+    ],
+)
+def test_an_engine_that_is_another(
+    package: Path, tmp_path: Path, cli: Cli, file: str, changes: tuple[str, Any], sentence: str
+) -> None:
+    assert script(package, tmp_path).returncode == 0
+    change(package / "engine" / "built" / file, changes)
+    problems = checks(cli, package, 5)["TensorRT engine"]["problems"]
+    assert len(problems) == 1
+    assert sentence in problems[0]
+    assert problems[0].endswith("; move engine/built away and run engine/build.sh")
+
+
+def test_an_engine_with_less_than_it_should_have(package: Path, tmp_path: Path, cli: Cli) -> None:
+    assert script(package, tmp_path).returncode == 0
+    directory = package / "engine" / "built"
+    (directory / "rank1.engine").unlink()
+    (directory / "trtbuild.json").unlink()
+    found = checks(cli, package, 5)
+    problems = "\n".join(found["TensorRT engine"]["problems"])
+    assert "trtbuild.json: is missing: nothing says for which GPU the engine was built; move" in problems
+    assert "rank1.engine is missing, and there are 2 ranks; move" in problems
+    assert any("engine/rank1.engine: the file is missing" in one for one in found["model repository"]["problems"])
+    (directory / "config.json").write_text("{")
+    assert "config.json cannot be read" in checks(cli, package, 5)["TensorRT engine"]["problems"][0]
+
+
+def test_a_host_with_another_gpu_builds_nothing(package: Path, tmp_path: Path) -> None:
+    done = script(package, tmp_path, gpu="8.9")
+    assert done.returncode == 6
+    assert "the GPUs here have compute capability 8.9, this engine is for 9.0" in done.stderr
+    assert not (package / "engine" / "built").exists()
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def rename_a_tensor(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"transformer.ln_f.weight", b"transformer.ln_g.weight", 1))
+
+
+@pytest.mark.parametrize(
+    ("edit", "check", "sentence"),
+    [
+        (lambda package: change(package / "engine/checkpoint/config.json", ("mapping.tp_size", 4)),
+         "TensorRT-LLM checkpoint: config", "mapping.tp_size is 4, the plan says 2; build the package again"),
+        (lambda package: change(package / "engine/checkpoint/config.json", ("quantization.quant_algo", None)),
+         "TensorRT-LLM checkpoint: config", "quantization.quant_algo is None, the plan says 'FP8'"),
+        (lambda package: change(package / "engine/engine.json", ("version", "1.1.0")),
+         "engine.json", "version is '1.1.0', the plan says '1.2.1'; build the package again"),
+        (lambda package: (package / "engine/checkpoint/rank1.safetensors").unlink(),
+         "TensorRT-LLM checkpoint: ranks", "rank1.safetensors is missing, and there are 2 ranks"),
+        (lambda package: shutil.copy(package / "engine/config.json", package / "engine/checkpoint/rank2.safetensors"),
+         "TensorRT-LLM checkpoint: ranks", "rank2.safetensors belongs to no rank of 2"),
+        (lambda package: shorten(package / "engine/checkpoint/rank0.safetensors"),
+         "TensorRT-LLM checkpoint: ranks", "rank0.safetensors is truncated"),
+        (lambda package: rename_a_tensor(package / "engine/checkpoint/rank1.safetensors"),
+         "TensorRT-LLM checkpoint: ranks", "ln_f.weight differs between rank0.safetensors and rank1.safetensors"),
+        (lambda package: (package / "engine/added.json").write_text("{}"),
+         "bytes", "engine/added.json was not part of it"),
+    ],
+)  # fmt: skip
+def test_what_was_changed_by_hand(
+    package: Path, cli: Cli, edit: Callable[[Path], None], check: str, sentence: str
+) -> None:
+    edit(package)
+    found = checks(cli, package, 5)
+    assert any(sentence in problem for problem in found[check]["problems"]), found[check]
+    assert found["bytes"]["problems"], "the bytes are others"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"runtime": "trtllm-engine"}', '{"runtime": "embedded"}'])
+@pytest.mark.parametrize("file", ["engine/engine.json", "engine/checkpoint/config.json", "plan.lock.json"])
+def test_senseless_files_have_a_sentence(package: Path, cli: Cli, file: str, text: str) -> None:
+    (package / file).write_text(text)
+    found = checks(cli, package, 5)
+    assert sum(bool(check["problems"]) for check in found.values()) >= 2, found
+
+
+def test_a_repository_that_does_not_fit_the_engine(package: Path, tmp_path: Path, cli: Cli) -> None:
+    assert script(package, tmp_path).returncode == 0
+    path = package / "model_repository" / "tensorrt_llm" / "config.pbtxt"
+    path.write_text(path.read_text().replace("max_batch_size: 4", "max_batch_size: 9"))
+    problems = checks(cli, package, 5)["model repository"]["problems"]
+    assert any("max_batch_size is 9, and the engine was built for 4; at most 4" in problem for problem in problems)
+    path = package / "model_repository" / "preprocessing" / "config.pbtxt"
+    path.write_text(path.read_text().replace('string_value: "200"', 'string_value: "220"'))
+    problems = checks(cli, package, 5)["model repository"]["problems"]
+    assert any("max_input_tokens is 220, and the engine was built for max_input_len 200" in one for one in problems)

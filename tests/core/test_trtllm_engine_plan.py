@@ -1,0 +1,253 @@
+"""Plans for TensorRT engines: values, the arguments of trtllm-build with their reasons, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from core.test_model import edit_config
+from trtbuild.checkpoint_files import open_directory
+from trtbuild.compat import facts
+from trtbuild.console import plan_text
+from trtbuild.convert.architectures import ARCHITECTURES
+from trtbuild.errors import CompatibilityError, RecipeError
+from trtbuild.model import read_facts
+from trtbuild.pipeline import prepare
+from trtbuild.plan import Plan, Source
+from trtbuild.planner import make_plan
+from trtbuild.recipe_file import load_recipe
+from trtbuild.toolchain import tool_versions
+from trtbuild.trtllm_build import arguments, choose, spec_from_json
+
+RUNTIME = "runtime: {kind: trtllm-engine}\ntarget: {gpu: H100}\n"
+FP8 = ("compress.format=fp8", "compress.kv_cache=fp8")
+
+
+def plan_for(checkpoint: Path, tmp_path: Path, *overrides: str, runtime: str = RUNTIME) -> Plan:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"schema_version: 1\nmodel: {{path: {checkpoint}}}\n{runtime}")
+    loaded = load_recipe(recipe, overrides)
+    return make_plan(loaded, read_facts(open_directory(checkpoint)), Source(str(checkpoint)), tool_versions())
+
+
+def origins(plan: Plan) -> dict[str, str]:
+    return {value.path: value.origin for value in plan.values}
+
+
+def flags(plan: Plan) -> dict[str, str]:
+    return {choice.flag: " ".join(choice.values) for choice in plan.arguments}
+
+
+def test_the_default_plan(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path)
+    assert origins(plan)["runtime.version"] == "default: the newest with a container; container 26.07"
+    assert origins(plan)["target.gpu"] == "recipe; SM90"
+    assert (plan.value("serving.layout"), plan.value("deploy.files")) == ("ensemble", ("launch",))
+    assert plan.step("evaluate").parameters["device"] == "auto"
+    assert plan.estimates["kv_bytes_per_token"] == 2 * plan.facts.kv_elements_per_token
+    engine = plan.step("engine").parameters
+    assert (engine["version"], engine["container"], engine["world_size"]) == ("1.2.1", "26.07", 1)
+    assert flags(plan) == {
+        "max_batch_size": "8", "max_seq_len": "512", "max_input_len": "511", "max_num_tokens": "4096",
+        "max_beam_width": "1", "kv_cache_type": "paged", "tokens_per_block": "32", "use_paged_context_fmha": "enable",
+        "use_fp8_context_fmha": "disable", "gemm_plugin": "auto", "input_timing_cache": "/work/timing.cache",
+        "output_timing_cache": "/work/timing.cache", "workers": "1", "monitor_memory": "",
+    }  # fmt: skip
+    assert any("not proven identical to 1.2.1" in warning for warning in plan.warnings)
+
+
+def test_everything_that_decides_the_engine_arrives(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(
+        tiny_llama, tmp_path, *FP8, "runtime.tensor_parallel_size=2", "runtime.max_batch_size=5",
+        "runtime.max_num_tokens=300", "runtime.max_seq_len=200", "serving.max_input_tokens=100",
+        "runtime.kv_cache.tokens_per_block=64", "compress.sparsity='2:4'", "target.gpu='L40S'",
+        "runtime.extra={multiple_profiles: enable, gather_generation_logits: true, opt_num_tokens: 64}",
+    )  # fmt: skip
+    wanted = {
+        "max_batch_size": "5", "max_seq_len": "200", "max_input_len": "100", "max_num_tokens": "300",
+        "tokens_per_block": "64", "use_fp8_context_fmha": "enable", "gemm_plugin": "disable", "weight_sparsity": "",
+        "reduce_fusion": "enable", "multiple_profiles": "enable", "gather_generation_logits": "",
+        "opt_num_tokens": "64",
+        "workers": "2",
+    }  # fmt: skip
+    assert wanted.items() <= flags(plan).items()
+    engine = json.loads(json.dumps(dict(plan.step("engine").parameters)))
+    spec = spec_from_json(engine["spec"])
+    assert (spec.gpu, spec.kv_cache, spec.world_size, spec.sparse) == (89, "FP8", 2, True)
+    assert engine["arguments"] == list(arguments(choose(spec), "CHECKPOINT", "ENGINE"))
+    assert engine["world_size"] == plan.value("target.count") == 2
+
+
+def test_extra_takes_the_place_of_a_choice(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "runtime.extra={gemm_plugin: bfloat16}")
+    rows = [choice for choice in plan.arguments if choice.flag == "gemm_plugin"]
+    assert [(row.values, row.reason) for row in rows] == [(("bfloat16",), "runtime.extra")]
+
+
+def test_every_row_is_shown_with_its_reason(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "runtime.extra={multiple_profiles: enable}")
+    text, document = plan_text(plan), plan.to_json()
+    for choice in plan.arguments:
+        assert any(line.split()[:1] == [f"--{choice.flag}"] and choice.reason in line for line in text.splitlines())
+        assert choice.reason
+    assert [row["flag"] for row in document["arguments"]] == [choice.flag for choice in plan.arguments]
+    table = {row.what: [str(cell) for cell in row.cells] for row in plan.comparison.rows}  # type: ignore[union-attr]
+    assert plan.comparison is not None
+    assert plan.comparison.columns[:2] == ("1.2.1 engine", "1.2.1 LLM API")
+    assert table["runtime.extra.multiple_profiles"] == ["available", *2 * ["not available: a flag of trtllm-build"]]
+
+
+def test_what_the_server_reads(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(
+        tiny_llama, tmp_path, "runtime.kv_cache.host_cache_size=1024",
+        "runtime.kv_cache.max_attention_window=[64, 512]",
+        "runtime.cuda_graph_config.enabled=true", "runtime.capacity_scheduler_policy=MAX_UTILIZATION",
+    )  # fmt: skip
+    engine = plan.step("repository").parameters["engine"]
+    assert engine["gpt_model_path"] == "/package/engine/built"
+    assert engine["runtime"]["capacity_scheduler_policy"] == "MAX_UTILIZATION"
+    assert engine["more"] == {
+        "kv_cache_host_memory_bytes": 1024, "max_attention_window_size": [64, 512], "cuda_graph_mode": True,
+    }  # fmt: skip
+
+
+def test_attention_windows(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
+    edit_config(checkpoint, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=64)
+    assert plan_for(checkpoint, tmp_path).value("runtime.kv_cache.max_attention_window") == (64,)
+    edit_config(checkpoint, architectures=["Qwen2ForCausalLM"], model_type="qwen2")
+    sentence = "the model has an attention window of 64 tokens, which the server must be told"
+    assert any(sentence in warning for warning in plan_for(checkpoint, tmp_path).warnings)
+    short = plan_for(checkpoint, tmp_path, "runtime.max_seq_len=64")
+    assert not any(sentence in warning for warning in short.warnings)
+
+
+def test_the_table_of_architectures_is_the_conversions() -> None:
+    table = facts("architectures")["engine"]
+    assert table["converted"] == {name: row.model_type for name, row in ARCHITECTURES.items()}
+    assert set(table["one_stage"]) == {name for name, row in ARCHITECTURES.items() if not row.pipeline}
+    assert set(table["converted"]) <= set(table["classes"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["runtime.version=1.3.0rc22"], "TensorRT-LLM 1.3.0rc22 builds no engines, the last that did is 1.3.0rc20; us"),
+        (["runtime.version=0.21.0"], "runtime.version: the flags of trtllm-build 0.21.0 are not known; known are 1.2"),
+        (["runtime.version=1.3.0rc5"], "runtime.version: the flags of trtllm-build 1.3.0rc5 are not known"),
+        (
+            ["runtime.version=1.2.9", "runtime.allow_unknown_version=true"],
+            "no Triton container has TensorRT-LLM 1.2.9, and engines are built and served in one; use 1.2.1",
+        ),
+        (["serving.layout=llm"], "serving.layout: llm: TensorRT engines are served by the five models of layout ensem"),
+        (["deploy.files=[compose, launch]"], "deploy.files: compose: this version of trtbuild writes a launch script"),
+        (["model.adapters=[a]"], "model.adapters: this version of trtbuild packages no adapters for engines"),
+        (["runtime.device=cpu"], "runtime.device: cpu: only the embedded runtime has it; use auto"),
+        (["compress.max_memory=8GiB"], "compress.max_memory: 8GiB: this version of trtbuild holds the model in memory"),
+        (["runtime.attn_backend=FLASHINFER"], "runtime.attn_backend: TensorRT engines have no counterpart of it; remo"),
+        (["runtime.enable_attention_dp=true"], "runtime.enable_attention_dp: TensorRT engines have no counterpart"),
+        (["runtime.context_parallel_size=2"], "the conversion divides models over tensor and pipeline ranks only"),
+        (["runtime.guided_decoding_backend=xgrammar"], "the C++ backend wants a file on the tokenizer that trtbuild"),
+        (["target.gpu=H1000"], "target.gpu: 'H1000' is no known GPU; did you mean H100"),
+        (["target.gpu=A100", "compress.format=fp8"], "compress.format: fp8 does not run on A100 (SM80): TensorRT-LLM"),
+        (["target.gpu=A100", "compress.kv_cache=fp8"], "an FP8 KV cache needs compute capability 8.9, the target has"),
+        (["target.count=1", "runtime.tensor_parallel_size=2"], "target.count: 1 GPUs, but tensor x pipeline x context"),
+        (["runtime.tensor_parallel_size=3"], "3 does not divide the model's 4 attention heads; use one of 1, 2, 4"),
+        (
+            ["runtime.tensor_parallel_size=4", "compress.format=int4_awq", "compress.group_size=64"],
+            "each of 4 ranks gets 16 attention output inputs, no whole number of groups of 64",
+        ),
+        (["compress.format=int4_awq", "compress.group_size=32"], "TensorRT-LLM's INT4 kernels take groups of 64 or 12"),
+        (["runtime.pipeline_parallel_size=9"], "9 is more than the model's 3 layers; use at most 3"),
+        (["runtime.pipeline_parallel_size=2"], "2 does not divide the model's 3 layers; use one of 1, 3"),
+        (["speculative.method=ngram"], "speculative.method: ngram: trtllm-build has no such mode; use none, or runtim"),
+        (["speculative.method=medusa"], "medusa: this version of trtbuild cannot build an engine with drafts (trtllm-"),
+        (
+            ["speculative.method=medusa", "runtime.pipeline_parallel_size=3"],
+            "speculative decoding does not run with pipeline_parallel_size 3; use tensor_parallel_size instead",
+        ),
+        (
+            ["runtime.pipeline_parallel_size=3", "compress.format=fp8", "compress.exclude=['*.1.mlp.*']"],
+            "compress.exclude: leaves out other layers in some of 3 pipeline stages, which TensorRT-LLM cannot be told",
+        ),
+        (["speculative.draft=x"], "speculative.draft: x: of no use without a speculative.method; remove it"),
+        (
+            ["compress.format=fp8", "compress.exclude=['*.1.self_attn.q_proj']"],
+            "names model.layers.1.self_attn.q_proj, but not model.layers.1.self_attn.k_proj",
+        ),
+    ],
+)
+def test_what_engines_do_not_do(tiny_llama: Path, tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(CompatibilityError) as caught:
+        plan_for(tiny_llama, tmp_path, *overrides)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["target.gpu=null"], "target.gpu: is missing, and an engine is built for one GPU architecture; name the GPU"),
+        (["runtime.extra.gemm_plugins=auto"], "is no flag of trtllm-build 1.2; did you mean gemm_plugin?"),
+        (["runtime.extra.kv_cache_config={}"], "runtime.extra.kv_cache_config: is no flag of trtllm-build 1.2"),
+        (
+            ["runtime.extra.gemm_plugin=int4"],
+            "runtime.extra.gemm_plugin: 'int4' is not allowed by trtllm-build 1.2; wr",
+        ),
+        (["runtime.extra.use_fused_mlp=true"], "True is not allowed by trtllm-build 1.2; write one of enable, disable"),
+        (
+            ["runtime.extra.gather_context_logits=1"],
+            "1 is not allowed by trtllm-build 1.2; write true, or leave it out",
+        ),
+        (["runtime.extra.opt_num_tokens=0"], "0 is not allowed by trtllm-build 1.2; write a whole number above 0"),
+        (["runtime.extra.log_level=3"], "3 is not allowed by trtllm-build 1.2; write a word"),
+        (["runtime.extra.max_seq_len=64"], "runtime.extra.max_seq_len: the recipe says it in runtime.max_seq_len; set"),
+        (["runtime.extra.max_beam_width=4"], "the package's models answer with one beam; remove it"),
+        (["runtime.extra.context_fmha=disable"], "in-flight batching needs it as it is; remove it"),
+        (["runtime.extra.workers=1"], "runtime.extra.workers: the parallel sizes say it; remove it"),
+        (["runtime.extra.max_draft_len=5"], "runtime.extra.max_draft_len: speculative.method says it; set it there"),
+        (["runtime.extra.use_fp8_context_fmha=enable"], "takes effect only with FP8 weights and an FP8 KV cache"),
+        (
+            ["runtime.extra.gemm_plugin=auto", "compress.sparsity='2:4'"],
+            "auto: the plugin would bypass the kernels that use 2:4 weights",
+        ),
+    ],
+)
+def test_mistakes(tiny_llama: Path, tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan_for(tiny_llama, tmp_path, *overrides)
+    assert sentence in str(caught.value)
+
+
+def test_stages_may_leave_out_the_same_layers(tiny_llama: Path, tmp_path: Path) -> None:
+    plan_for(
+        tiny_llama, tmp_path, "runtime.pipeline_parallel_size=3", "compress.format=fp8", "compress.exclude=['*.mlp.*']"
+    )
+
+
+def test_what_the_conversion_would_refuse_is_refused_before_anything_is_compressed(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"schema_version: 1\nmodel: {{path: {checkpoint}}}\n{RUNTIME}")
+    assert prepare(recipe).plan.value("runtime.kind") == "trtllm-engine"
+    edit_config(checkpoint, rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0})
+    with pytest.raises(CompatibilityError, match="yarn"):
+        prepare(recipe)
+    assert prepare(recipe, ["runtime.kind=trtllm"]).plan.value("runtime.kind") == "trtllm"
+
+
+def test_architectures(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
+    edit_config(checkpoint, architectures=["GemmaForCausalLM"], model_type="gemma")
+    with pytest.raises(CompatibilityError, match=r"GemmaForCausalLM \(gemma\) has no conversion here; convertible are"):
+        plan_for(checkpoint, tmp_path)
+    edit_config(checkpoint, architectures=["GPT2LMHeadModel"], model_type="gpt2")
+    with pytest.raises(CompatibilityError, match="GPT2LMHeadModel is not among the classes that TensorRT-LLM lists"):
+        plan_for(checkpoint, tmp_path)
+    edit_config(checkpoint, architectures=["Phi3ForCausalLM"], model_type="phi3")
+    with pytest.raises(CompatibilityError, match="3: TensorRT-LLM cannot split Phi3ForCausalLM over pipeline stages"):
+        plan_for(checkpoint, tmp_path, "runtime.pipeline_parallel_size=3")
