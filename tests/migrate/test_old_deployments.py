@@ -133,6 +133,15 @@ def test_an_embedded_recipe_keeps_the_five_models(tmp_path: Path, tiny_llama: Pa
     assert plan_of(done, tmp_path / "recipe.yaml").value("serving.layout") == "ensemble"
 
 
+def test_an_engine_recipe_fits_too(tmp_path: Path, tiny_llama: Path) -> None:
+    repository = write_repository(tmp_path / "repository", "1.2")
+    done = migrate(str(repository), "trtllm-engine", model=str(tiny_llama), gpu="H100")
+    assert "makes no engine with it" in row_of(done, "decoding_mode").note
+    assert "onboard_blocks" not in str(done.document)
+    plan = plan_of(done, tmp_path / "recipe.yaml")
+    assert plan.value("runtime.kv_cache.max_attention_window") == (4096, 1024)
+
+
 def test_an_argument_that_the_newest_version_removed(tmp_path: Path) -> None:
     repository = write_repository(tmp_path / "repository", "1.0")
     done = migrate(str(repository), version="1.4.0rc1")

@@ -10,7 +10,7 @@ import pytest
 
 from core.test_trtllm_plan import EVERYTHING
 from migrate.test_old_deployments import at
-from trtbuild.adapters import trtllm
+from trtbuild.adapters import trtllm, trtllm_engine
 from trtbuild.adapters.triton import RepositorySpec, render_repository
 from trtbuild.adapters.triton_parameters import EngineParameters, from_runtime
 from trtbuild.checkpoint_files import open_directory
@@ -121,6 +121,53 @@ def test_trtllm_in_the_stock_form(tiny_llama: Path, tmp_path: Path) -> None:
     repository = written(plan, tmp_path, model_py="upstream", llm_args=arguments)
     done = migrate(str(repository), model=str(tiny_llama))
     assert_back(values, done, tiny_llama, tmp_path)
+
+
+ENGINE = {
+    "runtime.tensor_parallel_size": 2,
+    "runtime.max_batch_size": 5,
+    "runtime.max_num_tokens": 300,
+    "runtime.max_seq_len": 200,
+    "runtime.enable_chunked_prefill": False,
+    "runtime.capacity_scheduler_policy": "MAX_UTILIZATION",
+    "runtime.kv_cache.free_gpu_memory_fraction": 0.5,
+    "runtime.kv_cache.max_tokens": 4096,
+    "runtime.kv_cache.enable_block_reuse": False,
+    "runtime.kv_cache.tokens_per_block": 64,
+    "runtime.kv_cache.host_cache_size": 1 << 30,
+    "runtime.kv_cache.max_attention_window": [128, 512],
+    "runtime.cuda_graph_config.enabled": True,
+    "runtime.extra.gemm_plugin": "bfloat16",
+    "serving.max_input_tokens": 100,
+    "serving.max_output_tokens": 90,
+    "serving.default_max_tokens": 33,
+    "serving.streaming": False,
+    "serving.layout": "ensemble",
+    "compress.format": "fp8",
+    "compress.kv_cache": "fp8",
+    "target.gpu": "H100",
+}
+
+
+def test_tensorrt_engines(tiny_llama: Path, tmp_path: Path) -> None:
+    """The five models of a plan for engines, and the engine directory: together they say the whole recipe."""
+    plan = planned("trtllm-engine", ENGINE, tiny_llama, tmp_path)
+    parameters = json.loads(json.dumps(dict(plan.step("repository").parameters)))
+    described = parameters["engine"]
+    more = {name: tuple(value) if isinstance(value, list) else value for name, value in described["more"].items()}
+    write_atomic(
+        tmp_path / "engine.json",
+        canonical_json(trtllm_engine.engine_json(json.loads(json.dumps(dict(plan.step("engine").parameters))))),
+    )
+    engine = from_runtime(described["runtime"], str(tmp_path), **more)
+    render_repository(RepositorySpec(**parameters | {"engine": engine}), tmp_path / "model_repository")
+    done = migrate(str(tmp_path / "model_repository"), "trtllm-engine", model=str(tiny_llama), gpu="H100")
+    for path, value in ENGINE.items():
+        assert at(done.document, path) == value, path
+    assert [row for row in done.rows if row.is_loss] == []
+    write_recipe(done, tmp_path / "recipe.yaml")
+    again = prepare(tmp_path / "recipe.yaml").plan.step("engine").parameters
+    assert json.loads(json.dumps(again["spec"])) == json.loads(json.dumps(plan.step("engine").parameters["spec"]))
 
 
 def test_the_engine_form_of_the_five_models(tiny_llama: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ class Fate:
     drop: str | None = None
     harmless: tuple[str, ...] = ()
     values: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    engine: tuple[str, ...] = ()
     flag: str | None = None
 
 
@@ -40,7 +41,7 @@ def table() -> Mapping[str, Any]:
 def fate_of(setting: Setting) -> Fate | None:
     """What becomes of a setting, or None for a name that nobody knows."""
     names = {
-        "own": lambda: _row("own", setting.name) or _row("triton", setting.name),
+        "own": lambda: _own(setting.name),
         "triton": lambda: _row("triton", setting.name),
         "build": lambda: _build(setting.name),
         "checkpoint": lambda: _row("checkpoint", setting.name) or _rest(setting.name),
@@ -56,6 +57,15 @@ def _row(section: str, name: str) -> Fate | None:
         return None
     given: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in row.items()}
     return Fate(**given)
+
+
+def _own(name: str) -> Fate | None:
+    """What trtbuild's own files hold: a name of theirs, or one that they share with TensorRT-LLM's."""
+    if name.startswith("limits."):
+        return Fate(moot="follows from the engine's other settings")
+    if name.startswith("spec.extra."):
+        return _build(name.removeprefix("spec.extra."))
+    return _row("own", name) or _row("triton", name)
 
 
 def _build(name: str) -> Fate | None:

@@ -45,14 +45,14 @@ class Target:
         """The runtime, as a sentence calls it."""
         return self.kind if self.release is None else f"{self.kind} {self.release.version}"
 
-    def takes_flag(self, name: str, value: Any) -> bool:
-        """Whether a flag of ``trtllm-build`` belongs into ``runtime.extra``: free to choose, not at its default."""
+    def flag_value(self, name: str, value: Any) -> str | None:
+        """What a plugin of ``trtllm-build`` says in ``runtime.extra``; None where it is not free or the default."""
         if self.kind != "trtllm-engine" or self.release is None or name not in table()["targets"]["flags"]:
-            return False
+            return None
         line = release_line(self.release.version)
         said = {"true": "enable", "false": "disable", "none": "disable"}.get(text(value).lower(), text(value))
         problems = extra_problems({name: said}, line, sparse=False, fp8_attention=True)
-        return not problems and said != line["plugin"][name]["default"]
+        return None if problems or said == line["plugin"][name]["default"] else said
 
     def refuses(self, field: str, value: Any) -> str | None:
         """Why the new runtime does not take a field with this value, or None where it does."""

@@ -23,6 +23,9 @@ _LIMITS = (
     *("runtime.max_batch_size", "runtime.max_seq_len", "runtime.max_num_tokens"),
     *("serving.max_input_tokens", "serving.max_output_tokens"),
 )
+_ENGINE = "trtllm-engine"
+# What the table says for other runtimes, and what holds for engines.
+_ENGINES = ("only TensorRT engines have it", "this version of trtbuild makes no engine with it")
 _NOT_LOST = "nothing is lost: "
 
 
@@ -88,6 +91,8 @@ def translate(legacy: Legacy, target: Target, places: Places) -> Draft:
     for setting in legacy.settings:
         draft.rows.append(_row(setting, draft, owners))
     draft.rows = draft.extras.settle(draft.rows, target)
+    if target.kind == _ENGINE:
+        draft.rows = [replace(row, note=row.note.replace(*_ENGINES)) for row in draft.rows]
     return draft
 
 
@@ -97,17 +102,18 @@ def _row(setting: Setting, draft: Draft, owners: Mapping[str, tuple[Any, Setting
         return _drop(setting, "no table of trtbuild has this name", kind="not recognized")
     if fate.via == PLACE:
         return _place(setting, fate, draft)
-    if fate.flag is not None and draft.target.takes_flag(fate.flag, setting.value):
-        return draft.extras.offer(setting, fate.flag, setting.value, _as_row)
-    note = _foregone(fate, text(setting.value))
+    chosen = draft.target.flag_value(fate.flag, setting.value) if fate.flag is not None else None
+    if chosen is not None:
+        return draft.extras.offer(setting, fate.flag or "", chosen, _as_row)
+    note = _foregone(fate, text(setting.value), draft.target)
     return _drop(setting, note) if note else _valued(setting, fate, draft, owners)
 
 
-def _foregone(fate: Fate, old: str) -> str | None:
+def _foregone(fate: Fate, old: str, target: Target) -> str | None:
     """Why nothing comes of a setting with this value, whatever the new runtime."""
     if fate.moot is not None:
         return _NOT_LOST + fate.moot
-    if old.lower() in (value.lower() for value in fate.harmless):
+    if old.lower() in (value.lower() for value in (*fate.harmless, *(fate.engine if target.kind == _ENGINE else ()))):
         return f"{_NOT_LOST}{old} is the default"
     return fate.values.get(old)
 
