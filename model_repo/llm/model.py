@@ -21,7 +21,7 @@ from .contract import Generate, Limits, max_tokens, parse
 from .sender import Sender, send_error
 from .stream import Stream
 from .text import Codec
-from .wire import BadRequestError, flag
+from .wire import BadRequestError, flag, refuse_misnamed
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class TritonPythonModel:
 
     def _accept(self, request: Any, sender: Any) -> None:
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        refuse_misnamed(request.parameters())
         request_id = request.request_id()
         if flag(inputs, "stop"):
             if not request_id:

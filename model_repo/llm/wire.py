@@ -6,6 +6,7 @@ messages, token ids, more sampling parameters, log-probabilities).
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -113,6 +114,23 @@ def whole(inputs: Inputs, name: str) -> int | None:
     """
     value = _one(inputs, name)
     return None if value is None else int(value)
+
+
+def refuse_misnamed(parameters: str) -> None:
+    """Refuse what was meant as an input: Triton's HTTP `generate` makes parameters of names that it does not know.
+
+    Args:
+        parameters: the request's parameters as JSON, as Triton's python backend gives them.
+
+    Raises:
+        BadRequestError: one is spelled like an input, or like one without its prefix; a gateway's own are left alone.
+    """
+    known = {name.removeprefix(PREFIX): name for name in INPUTS}
+    for name in json.loads(parameters or "{}"):
+        meant = difflib.get_close_matches(name.removeprefix(PREFIX), known, n=1, cutoff=0.8)
+        if meant or name.startswith(PREFIX):
+            hint = f"did you mean {known[meant[0]]}?" if meant else "see the model's metadata for those it has"
+            raise BadRequestError(f"{name}: this model has no such input; {hint}")
 
 
 def tensors(

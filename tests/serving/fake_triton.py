@@ -64,8 +64,11 @@ class Sender:
 
 
 class Request:
-    def __init__(self, inputs: dict[str, Any], *, outputs: list[str], request_id: str = "") -> None:
+    def __init__(
+        self, inputs: dict[str, Any], *, outputs: list[str], request_id: str = "", parameters: str = "{}"
+    ) -> None:
         self.sender = Sender()
+        self._parameters = parameters
         self._inputs = [Tensor(name, np.asarray(value)) for name, value in inputs.items()]
         self._outputs, self._id = outputs, request_id
 
@@ -74,6 +77,9 @@ class Request:
 
     def request_id(self) -> str:
         return self._id
+
+    def parameters(self) -> str:
+        return self._parameters
 
     def requested_output_names(self) -> list[str]:
         return self._outputs

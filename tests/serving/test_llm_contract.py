@@ -10,7 +10,7 @@ import pytest
 from llm_helpers import arrays
 from model_repo.llm.backend_embedded import EmbeddedBackend
 from model_repo.llm.contract import Generate, Guide, Limits, Lora, Sampling, max_tokens, parse
-from model_repo.llm.wire import OUTPUTS, BadRequestError, logprob_json, tensors
+from model_repo.llm.wire import OUTPUTS, BadRequestError, logprob_json, refuse_misnamed, tensors
 
 LIMITS = Limits(max_seq_len=100, max_input_tokens=60, max_output_tokens=80, default_max_tokens=16, streaming=True)
 
@@ -187,3 +187,23 @@ def test_logprobs_are_json_even_when_infinite() -> None:
     entry = json.loads(logprob_json(7, float("-inf"), 3, [(8, -0.5), (9, float("-inf"))]))
     top = [{"token_id": 8, "logprob": -0.5}, {"token_id": 9, "logprob": None}]
     assert entry == {"token_id": 7, "logprob": None, "rank": 3, "top": top}
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"sampling_param_temprature": 1}, "this model has no such input; did you mean sampling_param_temperature?"),
+        ({"max_tokens": 5}, "max_tokens: this model has no such input; did you mean sampling_param_max_tokens?"),
+        ({"text_inputs": "x"}, "text_inputs: this model has no such input; did you mean text_input?"),
+        ({"sampling_param_quux": 1}, "sampling_param_quux: this model has no such input; see the model's metadata"),
+    ],
+)  # fmt: skip
+def test_misspelled_inputs_are_refused(given: dict[str, object], sentence: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        refuse_misnamed(json.dumps(given))
+    assert sentence in str(caught.value)
+
+
+def test_other_parameters_of_a_request_are_left_alone() -> None:
+    refuse_misnamed("")
+    refuse_misnamed('{"id": "7", "traceparent": "00-1", "priority": 1, "binary_data_output": false}')

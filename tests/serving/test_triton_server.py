@@ -188,6 +188,12 @@ def test_malformed_requests_harm_nobody(server: TritonServer, post: Any, body: b
     assert ask(server.http_url, "hello", streaming=False, max_tokens=2).num_output_tokens == 2
 
 
+def test_a_misspelled_input_is_refused_instead_of_ignored(server: TritonServer, post: Any) -> None:
+    status, answer = post({"text_input": "a", "sampling_param_temprature": 1})
+    assert status == 400
+    assert "did you mean sampling_param_temperature?" in answer["error"]
+
+
 def test_large_bodies(server: TritonServer, post: Any) -> None:
     status, answer = post({"text_input": "é" * 4_000_000})
     assert (status, "characters are more than" in answer["error"]) == (400, True)
