@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import re
 import tomllib
 from pathlib import Path
+
+import pytest
 
 from trtbuild.compat import compat
 from trtbuild.doctor import REQUIRED
@@ -168,6 +171,14 @@ def test_files_are_short() -> None:
         if (count := len(path.read_text(encoding="utf-8").splitlines())) > 320
     }
     assert long == {}
+
+
+def test_pytest_looks_into_every_folder_of_tests(pytestconfig: pytest.Config) -> None:
+    """It passes folders of some names by, `build` for one, without a word."""
+    names = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}
+    assert "package" in names
+    passed_by = [name for name in names for each in pytestconfig.getini("norecursedirs") if fnmatch.fnmatch(name, each)]
+    assert passed_by == []
 
 
 def test_compatibility_table_has_sources_and_dates() -> None:
