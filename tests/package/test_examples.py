@@ -52,7 +52,7 @@ def test_each_example_builds_and_serves(recipe: Path, tmp_path_factory: pytest.T
     with TritonServer.start(out / "model_repository", log=home / f"{recipe.stem}.log") as server:
         answer = ask(server.grpc_url, messages, max_tokens=16)
     assert answer.num_output_tokens >= 1
-    if recipe.stem != "smollm2-2to4-fp8":  # pruned without fine-tuning, it speaks no sense
+    if recipe.stem in ("smollm2-bf16", "smollm2-fp8"):  # in four bits, or pruned, a model this small forgets it
         assert "Paris" in answer.text
 
 
