@@ -281,8 +281,8 @@ def _feature_rows(spec: EngineSpec) -> list[Choice]:
 
 def _build_rows(spec: EngineSpec) -> list[Choice]:
     return [
-        Choice("input_timing_cache", ("/work/timing.cache",), "kernels measured before are not measured again"),
-        Choice("output_timing_cache", ("/work/timing.cache",), "for the next build on this kind of GPU"),
+        Choice("input_timing_cache", ("/build/timing.cache",), "kernels measured before are not measured again"),
+        Choice("output_timing_cache", ("/build/timing.cache",), "for the next build on this kind of GPU"),
         Choice("workers", (str(spec.world_size),), "ranks are built at once, one a GPU"),
         Choice("monitor_memory", (), "the log says how much memory the build took"),
     ]

@@ -53,8 +53,8 @@ def test_the_default_plan(tiny_llama: Path, tmp_path: Path) -> None:
     assert flags(plan) == {
         "max_batch_size": "8", "max_seq_len": "512", "max_input_len": "511", "max_num_tokens": "4096",
         "max_beam_width": "1", "kv_cache_type": "paged", "tokens_per_block": "32", "use_paged_context_fmha": "enable",
-        "use_fp8_context_fmha": "disable", "gemm_plugin": "auto", "input_timing_cache": "/work/timing.cache",
-        "output_timing_cache": "/work/timing.cache", "workers": "1", "monitor_memory": "",
+        "use_fp8_context_fmha": "disable", "gemm_plugin": "auto", "input_timing_cache": "/build/timing.cache",
+        "output_timing_cache": "/build/timing.cache", "workers": "1", "monitor_memory": "",
     }  # fmt: skip
     assert any("not proven identical to 1.2.1" in warning for warning in plan.warnings)
 

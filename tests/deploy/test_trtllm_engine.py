@@ -44,7 +44,7 @@ def test_the_whole_argument_list_of_fp8_llama_on_two_gpus() -> None:
         "--max_beam_width", "1", "--kv_cache_type", "paged", "--tokens_per_block", "32",
         "--use_paged_context_fmha", "enable", "--use_fp8_context_fmha", "enable", "--gemm_plugin", "disable",
         "--reduce_fusion", "enable", "--user_buffer", "enable",
-        "--input_timing_cache", "/work/timing.cache", "--output_timing_cache", "/work/timing.cache",
+        "--input_timing_cache", "/build/timing.cache", "--output_timing_cache", "/build/timing.cache",
         "--workers", "2", "--monitor_memory",
     )  # fmt: skip
     assert all(choice.reason for choice in choose(SPEC))
@@ -170,7 +170,7 @@ class Host:
         script.chmod(0o755)
 
     def _container(self) -> str:
-        made = "$(printf '%s\\n' \"$@\" | sed -n 's|^\\(.*\\):/work$|\\1|p')/engine.part"
+        made = "$(printf '%s\\n' \"$@\" | sed -n 's|^\\(.*\\):/build$|\\1|p')/engine.part"
         return (
             f'printf "%s\\n" "$0" "$@" >>{self.log}\n'
             f'case "$1" in import) touch "$3"; exit 0;; esac\n'
@@ -195,7 +195,7 @@ def test_the_script_builds_once(tmp_path: Path) -> None:
     called = host.log.read_text().splitlines()
     assert called[called.index("trtllm-build") - 1] == IMAGE
     assert tuple(called[called.index("trtllm-build") + 1 :]) == arguments(
-        choose(SPEC), "/checkpoint", "/work/engine.part"
+        choose(SPEC), "/checkpoint", "/build/engine.part"
     )
     assert f"{host.path}/check point:/checkpoint:ro" in called
     record = json.loads((host.path / "engine" / RECORD).read_text())

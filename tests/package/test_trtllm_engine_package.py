@@ -120,7 +120,7 @@ def script(package: Path, tmp_path: Path, *, gpu: str = "9.0") -> subprocess.Com
         "build_config": limits | {"plugin_config": plugins, "speculative_decoding_mode": "NONE"},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    part = "$(printf '%s\\n' \"$@\" | sed -n 's|^\\(.*\\):/work$|\\1|p')/engine.part"
+    part = "$(printf '%s\\n' \"$@\" | sed -n 's|^\\(.*\\):/build$|\\1|p')/engine.part"
     for name, body in {
         "nvidia-smi": f"printf '%s\\n' {gpu} {gpu}",
         "docker": f'mkdir -p "{part}"; cp {tmp_path}/config.json "{part}/"; '

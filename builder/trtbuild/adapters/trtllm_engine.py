@@ -61,7 +61,7 @@ def build_script(spec: EngineSpec, *, image: str, name: str) -> str:
     timing cache beside the engine, and renames a finished engine into place, so that a second run after a kill starts
     the build anew and a run after success does nothing.
     """
-    command = ("trtllm-build", *arguments(choose(spec), "/checkpoint", "/work/engine.part"))
+    command = ("trtllm-build", *arguments(choose(spec), "/checkpoint", "/build/engine.part"))
     context = {
         "image": image, "name": name, "command": list(command), "gpu": f"{spec.gpu // 10}.{spec.gpu % 10}",
         "version": spec.version, "world_size": spec.world_size, "record": RECORD, "built": BUILT,
