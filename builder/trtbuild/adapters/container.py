@@ -19,9 +19,6 @@ from trtbuild import __version__
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.render import render
 
-# Bump when the same DeploySpec would give other bytes without a change in templates/deploy (those are digested).
-REVISION = 1
-
 # Ports inside the container: Triton's own defaults, which docker/serve.Dockerfile exposes and checks.
 HTTP_PORT, GRPC_PORT, METRICS_PORT = 8000, 8001, 8002
 

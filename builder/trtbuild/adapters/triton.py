@@ -16,10 +16,8 @@ from trtbuild.adapters import (
 from trtbuild.adapters.triton_spec import RepositorySpec
 from trtbuild.errors import Problem, RecipeError
 
-__all__ = ["REVISION", "RepositorySpec", "check_repository", "render_repository"]
+__all__ = ["RepositorySpec", "check_repository", "render_repository"]
 
-# Part of the repository step's key: raise it when the bytes that these modules write change.
-REVISION = 3
 # A file in the place of the directory for byte code, where Python would leave some and take some for the source.
 # Triton's python stub isolates its Python from the environment: PYTHONDONTWRITEBYTECODE does not reach it.
 _NO_BYTE_CODE = "__pycache__"
