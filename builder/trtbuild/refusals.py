@@ -38,9 +38,17 @@ def recipe_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     """Every demand of the recipe that its runtime cannot meet, with the value to use instead."""
     recipe = settings.recipe
     if recipe.runtime.kind == "trtllm":
-        return trtllm_refusals(settings, facts)
-    others = engine_refusals(settings, facts) if recipe.runtime.kind == "trtllm-engine" else _embedded(recipe)
-    return [*others, *_llm_api_only(recipe)]
+        return [*trtllm_refusals(settings, facts), *_engines_only(recipe)]
+    if recipe.runtime.kind == "trtllm-engine":
+        return [*engine_refusals(settings, facts), *_llm_api_only(recipe)]
+    return [*_embedded(recipe), *_llm_api_only(recipe), *_engines_only(recipe)]
+
+
+def _engines_only(recipe: Recipe) -> list[Problem]:
+    value = recipe.runtime.build_in
+    if value == "auto":
+        return []
+    return [Problem("runtime.build_in", f"{value}: only runtime.kind trtllm-engine builds engines", "remove it")]
 
 
 def _llm_api_only(recipe: Recipe) -> list[Problem]:

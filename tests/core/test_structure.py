@@ -63,6 +63,7 @@ LAYERS = [
         "source",
         "steps",
         "package",
+        "engine_build",
         "evidence",
         "pipeline",
         "init_recipe",
