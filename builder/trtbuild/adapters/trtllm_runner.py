@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +27,8 @@ _CHECK_TIMEOUT_S = 120.0  # a daemon that hangs is no runner
 _END_TIMEOUT_S = 60.0  # the script itself gives the container ten seconds
 _SAYS = "build.sh: "
 _RANK_FINISHED = re.compile(r"^trtbuild: rank (\d+) is finished")
+# The first of these is the cause: TensorRT-LLM ends with an assertion that some rank has failed.
+_CAUSE = re.compile(r"^(?:[\w.]+(?:Error|Exception)\b(?::|$)|.*\[TRT\] \[E\] )")
 _SHOWN = 60
 _ERRORS: dict[int, type[TrtbuildError]] = {3: CompatibilityError, 5: ArtifactError, 6: HostError}
 
@@ -96,12 +98,12 @@ def run_script(run: EngineRun, on_progress: OnProgress) -> None:
             preexec_fn=_end_with(os.getpid()),  # noqa: PLW1509
         )
         try:
-            said = _follow(child, log, run, on_progress)
+            heard = _follow(child, log, run, on_progress)
             child.wait()
         finally:
             _end(child)
     if child.returncode != 0:
-        raise _failure(child.returncode, said, run)
+        raise _failure(child.returncode, heard, run)
 
 
 def _bash() -> str:
@@ -123,23 +125,37 @@ def _end_with(parent: int) -> Callable[[], None]:
     return ask
 
 
-def _follow(child: subprocess.Popen[bytes], log: IO[bytes], run: EngineRun, on_progress: OnProgress) -> str:
-    """Copy the output to the log and tell of it, until it ends; returns the script's own last sentence, or ""."""
-    finished: set[int] = set()
-    said = ""
+@dataclass(slots=True)
+class _Heard:
+    """What came out of a build: the ranks that are finished, the script's last sentence, the first error."""
+
+    finished: set[int] = field(default_factory=set)
+    sentence: str = ""
+    cause: str = ""
+
+    def take(self, text: str) -> None:
+        match = _RANK_FINISHED.match(text)
+        if match:
+            self.finished.add(int(match[1]))
+        if text.startswith(_SAYS):
+            self.sentence = text.removeprefix(_SAYS)
+        if not self.cause and _CAUSE.match(text):
+            self.cause = text
+
+
+def _follow(child: subprocess.Popen[bytes], log: IO[bytes], run: EngineRun, on_progress: OnProgress) -> _Heard:
+    """Copy the output to the log and tell of it, until it ends."""
+    heard = _Heard()
     stream: IO[bytes] = child.stdout if child.stdout is not None else open(os.devnull, "rb")  # noqa: PTH123, SIM115
     for line in stream:
         log.write(line)
         log.flush()
-        text = line.decode("utf-8", errors="replace").rsplit("\r", 1)[-1].strip()
-        match = _RANK_FINISHED.match(text)
-        if match:
-            finished.add(int(match[1]))
-        said = text.removeprefix(_SAYS) if text.startswith(_SAYS) else said
+        text = line.decode("utf-8", errors="replace").rstrip().rsplit("\r", 1)[-1].strip()
+        heard.take(text)
         if text:
             shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-            on_progress(len(finished), run.ranks, f"ranks in {run.runner}: {shown}")
-    return said
+            on_progress(len(heard.finished), run.ranks, f"ranks in {run.runner}: {shown}")
+    return heard
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -155,13 +171,15 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.stdout.close()
 
 
-def _failure(code: int, said: str, run: EngineRun) -> TrtbuildError:
+def _failure(code: int, heard: _Heard, run: EngineRun) -> TrtbuildError:
     where = f"the whole log is {run.log}"
     kind = _ERRORS.get(code)
-    if kind is not None and said:
-        return kind(f"the engine was not built: {said}", where)
+    if kind is not None and heard.sentence:
+        return kind(f"the engine was not built: {heard.sentence}", where)
     ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return ToolError(f"{said or f'build.sh in {run.runner} {ended}'}:\n{log_tail(run.log)}", where)
+    sentence = heard.sentence or f"build.sh in {run.runner} {ended}"
+    cause = f" ({heard.cause})" if heard.cause else ""
+    return ToolError(f"{sentence}{cause}:\n{log_tail(run.log)}", where)
 
 
 def _last_word(lines: list[str]) -> str:

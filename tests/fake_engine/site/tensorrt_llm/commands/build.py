@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -55,8 +56,14 @@ def parallel_build(model_config, ckpt_dir, build_config, output_dir, workers=1, 
         return
     with ProcessPoolExecutor(mp_context=get_context("spawn"), max_workers=workers) as pool:
         futures = [pool.submit(build_and_save, rank, rank % workers, *rest) for rank in range(world_size)]
-        failed = [error for future in as_completed(futures) if (error := future.exception())]
-    assert not failed, f"Engine building failed: {failed[0]}"
+        failed = 0
+        for future in as_completed(futures):
+            try:
+                future.result()
+            except RuntimeError:
+                traceback.print_exc()
+                failed += 1
+    assert not failed, "Engine building failed, please check error log."
 
 
 def main():
