@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtbuild.adapters.trtllm_engine import CHECKPOINT, ENGINE_FILE, SCRIPT, planned_script
+from trtbuild.adapters.trtllm_engine import CHECKPOINT, ENGINE_FILE, SCRIPT, build_key, planned_script
 from trtbuild.adapters.trtllm_engine_checks import check_built, read_record
 from trtbuild.adapters.trtllm_runner import EngineRun, find_runner, run_script
 from trtbuild.errors import ArtifactError, HostError
@@ -55,20 +55,26 @@ class EngineJob:
         return self.plan.step("engine").parameters
 
 
-def refuse_runner(plan: Plan, store: Store, out: Path | None) -> None:
+def refuse_runner(plan: Plan, store: Store, out: Path | None, checkpoint: str | None) -> None:
     """Refuse a runner that the recipe names and that is of no use here, before anything is computed.
 
     An engine that was built before needs none, so this waits where there may be one.
 
+    Args:
+        plan: the whole plan.
+        store: where built engines are kept.
+        out: see `EngineJob`.
+        checkpoint: the digest of the compressed checkpoint, where it is known already.
+
     Raises:
         HostError: see `find_runner`.
     """
-    step, places = plan.step("engine"), [store.root / KIND, *([] if out is None else [out / PLACE])]
-    if step.parameters["runtime"] != "trtllm-engine" or any(place.exists() for place in places):
-        return
-    wanted = plan.value("runtime.build_in")
-    if wanted not in (_AUTO, _SCRIPT_ONLY):
-        _find(planned_script(step.parameters, key=digest_json(None)), wanted)
+    step, wanted = plan.step("engine"), plan.value("runtime.build_in")
+    key = "" if checkpoint is None else build_key(step.parameters, checkpoint, str(step.tools["revision"]))
+    there = None if out is None else read_record(out / PLACE)
+    is_there = there is not None and (not key or there.get("key") == key)
+    if wanted not in (_AUTO, _SCRIPT_ONLY) and not is_there and not is_kept(store, key):
+        _find(planned_script(step.parameters, key=key), wanted)
 
 
 def have_engine(job: EngineJob) -> Artifact | None:

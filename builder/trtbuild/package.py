@@ -206,9 +206,10 @@ def refuse_to_serve_here(package: Path) -> None:
     """
     if is_for_engines(package / "engine"):
         engine = read_json(package / "engine" / "engine.json")
+        first = "" if (package / PLACE).is_dir() else "engine/build.sh, then "
         raise HostError(
             f"{package} is for a TensorRT engine, which is built and served in {engine.get('image')}",
-            "there, run engine/build.sh, then deploy/launch.sh with the package at /package",
+            f"there, run {first}deploy/launch.sh with the package at /package",
         )
 
 

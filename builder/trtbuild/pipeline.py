@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trtbuild import __version__, evidence, package
 from trtbuild.adapters import container, trtllm
+from trtbuild.engine_build import KIND as BUILT
 from trtbuild.engine_build import STEP, EngineJob, have_engine, is_kept, refuse_runner
 from trtbuild.errors import GateError, HostError, Problem, RecipeError
 from trtbuild.gates import check_gates
@@ -54,6 +55,7 @@ class _Run:
     store: Store
     reporter: Reporter
     fetched: Fetched
+    foresee: Callable[[str | None], None]  # told of the compressed checkpoint's digest before a step works
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     files: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
     built: Artifact | None = None  # of a TensorRT engine
@@ -137,19 +139,26 @@ def build(prepared: Prepared, out: Path, reporter: Reporter, *, last: str | None
 def _build(prepared: Prepared, out: Path, reporter: Reporter, last: str | None) -> Built:
     store = Store(prepared.store)
     store.sweep()
-    refuse_runner(prepared.plan, store, out if last is None else None)
+    replaced, with_engine = out if last is None else None, _builds_engine(prepared.plan, last)
+
+    def foresee(checkpoint: str | None) -> None:
+        if with_engine:
+            refuse_runner(prepared.plan, store, replaced, checkpoint)
+
+    if not (store.root / BUILT).exists():  # else one may be there, which the checkpoint will tell
+        foresee(None)
     started = time.monotonic()
     fetched = fetch(prepared.plan, store.root / "downloads", store.digests, reporter)
     reporter.finished("fetch", "checked", time.monotonic() - started)
-    run = _Run(prepared, store, reporter, fetched)
+    run = _Run(prepared, store, reporter, fetched, foresee)
     for step in until(prepared.plan.steps, last):
         if step.kind != "fetch":
             run.artifacts[step.kind] = _have(run, step)
     if "evaluate" in run.artifacts:
         _gate(run)
-    if prepared.plan.step("engine").parameters["runtime"] == "trtllm-engine" and last in (None, "engine"):
+    if with_engine:
         engine = run.artifacts["engine"]
-        run.built = have_engine(EngineJob(prepared.plan, store, reporter, engine, out if last is None else None))
+        run.built = have_engine(EngineJob(prepared.plan, store, reporter, engine, replaced))
     if last is not None:
         return Built(_stopped(run, last), None)
     check_repository(run.artifacts["repository"].content, run.artifacts["engine"].content)
@@ -157,6 +166,11 @@ def _build(prepared: Prepared, out: Path, reporter: Reporter, last: str | None) 
     if run.built is not None:  # once more, against the limits that the built engine itself has
         check_repository(out / "model_repository", out / "engine")
     return Built(out, digest)
+
+
+def _builds_engine(plan: Plan, last: str | None) -> bool:
+    """Whether a built TensorRT engine belongs to what is asked for."""
+    return plan.step("engine").parameters["runtime"] == "trtllm-engine" and last in (None, "engine")
 
 
 def _stopped(run: _Run, last: str) -> Path:
@@ -187,6 +201,7 @@ def _have(run: _Run, step: Step) -> Artifact:
         status = "reused"
         if artifact is None:
             require(step.kind, step.tools)
+            run.foresee(run.artifacts["compress"].digest if "compress" in run.artifacts else None)
             run.reporter.started(step.kind)
             artifact = _execute(run, step, key, files)
             status = "built"

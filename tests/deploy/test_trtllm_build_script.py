@@ -113,6 +113,13 @@ def test_docker_without_its_runtime_takes_the_cdi_device(place: Place, tmp_path:
     assert host.calls("docker", "run")[0][4:6] == ["--device", "nvidia.com/gpu=all"]
 
 
+def test_rootless_docker(place: Place, tmp_path: Path) -> None:
+    host = EngineHost(tmp_path / "host", "nvidia-smi", "docker", FAKE_BROKEN="rootful")
+    assert engine_is_right(place, place.run(host))
+    run = host.calls("docker", "run")[0]
+    assert run[run.index("--user") + 1] == "0:0"
+
+
 def test_podman(place: Place, tmp_path: Path) -> None:
     host = EngineHost(tmp_path / "host", "nvidia-smi", "podman", "nvidia-ctk")
     assert engine_is_right(place, place.run(host))

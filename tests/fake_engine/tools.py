@@ -59,10 +59,12 @@ def docker(verb: str, *arguments: str) -> int:
             {"runc": {"path": "runc"}} if broken("runtime") else {"nvidia": {"path": "x"}, "runc": {"path": "runc"}}
         )
         specs = None if broken("cdi") else ["/etc/cdi", "/var/run/cdi"]
-        print(json.dumps({"Runtimes": runtimes, "CDISpecDirs": specs}, separators=(",", ":")))
+        security = ["name=seccomp,profile=builtin", *(["name=rootless"] if broken("rootful") else [])]
+        found = {"Runtimes": runtimes, "SecurityOptions": security, "CDISpecDirs": specs}
+        print(json.dumps(found, separators=(",", ":")))
         return 0 if arguments in {(), ("--format", "{{json .}}")} else refuse(f"docker info {arguments}")
     gpus = ["--device", "nvidia.com/gpu=all"] if broken("runtime") else ["--gpus", "all"]
-    user = ["--user", f"{os.getuid()}:{os.getgid()}"]
+    user = ["--user", "0:0" if broken("rootful") else f"{os.getuid()}:{os.getgid()}"]
     options = [*gpus, "--ipc=host", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864", *user]
     return container(verb, arguments, options)
 

@@ -99,6 +99,7 @@ def test_the_engine_that_the_script_built(package: Path, tmp_path: Path, cli: Cl
     found = checks(cli, package, 0)
     assert found["TensorRT engine"]["detail"] == "TensorRT-LLM 1.2.1, 2 ranks, SM90"
     assert json.loads(cli("inspect", package, "--json").stdout)["built"] is True
+    assert "; there, run deploy/launch.sh with the package at /package" in cli("serve", package, check=6).stderr
 
 
 @pytest.mark.parametrize(

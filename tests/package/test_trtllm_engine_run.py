@@ -92,7 +92,7 @@ def test_a_failure_has_its_last_lines_and_the_next_build_goes_on(
     cause = "error: trtllm-build in docker ended with exit code 1 (RuntimeError: CUDA out of memory):\n"
     assert cause in failed.stderr
     assert "AssertionError: Engine building failed, please check error log." in failed.stderr
-    log = Path(failed.stderr.rpartition("the whole log is ")[2].strip())
+    log = Path(failed.stderr.rpartition("the whole log is ")[2].partition("; ")[0])
     assert "Build TensorRT engine Unnamed Network 0" in log.read_text()
     assert not out.exists()
     assert host.containers() == []
@@ -162,6 +162,20 @@ def test_a_runner_that_is_asked_for_and_is_not_there(cli: Cli, engine_recipe: Pa
     )
     assert "fetch" not in done.stderr, "it says so before it works"
     assert not out.exists()
+    cli("build", engine_recipe, "--set", "runtime.build_in=docker", "--until", "compress", **host.environment())
+
+
+def test_an_engine_that_is_there_needs_no_runner(
+    cli: Cli, engine_recipe: Path, host: EngineHost, laptop: EngineHost, out: Path
+) -> None:
+    docker = ("--set", "runtime.build_in=docker")
+    cli("build", engine_recipe, "-o", out, *docker, **host.environment())
+    shutil.rmtree(out)
+    assert "trtllm-build: reused" in cli("build", engine_recipe, "-o", out, *docker, **laptop.environment()).stderr
+    other = ("--set", "runtime.max_batch_size=3")
+    done = cli("build", engine_recipe, "-o", out, *docker, *other, check=6, **laptop.environment())
+    assert "runtime.build_in: docker: nvidia-smi is not on PATH" in done.stderr
+    assert "engine: started" not in done.stderr
 
 
 def test_script_runs_nothing(cli: Cli, engine_recipe: Path, host: EngineHost, out: Path) -> None:

@@ -179,7 +179,8 @@ def _failure(code: int, heard: _Heard, run: EngineRun) -> TrtbuildError:
     ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     sentence = heard.sentence or f"build.sh in {run.runner} {ended}"
     cause = f" ({heard.cause})" if heard.cause else ""
-    return ToolError(f"{sentence}{cause}:\n{log_tail(run.log)}", where)
+    hint = f"{where}; runtime.build_in: script gives the package without its engine"
+    return ToolError(f"{sentence}{cause}:\n{log_tail(run.log)}", hint)
 
 
 def _last_word(lines: list[str]) -> str:
