@@ -19,8 +19,8 @@ from trtbuild.adapters.trtllm_engine_checks import check_built, read_record
 from trtbuild.adapters.trtllm_runner import EngineRun, find_runner, run_script
 from trtbuild.errors import ArtifactError, HostError
 from trtbuild.linking import place_tree
-from trtbuild.manifest import digest_json, read_json
-from trtbuild.package import PLACE, refuse_loss
+from trtbuild.manifest import compare_tree, digest_json, read_json
+from trtbuild.package import PLACE, entries_below, read_manifest, refuse_loss
 from trtbuild.plan import Plan
 from trtbuild.report import Reporter
 from trtbuild.store import Artifact, Store
@@ -104,11 +104,15 @@ def have_engine(job: EngineJob) -> Artifact | None:
 
 def _adopt(job: EngineJob, key: str) -> Artifact | None:
     """The engine that the script has built in the package, where it is the one of this plan."""
-    place = None if job.out is None else job.out / PLACE
-    record = None if place is None else read_record(place)
-    if place is None or record is None or record.get("key") != key:
+    record = None if job.out is None else read_record(job.out / PLACE)
+    if job.out is None or record is None or record.get("key") != key:
         return None
-    _refuse_other(job, place, key, f"move {place} away, and build again")
+    place, remedy = job.out / PLACE, f"move {job.out / PLACE} away, and build again"
+    recorded = entries_below(read_manifest(job.out), PLACE)  # none where the script has added it
+    damage = compare_tree(place, recorded, job.store.digests) if recorded else []
+    if damage:
+        raise ArtifactError(f"{place} is damaged: {', '.join(damage)}", remedy)
+    _refuse_other(job, place, key, remedy)
     staging = job.store.stage(KIND, key)
     place_tree(place, staging.content)
     _keep_timing(job, place.with_name(f"{BUILT}.work"))

@@ -181,6 +181,16 @@ def read_manifest(package: Path) -> dict[str, Any]:
     return manifest
 
 
+def entries_below(manifest: Mapping[str, Any], directory: str) -> list[FileEntry]:
+    """What a package's manifest lists below one directory, with paths from there."""
+    prefix = f"{directory}/"
+    return [
+        FileEntry(path=entry.path.removeprefix(prefix), size=entry.size, sha256=entry.sha256)
+        for entry in entries_from_json(manifest["files"])
+        if entry.path.startswith(prefix)
+    ]
+
+
 def added_by_script(package: Path) -> frozenset[str]:
     """The files that engine/build.sh has added to a package for TensorRT engines, relative to it."""
     if not (package / "engine" / "build.sh").is_file():

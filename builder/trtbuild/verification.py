@@ -10,12 +10,13 @@ from typing import Any
 from trtbuild.adapters import triton, trtllm, trtllm_checkpoint, trtllm_engine_checks
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import HostError, TrtbuildError
-from trtbuild.manifest import DigestCache, FileEntry, digest_entries, entries_from_json, read_json
+from trtbuild.manifest import DigestCache, digest_entries, read_json
 from trtbuild.model import read_facts
-from trtbuild.package import LOCK, PLACE, damage, is_for_engines, read_manifest, refuse_to_serve_here
+from trtbuild.package import LOCK, damage, entries_below, is_for_engines, read_manifest, refuse_to_serve_here
 from trtbuild.plan import plan_digest
 from trtbuild.process import OnProgress
 from trtbuild.serving.verify import ServedReport, verify_served
+from trtbuild.trtllm_build import BUILT
 
 REPOSITORY = "model_repository"
 ENGINE = "engine"
@@ -119,19 +120,12 @@ def _lock(package: Path) -> tuple[list[str], str]:
     recomputed = plan_digest(plan["source"]["files"], plan["steps"], plan["gates"])
     problems = [f"{LOCK}: the plan's digest is not that of its steps"] if recomputed != plan["digest"] else []
     for directory, kind in _DIRECTORIES.items():
-        if digest_entries(_below(manifest, directory)) != artifacts[kind]["digest"]:
+        entries = entries_below(manifest, directory)
+        if directory == ENGINE:  # a built engine is no part of the lock
+            entries = [entry for entry in entries if not entry.path.startswith(f"{BUILT}/")]
+        if digest_entries(entries) != artifacts[kind]["digest"]:
             problems.append(f"{directory}/ is not the {kind} artifact that {LOCK} names")
     return problems, f"plan {plan['digest'][:16]}"
-
-
-def _below(manifest: Mapping[str, Any], directory: str) -> list[FileEntry]:
-    """The manifest's entries below one directory, with paths from there; a built engine is no part of the lock."""
-    prefix = f"{directory}/"
-    return [
-        FileEntry(path=entry.path.removeprefix(prefix), size=entry.size, sha256=entry.sha256)
-        for entry in entries_from_json(manifest["files"])
-        if entry.path.startswith(prefix) and not entry.path.startswith(f"{PLACE}/")
-    ]
 
 
 def _engine(package: Path) -> tuple[list[str], str]:

@@ -191,7 +191,13 @@ def run_script(package: Path, host: EngineHost, **more: str) -> int:
 
 
 def test_an_engine_built_elsewhere_is_taken(
-    cli: Cli, engine_recipe: Path, engine_package: tuple[Path, str], host: EngineHost, laptop: EngineHost, out: Path
+    cli: Cli,
+    engine_recipe: Path,
+    engine_package: tuple[Path, str],
+    host: EngineHost,
+    laptop: EngineHost,
+    out: Path,
+    store: Path,
 ) -> None:
     shutil.copytree(engine_package[0], out)
     assert run_script(out, host) == 0
@@ -213,6 +219,9 @@ def test_an_engine_built_elsewhere_is_taken(
     (out / "engine" / "built" / "rank0.engine").chmod(0o644)
     (out / "engine" / "built" / "rank0.engine").write_bytes(b"engine of rank 7")
     assert "engine/built/rank0.engine has other bytes than were recorded" in cli("verify", out, check=5).stdout
+    shutil.rmtree(store / "built")  # without the store's copy, nothing of a damaged one is taken
+    damaged = cli("build", engine_recipe, "-o", out, check=5, **laptop.environment())
+    assert f"{out}/engine/built is damaged: rank0.engine has other bytes than were recorded; move" in damaged.stderr
 
 
 def test_an_engine_that_only_the_package_has_is_not_replaced(
