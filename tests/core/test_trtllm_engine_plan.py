@@ -45,7 +45,9 @@ def test_the_default_plan(tiny_llama: Path, tmp_path: Path) -> None:
     plan = plan_for(tiny_llama, tmp_path)
     assert origins(plan)["runtime.version"] == "default: the newest with a container; container 26.07"
     assert origins(plan)["target.gpu"] == "recipe; SM90"
-    assert (plan.value("serving.layout"), plan.value("deploy.files")) == ("ensemble", ("launch",))
+    assert (plan.value("serving.layout"), plan.value("deploy.files")) == (
+        "ensemble", ("dockerfile", "compose", "launch"),
+    )  # fmt: skip
     assert plan.step("evaluate").parameters["device"] == "auto"
     assert plan.estimates["kv_bytes_per_token"] == 2 * plan.facts.kv_elements_per_token
     engine = plan.step("engine").parameters
@@ -111,6 +113,7 @@ def test_what_the_server_reads(tiny_llama: Path, tmp_path: Path) -> None:
     assert engine["runtime"]["capacity_scheduler_policy"] == "MAX_UTILIZATION"
     assert engine["more"] == {
         "kv_cache_host_memory_bytes": 1024, "max_attention_window_size": [64, 512], "cuda_graph_mode": True,
+        "backend": "tensorrtllm",
     }  # fmt: skip
 
 
@@ -143,7 +146,6 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
             "no Triton container has TensorRT-LLM 1.2.9, and engines are built and served in one; use 1.2.1",
         ),
         (["serving.layout=llm"], "serving.layout: llm: TensorRT engines are served by the five models of layout ensem"),
-        (["deploy.files=[compose, launch]"], "deploy.files: compose: this version of trtbuild writes a launch script"),
         (["model.adapters=[a]"], "model.adapters: this version of trtbuild packages no adapters for engines"),
         (["runtime.device=cpu"], "runtime.device: cpu: only the embedded runtime has it; use auto"),
         (["compress.max_memory=8GiB"], "compress.max_memory: 8GiB: this version of trtbuild holds the model in memory"),

@@ -84,11 +84,13 @@ def test_the_engine_directory(engine: Path) -> None:
     assert "model" not in arguments
 
 
-def as_package(engine: Path, tmp_path: Path, gpu: str) -> Path:
+def as_package(engine: Path, tmp_path: Path, gpu: str, recipe: Path, *changes: str) -> Path:
     """What `verify` looks at besides the bytes."""
     package = tmp_path / "package"
     shutil.copytree(engine, package / "engine")
-    lock = {"plan": {"values": [{"path": "target.gpu", "value": gpu, "origin": "recipe"}]}}
+    planned = dict(prepare(recipe, changes).plan.step("engine").parameters)
+    values = [{"path": "target.gpu", "value": gpu, "origin": "recipe"}]
+    lock = {"plan": {"values": values, "steps": [{"kind": "engine", "parameters": planned}]}}
     (package / "plan.lock.json").write_text(json.dumps(lock))
     return package
 
@@ -99,21 +101,22 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(document))
 
 
-def test_verify_reports_every_check(engine: Path, tmp_path: Path) -> None:
-    checks = verify_trtllm(as_package(engine, tmp_path, "H100"))
+def test_verify_reports_every_check(engine: Path, trtllm_recipe: Path, tmp_path: Path) -> None:
+    checks = verify_trtllm(as_package(engine, tmp_path, "H100", trtllm_recipe))
     assert all(check.passed for check in checks), checks
     assert [check.name for check in checks] == [
-        "LLM arguments",
+        *("engine.json", "LLM arguments"),
         *("checkpoint: recognition", "checkpoint: packing", "checkpoint: excluded modules", "checkpoint: scales"),
         *("checkpoint: fused projections", "checkpoint: AWQ input scales", "checkpoint: KV cache scales"),
         *("checkpoint: tensor parallel", "checkpoint: GPU"),
     ]
-    assert checks[0].detail == "16 arguments, TensorRT-LLM 1.2.1, schema 1.2.1"
-    assert checks[2].detail == "21 layers in FP8"
+    assert checks[0].detail == "TensorRT-LLM 1.2.1, container 26.07, world size 1"
+    assert checks[1].detail == "16 arguments, TensorRT-LLM 1.2.1, schema 1.2.1"
+    assert checks[3].detail == "21 layers in FP8"
 
 
-def test_verify_finds_what_was_changed_by_hand(engine: Path, tmp_path: Path) -> None:
-    package = as_package(engine, tmp_path, "A100")
+def test_verify_finds_what_was_changed_by_hand(engine: Path, trtllm_recipe: Path, tmp_path: Path) -> None:
+    package = as_package(engine, tmp_path, "A100", trtllm_recipe)
     arguments = package / "engine" / "llm_args.yaml"
     text = arguments.read_text().replace("max_batch_size: 8", "max_batch_size: 9\nmodel_kwargs: {}\nmodel: x")
     arguments.write_text(text.replace("tensor_parallel_size: 1", "tensor_parallel_size: 3"))
@@ -145,8 +148,8 @@ def change_a_scale(weights: Path) -> None:
 UNEQUAL = "model.layers.1.self_attn.{q_proj,k_proj,v_proj}: input_scale must be equal, but they are "
 
 
-def test_verify_finds_an_unequal_scale(engine: Path, tmp_path: Path) -> None:
-    package = as_package(engine, tmp_path, "H100")
+def test_verify_finds_an_unequal_scale(engine: Path, trtllm_recipe: Path, tmp_path: Path) -> None:
+    package = as_package(engine, tmp_path, "H100", trtllm_recipe)
     change_a_scale(package / "engine" / "model.safetensors")
     checks = {check.name: check.problems for check in verify_trtllm(package)}
     assert checks.pop("checkpoint: fused projections")[0].startswith(UNEQUAL)
@@ -184,14 +187,18 @@ def test_int4_checkpoints_are_taken(trtllm_recipe: Path, cli: Cli, tmp_path: Pat
     changes = ("compress.format=int4_awq", "compress.group_size=64", "compress.kv_cache=none", "model.adapters=[]")
     options = [word for change in changes for word in ("--set", change)]
     engine = Path(cli("build", trtllm_recipe, "--until", "engine", *options).stdout.strip())
-    checks = {check.name: check for check in verify_trtllm(as_package(engine, tmp_path, "A100"))}
+    checks = {
+        check.name: check for check in verify_trtllm(as_package(engine, tmp_path, "A100", trtllm_recipe, *changes))
+    }
     assert all(check.passed for check in checks.values()), checks
     assert checks["checkpoint: AWQ input scales"].detail.startswith("6 layers with a scale of their own")
 
 
-def test_there_are_no_deployment_files(trtllm_recipe: Path, cli: Cli) -> None:
+def test_the_deployment_files(trtllm_recipe: Path, cli: Cli) -> None:
     deploy = Path(cli("build", trtllm_recipe, "--until", "deploy").stdout.strip())
-    assert list(deploy.iterdir()) == []
+    assert sorted(path.name for path in deploy.iterdir()) == ["Dockerfile", "OCI.md", "compose.yaml", "launch.sh"]
+    assert "ARG BASE_IMAGE=nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3\n" in (deploy / "Dockerfile").read_text()
+    assert "TRTLLM_LOAD_KV_SCALES" in (deploy / "launch.sh").read_text()
 
 
 @pytest.mark.parametrize(
@@ -294,4 +301,4 @@ def test_other_runtimes_have_neither(recipe: Path, cli: Cli) -> None:
     options = ("--set", "serving.model_py=upstream", "--set", "serving.gpu_device_ids=[[0]]")
     done = cli("check", recipe, *options, check=3)
     assert "serving.model_py: upstream: only the runtime trtllm has it; remove it" in done.stderr
-    assert "serving.gpu_device_ids: [[0]]: only the runtime trtllm has it; remove it" in done.stderr
+    assert "serving.gpu_device_ids: [[0]]: only the runtimes trtllm and trtllm-engine have it; remove" in done.stderr
