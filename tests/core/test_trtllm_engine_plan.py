@@ -146,6 +146,11 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
             "no Triton container has TensorRT-LLM 1.2.9, and engines are built and served in one; use 1.2.1",
         ),
         (["serving.layout=llm"], "serving.layout: llm: TensorRT engines are served by the five models of layout ensem"),
+        (["serving.model_py=upstream"], "serving.model_py: upstream: only the runtime trtllm has it; remove it"),
+        (
+            ["serving.layout=tokens", "serving.default_max_tokens=5"],
+            "serving.default_max_tokens: nothing of layout tokens heeds it: every request says request_output_len; rem",
+        ),
         (["model.adapters=[a]"], "model.adapters: this version of trtbuild packages no adapters for engines"),
         (["runtime.device=cpu"], "runtime.device: cpu: only the embedded runtime has it; use auto"),
         (["compress.max_memory=8GiB"], "compress.max_memory: 8GiB: this version of trtbuild holds the model in memory"),
@@ -191,6 +196,20 @@ def test_what_engines_do_not_do(tiny_llama: Path, tmp_path: Path, overrides: lis
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
+        (
+            ["serving.gpu_device_ids=[[0], [1]]", "serving.communication_mode=leader"],
+            "serving.communication_mode: leader: 2 instances of an engine (serving.gpu_device_ids) have no common",
+        ),
+        (
+            ["serving.gpu_device_ids=[[0], [1]]", "serving.backend=python"],
+            "serving.gpu_device_ids: names GPUs for 2 instances, and the container's python model reads one list o",
+        ),
+        (["serving.gpu_device_ids=[[0, 1]]"], "serving.gpu_device_ids.0: names 2 GPUs, and one engine takes 1 (tensor"),
+        (
+            ["runtime.tensor_parallel_size=2", "serving.gpu_device_ids=[[3, 3]]"],
+            "serving.gpu_device_ids.0: [3, 3] names a GPU twice; give each rank a GPU of its own",
+        ),
+        (["serving.layout=tokens", "serving.model_name=chat"], "'chat': the model of layout tokens has a fixed name"),
         (["target.gpu=null"], "target.gpu: is missing, and an engine is built for one GPU architecture; name the GPU"),
         (["runtime.extra.gemm_plugins=auto"], "is no flag of trtllm-build 1.2; did you mean gemm_plugin?"),
         (["runtime.extra.kv_cache_config={}"], "runtime.extra.kv_cache_config: is no flag of trtllm-build 1.2"),

@@ -234,6 +234,12 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
             ["compress.format=fp8", "compress.exclude=['*.1.self_attn.q_proj']"],
             "compress.exclude: names model.layers.1.self_attn.q_proj, but not model.layers.1.self_attn.k_proj: Tensor",
         ),
+        (["serving.backend=python"], "serving.backend: python: only the runtime trtllm-engine has it; remove it"),
+        (
+            ["serving.communication_mode=leader"],
+            "serving.communication_mode: leader: only the runtime trtllm-engine ha",
+        ),
+        (["serving.layout=tokens"], "serving.layout: tokens: the LLM API is served by one model; use llm"),
         (["runtime.device=cpu"], "runtime.device: cpu: only the embedded runtime has it; use auto"),
         (
             ["runtime.compute_dtype=float32"],

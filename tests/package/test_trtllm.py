@@ -134,6 +134,16 @@ def test_verify_finds_what_was_changed_by_hand(engine: Path, trtllm_recipe: Path
     assert "holds no mapping of LLM arguments; build the package again" in verify_trtllm(package)[0].problems[0]
 
 
+def test_verify_holds_engine_json_against_the_plan(engine: Path, trtllm_recipe: Path, tmp_path: Path) -> None:
+    package = as_package(engine, tmp_path, "H100", trtllm_recipe)
+    rewrite(package / "engine" / "engine.json", lambda found: found.update(container="26.03", more=1))
+    checks = {check.name: check.problems for check in verify_trtllm(package)}
+    assert checks["engine.json"] == (
+        "container is '26.03', the plan says '26.07'; build the package again",
+        "more is 1, the plan says None; build the package again",
+    )
+
+
 def change_a_scale(weights: Path) -> None:
     """Another input scale for the keys of one layer than for its queries."""
     weights.chmod(0o644)
@@ -247,6 +257,10 @@ def test_a_whole_package(trtllm_recipe: Path, cli: Cli, tmp_path: Path) -> None:
     cli("build", trtllm_recipe, "-o", package, "--set", "quality.max_perplexity_ratio=10.0")
     lines = cli("verify", package).stdout.splitlines()
     assert all(line.startswith("passed") for line in lines)
+    names = [line.removeprefix("passed  ").split(": ")[0] for line in lines]
+    assert names[:3] + names[-2:] == ["bytes", "lock", "engine", "model repository", "deployment files"]
+    assert "passed  engine.json: TensorRT-LLM 1.2.1, container 26.07, world size 1" in lines
+    assert lines[-1].endswith("nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3; world size 1")
     assert {"passed  model repository: tensorrt_llm", "passed  checkpoint: packing: 21 layers in FP8"} <= set(lines)
     config = (package / "model_repository" / "tensorrt_llm" / "config.pbtxt").read_text()
     assert 'key: "runtime" value { string_value: "trtllm" }' in config
@@ -298,7 +312,16 @@ def test_instances_that_do_not_fit(trtllm_recipe: Path, cli: Cli, changes: list[
 
 
 def test_other_runtimes_have_neither(recipe: Path, cli: Cli) -> None:
-    options = ("--set", "serving.model_py=upstream", "--set", "serving.gpu_device_ids=[[0]]")
+    changes = (
+        "model_py=upstream",
+        "gpu_device_ids=[[0]]",
+        "backend=tensorrtllm",
+        "layout=tokens",
+        "model_name=tensorrt_llm",
+    )
+    options = [word for change in changes for word in ("--set", f"serving.{change}")]
     done = cli("check", recipe, *options, check=3)
     assert "serving.model_py: upstream: only the runtime trtllm has it; remove it" in done.stderr
+    assert "serving.backend: tensorrtllm: only the runtime trtllm-engine has it; remove it" in done.stderr
+    assert "serving.layout: tokens: only TensorRT engines are served without text; use llm" in done.stderr
     assert "serving.gpu_device_ids: [[0]]: only the runtimes trtllm and trtllm-engine have it; remove" in done.stderr
