@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,13 @@ from trtbuild.trtllm_build import BUILT
 
 SCHEMA_VERSION = 1
 RECIPE, LOCK = "recipe.yaml", "plan.lock.json"
-# What the package digest stands for; evidence holds times and lies outside it.
+# What the package digest stands for; evidence holds times and lies outside it, and so does a built engine.
 DIGESTED = ("engine", "model_repository", "deploy")
-# What engine/build.sh adds to a package for TensorRT engines: the engine, and the place where it is built.
-_ADDED = (f"engine/{BUILT}", f"engine/{BUILT}.work")
+# What engine/build.sh adds to a package for TensorRT engines: the engine, and the place where it is built. An engine
+# that the build itself put there is listed in the manifest like evidence: two builds of one differ in bytes.
+PLACE = f"engine/{BUILT}"
+_WORK = f"{PLACE}.work"
+_ADDED = (PLACE, _WORK)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -78,21 +82,27 @@ def refuse_foreign(out: Path) -> None:
         raise RecipeError([Problem("-o", message, "move it away, or name a new directory")])
 
 
-def assemble(out: Path, parts: Parts, digests: DigestCache) -> tuple[str, str]:
+def assemble(out: Path, parts: Parts, digests: DigestCache, saved: Callable[[str], bool]) -> tuple[str, str]:
     """Write the package to `out`; returns its digest and ``built`` or ``reused``.
 
     An older package there is replaced in one exchange: a reader sees the old one or the new one, whole. Call under a
     lock of this output directory; what a killed build left beside it is removed.
+
+    Args:
+        out: the package's directory.
+        parts: everything that goes into it.
+        digests: what is known of files.
+        saved: see `refuse_loss`.
+
+    Raises:
+        RecipeError: something in `out` would be lost.
     """
     staging = out.parent / f".{out.name}.trtbuild"
     remove_tree(staging)
     manifest = _manifest(parts.entries())
     if _is_package(out) and read_manifest(out) == manifest and not damage(out, digests):
         return manifest["digest"], "reused"
-    added = next((name for name in _ADDED if (out / name).exists()), None)
-    if added is not None:
-        message = f"{out} holds {added}, which engine/build.sh made, and the package would be replaced by another"
-        raise RecipeError([Problem("-o", message, "name a new directory, or move that one away")])
+    refuse_loss(out, saved)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         for name, artifact in parts.artifacts.items():
@@ -108,6 +118,51 @@ def assemble(out: Path, parts: Parts, digests: DigestCache) -> tuple[str, str]:
     finally:
         remove_tree(staging)
     return manifest["digest"], "built"
+
+
+def refuse_loss(out: Path, saved: Callable[[str], bool]) -> None:
+    """Refuse to replace a package that holds hours of a GPU which are kept nowhere else.
+
+    Args:
+        out: the package.
+        saved: whether the engine of this key needs no keeping.
+
+    Raises:
+        RecipeError: engine/build.sh runs there, or has left an engine or a part of one.
+    """
+    if _is_running(out / _WORK):
+        message = f"engine/build.sh builds an engine in {out} right now, and the package would be replaced by another"
+        raise RecipeError([Problem("-o", message, "wait for it, or name a new directory")])
+    for name, key in ((PLACE, _record_key(out / PLACE)), (_WORK, _text(out / _WORK / "key"))):
+        if (out / name).exists() and not saved(key):
+            message = f"{out} holds {name}, which engine/build.sh made, and the package would be replaced by another"
+            raise RecipeError([Problem("-o", message, "name a new directory, or move that one away")])
+
+
+def _is_running(work: Path) -> bool:
+    """Whether the script holds its lock (flock(2), which dies with it)."""
+    try:
+        with (work / "lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _record_key(built: Path) -> str:
+    try:
+        return str(read_json(built / "trtbuild.json")["key"])
+    except (ArtifactError, KeyError, TypeError):
+        return ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def read_manifest(package: Path) -> dict[str, Any]:
@@ -151,9 +206,10 @@ def refuse_to_serve_here(package: Path) -> None:
     """
     if is_for_engines(package / "engine"):
         engine = read_json(package / "engine" / "engine.json")
+        first = "" if (package / PLACE).is_dir() else "engine/build.sh, then "
         raise HostError(
             f"{package} is for a TensorRT engine, which is built and served in {engine.get('image')}",
-            "there, run engine/build.sh, then deploy/launch.sh with the package at /package",
+            f"there, run {first}deploy/launch.sh with the package at /package",
         )
 
 
@@ -178,7 +234,9 @@ def _manifest(entries: tuple[FileEntry, ...]) -> dict[str, Any]:
 
 
 def _package_digest(entries: tuple[FileEntry, ...]) -> str:
-    return digest_entries(entry for entry in entries if entry.path.split("/", 1)[0] in DIGESTED)
+    return digest_entries(
+        entry for entry in entries if entry.path.split("/", 1)[0] in DIGESTED and not entry.path.startswith(f"{PLACE}/")
+    )
 
 
 def _is_package(path: Path) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trtbuild import __version__, evidence, package
 from trtbuild.adapters import container, trtllm
+from trtbuild.engine_build import KIND as BUILT
+from trtbuild.engine_build import STEP, EngineJob, have_engine, is_kept, refuse_runner
 from trtbuild.errors import GateError, HostError, Problem, RecipeError
 from trtbuild.gates import check_gates
 from trtbuild.manifest import canonical_json, digest_entries, digest_json, entries_json
@@ -53,8 +55,10 @@ class _Run:
     store: Store
     reporter: Reporter
     fetched: Fetched
+    foresee: Callable[[str | None], None]  # told of the compressed checkpoint's digest before a step works
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     files: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
+    built: Artifact | None = None  # of a TensorRT engine
 
 
 def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
@@ -135,22 +139,45 @@ def build(prepared: Prepared, out: Path, reporter: Reporter, *, last: str | None
 def _build(prepared: Prepared, out: Path, reporter: Reporter, last: str | None) -> Built:
     store = Store(prepared.store)
     store.sweep()
+    replaced, with_engine = out if last is None else None, _builds_engine(prepared.plan, last)
+
+    def foresee(checkpoint: str | None) -> None:
+        if with_engine:
+            refuse_runner(prepared.plan, store, replaced, checkpoint)
+
+    if not (store.root / BUILT).exists():  # else one may be there, which the checkpoint will tell
+        foresee(None)
     started = time.monotonic()
     fetched = fetch(prepared.plan, store.root / "downloads", store.digests, reporter)
     reporter.finished("fetch", "checked", time.monotonic() - started)
-    run = _Run(prepared, store, reporter, fetched)
+    run = _Run(prepared, store, reporter, fetched, foresee)
     for step in until(prepared.plan.steps, last):
         if step.kind != "fetch":
             run.artifacts[step.kind] = _have(run, step)
     if "evaluate" in run.artifacts:
         _gate(run)
+    if with_engine:
+        engine = run.artifacts["engine"]
+        run.built = have_engine(EngineJob(prepared.plan, store, reporter, engine, replaced))
     if last is not None:
-        stopped = fetched.directory if last == "fetch" else run.artifacts[last].content
-        return Built(stopped, None)
+        return Built(_stopped(run, last), None)
     check_repository(run.artifacts["repository"].content, run.artifacts["engine"].content)
     digest = _package(run, out)
-    _say_what_is_left(run, out)
+    if run.built is not None:  # once more, against the limits that the built engine itself has
+        check_repository(out / "model_repository", out / "engine")
     return Built(out, digest)
+
+
+def _builds_engine(plan: Plan, last: str | None) -> bool:
+    """Whether a built TensorRT engine belongs to what is asked for."""
+    return plan.step("engine").parameters["runtime"] == "trtllm-engine" and last in (None, "engine")
+
+
+def _stopped(run: _Run, last: str) -> Path:
+    """What the last step of a build in part has left."""
+    if last == "engine" and run.built is not None:
+        return run.built.content
+    return run.fetched.directory if last == "fetch" else run.artifacts[last].content
 
 
 def _have(run: _Run, step: Step) -> Artifact:
@@ -174,6 +201,7 @@ def _have(run: _Run, step: Step) -> Artifact:
         status = "reused"
         if artifact is None:
             require(step.kind, step.tools)
+            run.foresee(run.artifacts["compress"].digest if "compress" in run.artifacts else None)
             run.reporter.started(step.kind)
             artifact = _execute(run, step, key, files)
             status = "built"
@@ -219,27 +247,23 @@ def _gate(run: _Run) -> None:
 def _package(run: _Run, out: Path) -> str:
     loaded, plan = run.prepared.loaded, run.prepared.plan
     trees = {"engine": "engine", "model_repository": "repository", "deploy": "deploy"}
+    steps = run.artifacts if run.built is None else run.artifacts | {STEP: run.built}
     texts = {
         package.RECIPE: loaded.effective_text(),
         package.LOCK: canonical_json(_lock(run)),
         "evidence/quality.json": canonical_json(evidence.quality(run.artifacts["evaluate"].record, plan.gates)),
-        "evidence/build.json": canonical_json(evidence.build(run.artifacts, plan)),
+        "evidence/build.json": canonical_json(evidence.build(steps, plan)),
     }
-    parts = package.Parts({name: run.artifacts[kind] for name, kind in trees.items()}, texts)
+    artifacts = {name: run.artifacts[kind] for name, kind in trees.items()}
+    if run.built is not None:
+        artifacts[package.PLACE] = run.built
+    parts = package.Parts(artifacts, texts)
     started = time.monotonic()
     target = out.resolve()  # a link to a package stays a link
     with run.store.lock("package", digest_json(str(target)), waiting=lambda: None):
-        digest, status = package.assemble(target, parts, run.store.digests)
+        digest, status = package.assemble(target, parts, run.store.digests, lambda key: is_kept(run.store, key))
     run.reporter.finished("package", status, time.monotonic() - started)
     return digest
-
-
-def _say_what_is_left(run: _Run, out: Path) -> None:
-    """A TensorRT engine is built where its GPU is."""
-    engine = run.prepared.plan.step("engine").parameters
-    if engine["runtime"] == "trtllm-engine":
-        gpus = f"{engine['world_size']} x SM{engine['spec']['gpu']}"
-        run.reporter.note(f"the engine itself is built by {out}/engine/build.sh in {engine['image']}, on {gpus}")
 
 
 def _lock(run: _Run) -> dict[str, Any]:

@@ -22,6 +22,7 @@ KvCacheFormat = Literal["none", "fp8"]
 Sparsity = Literal["none", "2:4"]
 RuntimeKind = Literal["embedded", "trtllm", "trtllm-engine"]
 CapacityPolicy = Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]
+BuildIn = Literal["auto", "docker", "podman", "enroot", "slurm", "script"]
 DeployFile = Literal["dockerfile", "compose", "launch"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -143,6 +144,11 @@ class Runtime(_Section):
     version: NonEmpty | None = Field(default=None, description="Version of TensorRT-LLM, or a Triton container tag.")
     allow_unknown_version: bool = Field(
         default=False, description="Take a version that no table has, with the argument schema of its release line."
+    )
+    build_in: BuildIn = Field(
+        default="auto",
+        description="trtllm-engine: what runs trtllm-build in its container. auto takes what works on this host, where "
+        "it has the target's GPUs; script, or auto without them, leaves it to engine/build.sh.",
     )
     tensor_parallel_size: PositiveInt = 1
     pipeline_parallel_size: PositiveInt = 1

@@ -15,8 +15,9 @@ _NOT_HERE = "cannot be done by this version of trtbuild"
 _ONE_DEVICE = "the embedded runtime runs on one device"
 _ENGINES = "only TensorRT engines are served without text"
 _TRTLLM_ONLY = "only the trtllm runtime has it"
-# Fields of the section `serving` that not every runtime has.
+# Fields that not every runtime has.
 _ONLY = {
+    "runtime.build_in": ("trtllm-engine",),
     "serving.model_py": ("trtllm",),
     "serving.gpu_device_ids": ("trtllm", "trtllm-engine"),
     "serving.backend": ("trtllm-engine",),
@@ -51,11 +52,11 @@ def recipe_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
 
 
 def _of_others(settings: Settings) -> list[Problem]:
-    """Fields of the served model that other runtimes have."""
+    """Fields that other runtimes have."""
     kind, problems = settings.recipe.runtime.kind, []
     for path, kinds in _ONLY.items():
         value = recipe_value(settings.recipe, path)
-        if kind not in kinds and value not in (None, (), "trtbuild"):
+        if kind not in kinds and value not in (None, (), "trtbuild", "auto"):
             shown = [list(group) for group in value] if isinstance(value, tuple) else value
             runtimes = "the runtime" if len(kinds) == 1 else "the runtimes"
             message = f"{shown}: only {runtimes} {' and '.join(kinds)} ha{'s' if len(kinds) == 1 else 've'} it"

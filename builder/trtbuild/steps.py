@@ -119,7 +119,8 @@ def _converted_engine(work: Work) -> dict[str, Any]:
         "dtype": parameters["dtype"],
     }
     record = _in_child("trtbuild.convert", request, work)
-    trtllm_engine.write_engine(parameters, checkpoint, work.staging.content)
+    key = trtllm_engine.build_key(parameters, work.inputs["compress"].digest, str(work.step.tools["revision"]))
+    trtllm_engine.write_engine(parameters, checkpoint, work.staging.content, key)
     return record
 
 

@@ -282,7 +282,9 @@ def _feature_rows(spec: EngineSpec) -> list[Choice]:
 def _build_rows(spec: EngineSpec) -> list[Choice]:
     return [
         Choice("input_timing_cache", ("/build/timing.cache",), "kernels measured before are not measured again"),
-        Choice("output_timing_cache", ("/build/timing.cache",), "for the next build on this kind of GPU"),
+        Choice(
+            "output_timing_cache", ("/build/timing.new",), "for the next build on this kind of GPU, once it is whole"
+        ),
         Choice("workers", (str(spec.world_size),), "ranks are built at once, one a GPU"),
         Choice("monitor_memory", (), "the log says how much memory the build took"),
     ]

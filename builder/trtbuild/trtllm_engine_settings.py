@@ -70,6 +70,7 @@ def take_engine(settings: Settings, facts: ModelFacts) -> None:
     settings.take("target.count", ranks(settings.recipe), "tensor x pipeline parallel")
     settings.take("runtime.kind")
     settings.put("runtime.version", release.version, "default: the newest with a container", note=_where(release))
+    settings.take("runtime.build_in")
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         settings.take(f"runtime.{name}")
     take_limits(settings, facts, _USUAL_TOKENS, "default of trtllm-build")

@@ -12,7 +12,7 @@ from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import HostError, TrtbuildError
 from trtbuild.manifest import DigestCache, FileEntry, digest_entries, entries_from_json, read_json
 from trtbuild.model import read_facts
-from trtbuild.package import LOCK, damage, is_for_engines, read_manifest, refuse_to_serve_here
+from trtbuild.package import LOCK, PLACE, damage, is_for_engines, read_manifest, refuse_to_serve_here
 from trtbuild.plan import Step, plan_digest
 from trtbuild.process import OnProgress
 from trtbuild.serving.verify import ServedReport, verify_served
@@ -133,12 +133,12 @@ def _lock(package: Path) -> tuple[list[str], str]:
 
 
 def _below(manifest: Mapping[str, Any], directory: str) -> list[FileEntry]:
-    """The manifest's entries below one directory, with paths from there."""
+    """The manifest's entries below one directory, with paths from there; a built engine is no part of the lock."""
     prefix = f"{directory}/"
     return [
         FileEntry(path=entry.path.removeprefix(prefix), size=entry.size, sha256=entry.sha256)
         for entry in entries_from_json(manifest["files"])
-        if entry.path.startswith(prefix)
+        if entry.path.startswith(prefix) and not entry.path.startswith(f"{PLACE}/")
     ]
 
 

@@ -65,6 +65,7 @@ LAYERS = [
         "source",
         "steps",
         "package",
+        "engine_build",
         "evidence",
         "pipeline",
         "init_recipe",

@@ -14,10 +14,12 @@ from trtbuild.compat import facts
 from trtbuild.console import plan_text
 from trtbuild.convert.architectures import ARCHITECTURES
 from trtbuild.errors import CompatibilityError, RecipeError
+from trtbuild.migrate.target import Target
 from trtbuild.model import read_facts
 from trtbuild.pipeline import prepare
 from trtbuild.plan import Plan, Source
 from trtbuild.planner import make_plan
+from trtbuild.recipe import json_schema
 from trtbuild.recipe_file import load_recipe
 from trtbuild.toolchain import tool_versions
 from trtbuild.trtllm_build import arguments, choose, spec_from_json
@@ -56,7 +58,7 @@ def test_the_default_plan(tiny_llama: Path, tmp_path: Path) -> None:
         "max_batch_size": "8", "max_seq_len": "512", "max_input_len": "511", "max_num_tokens": "4096",
         "max_beam_width": "1", "kv_cache_type": "paged", "tokens_per_block": "32", "use_paged_context_fmha": "enable",
         "use_fp8_context_fmha": "disable", "gemm_plugin": "auto", "input_timing_cache": "/build/timing.cache",
-        "output_timing_cache": "/build/timing.cache", "workers": "1", "monitor_memory": "",
+        "output_timing_cache": "/build/timing.new", "workers": "1", "monitor_memory": "",
     }  # fmt: skip
     assert any("not proven identical to 1.2.1" in warning for warning in plan.warnings)
 
@@ -272,3 +274,20 @@ def test_architectures(tiny_llama: Path, tmp_path: Path) -> None:
     edit_config(checkpoint, architectures=["Phi3ForCausalLM"], model_type="phi3")
     with pytest.raises(CompatibilityError, match="3: TensorRT-LLM cannot split Phi3ForCausalLM over pipeline stages"):
         plan_for(checkpoint, tmp_path, "runtime.pipeline_parallel_size=3")
+
+
+def test_where_the_engine_is_built(tiny_llama: Path, tmp_path: Path) -> None:
+    plan, named = plan_for(tiny_llama, tmp_path), plan_for(tiny_llama, tmp_path, "runtime.build_in=podman")
+    assert (plan.value("runtime.build_in"), origins(plan)["runtime.build_in"]) == ("auto", "default")
+    assert (named.value("runtime.build_in"), origins(named)["runtime.build_in"]) == ("podman", "--set")
+    assert plan.digest == named.digest, "who builds an engine decides nothing of it"
+    with pytest.raises(RecipeError, match="runtime.build_in: 'slrum' is not allowed; .*; did you mean slurm"):
+        plan_for(tiny_llama, tmp_path, "runtime.build_in=slrum")
+    for kind in ("trtllm", "embedded"):
+        with pytest.raises(CompatibilityError, match="build_in: docker: only runtime.kind trtllm-engine builds"):
+            plan_for(tiny_llama, tmp_path, f"runtime.kind={kind}", "runtime.build_in=docker")
+        assert Target(kind).refuses("runtime.build_in", "docker") == "only TensorRT engines are built"
+    assert Target("trtllm-engine").refuses("runtime.build_in", "docker") is None
+    described = json_schema()["$defs"]["Runtime"]["properties"]["build_in"]
+    assert described["enum"] == ["auto", "docker", "podman", "enroot", "slurm", "script"]
+    assert "engine/build.sh" in described["description"]

@@ -43,7 +43,7 @@ def check(directory: Path, planned: Mapping[str, Any]) -> list[EngineCheck]:
         EngineCheck("engine.json", tuple(_against_plan(engine, planned)), f"TensorRT-LLM {engine['version']}"),
         _checkpoint(directory / CHECKPOINT, spec, str(planned["dtype"])),
         _ranks(directory / CHECKPOINT, spec),
-        _built(directory, spec, engine["image"]),
+        _built(directory, spec, engine),
     ]
 
 
@@ -114,23 +114,50 @@ def _layout(tensor: TensorInfo | None) -> tuple[str, tuple[int, ...]] | None:
     return None if tensor is None else (tensor.dtype, tensor.shape)
 
 
-def _built(directory: Path, spec: EngineSpec, image: str) -> EngineCheck:
-    """The engine that the script has built, if it has."""
+def _built(directory: Path, spec: EngineSpec, engine: Mapping[str, Any]) -> EngineCheck:
+    """The engine that was built, if it was."""
     built, name = directory / BUILT, "TensorRT engine"
     if not built.is_dir():
-        return EngineCheck(name, (), f"not built yet: engine/{SCRIPT} builds it in {image}")
+        return EngineCheck(name, (), f"not built yet: engine/{SCRIPT} builds it in {engine['image']}")
     again = f"move engine/{BUILT} away and run engine/{SCRIPT}"
+    found = tuple(f"{problem}; {again}" for problem in check_built(built, spec, key=engine["key"]))
+    return EngineCheck(name, found, f"TensorRT-LLM {spec.version}, {spec.world_size} ranks, SM{spec.gpu}")
+
+
+def check_built(built: Path, spec: EngineSpec, *, key: str) -> list[str]:
+    """What is wrong with a built engine, read back: its config, its record, a whole file for each rank.
+
+    Args:
+        built: what ``trtllm-build`` has made.
+        spec: what it was to be built for.
+        key: of the engine, see `trtllm_engine.build_key`.
+    """
     try:
-        config = read_json(built / "config.json")
+        config, record = read_json(built / "config.json"), read_record(built)
     except ArtifactError as error:
-        return EngineCheck(name, (f"{error}; {again}",))
-    record = read_json(built / RECORD) if (built / RECORD).is_file() else None
-    found = [f"{problem.path}: {problem.message}; {again}" for problem in check_engine(config, record, spec)]
-    found += [
-        f"rank{rank}.engine is missing, and there are {spec.world_size} ranks; {again}"
-        for rank in range(spec.world_size)
-        if not (built / f"rank{rank}.engine").is_file()
-    ]
-    return EngineCheck(
-        name, tuple(found), f"TensorRT-LLM {config.get('version')}, {spec.world_size} ranks, SM{spec.gpu}"
-    )
+        return [str(error)]
+    problems = [f"{problem.path}: {problem.message}" for problem in check_engine(config, record, spec)]
+    if record is not None and record.get("key") != key:
+        problems.append(f"{RECORD}: key: is {record.get('key')!r}, another checkpoint or other arguments than {key!r}")
+    sizes = (record or {}).get("bytes", {})
+    for name in (f"rank{rank}.engine" for rank in range(spec.world_size)):
+        path = built / name
+        if not path.is_file():
+            problems.append(f"{name} is missing, and there are {spec.world_size} ranks")
+        elif name in sizes and path.stat().st_size != sizes[name]:
+            problems.append(f"{name} has {path.stat().st_size} bytes, and {sizes[name]} were written")
+    return problems
+
+
+def read_record(built: Path) -> dict[str, Any] | None:
+    """What the script has recorded about an engine, or None where it has not.
+
+    Raises:
+        ArtifactError: the record cannot be read.
+    """
+    if not (built / RECORD).is_file():
+        return None
+    record = read_json(built / RECORD)
+    if not isinstance(record, dict):
+        raise ArtifactError(f"{built / RECORD} holds no JSON object", "build the engine again")
+    return record

@@ -56,12 +56,11 @@ class Target:
 
     def refuses(self, field: str, value: Any) -> str | None:
         """Why the new runtime does not take a field with this value, or None where it does."""
-        if field in table()["targets"]["llm_api"] and self.kind != "trtllm":
-            return "only the trtllm runtime has it"
+        elsewhere = self._of_others(field, value)
+        if elsewhere is not None:
+            return elsewhere
         if self.kind == "embedded":
             return _embedded(field, value)
-        if field in table()["targets"]["own"] and value != "auto":
-            return "only the embedded runtime has it"
         if self.kind == "trtllm-engine":
             return _engine(field, value)
         argument, schema = LLM_ARGUMENT.get(field), self.schema
@@ -69,6 +68,17 @@ class Target:
             return None
         problems = validate(nested(argument, value), schema, partial=True)
         return problems[0].message if problems else None
+
+    def _of_others(self, field: str, value: Any) -> str | None:
+        """Why a field that one kind of runtime alone has is of no use to this one."""
+        targets = table()["targets"]
+        if field in targets["llm_api"] and self.kind != "trtllm":
+            return "only the trtllm runtime has it"
+        if field == "runtime.build_in" and self.kind != "trtllm-engine" and value != "auto":
+            return "only TensorRT engines are built"
+        if field in targets["own"] and self.kind != "embedded" and value != "auto":
+            return "only the embedded runtime has it"
+        return None
 
 
 def choose_target(kind: RuntimeKind, version: str | None, gpu: str | None, *, option: str = "--to") -> Target:
