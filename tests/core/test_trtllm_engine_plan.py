@@ -284,7 +284,7 @@ def test_where_the_engine_is_built(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="runtime.build_in: 'slrum' is not allowed; .*; did you mean slurm"):
         plan_for(tiny_llama, tmp_path, "runtime.build_in=slrum")
     for kind in ("trtllm", "embedded"):
-        with pytest.raises(CompatibilityError, match="build_in: docker: only runtime.kind trtllm-engine builds"):
+        with pytest.raises(CompatibilityError, match="build_in: docker: only the runtime trtllm-engine has it"):
             plan_for(tiny_llama, tmp_path, f"runtime.kind={kind}", "runtime.build_in=docker")
         assert Target(kind).refuses("runtime.build_in", "docker") == "only TensorRT engines are built"
     assert Target("trtllm-engine").refuses("runtime.build_in", "docker") is None
