@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trtbuild import trtllm_engine_settings, trtllm_settings
+from trtbuild import trtllm_deploy, trtllm_engine_settings, trtllm_settings
 from trtbuild.comparison import compare
+from trtbuild.embedded_settings import embedded_files, take_embedded
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.refusals import model_refusals, recipe_refusals
-from trtbuild.settings import Settings, is_compressed, resolve, take_embedded
+from trtbuild.settings import Settings, is_compressed, resolve
 from trtbuild.trtllm_engine_refusals import engine_mistakes, engine_warnings
 from trtbuild.trtllm_refusals import trtllm_mistakes, trtllm_warnings
 from trtbuild.trtllm_settings import adapter_names, take_trtllm
@@ -23,6 +24,7 @@ _EVALUATION_LENGTH = 512
 _KV_BYTES = {"embedded": 4, "trtllm": 2, "trtllm-engine": 2}  # the embedded engine computes in float32 on a CPU
 _EMBEDDED, _TRTLLM, _ENGINE = "embedded", "trtllm", "trtllm-engine"
 _TAKE = {_EMBEDDED: take_embedded, _TRTLLM: take_trtllm, _ENGINE: trtllm_engine_settings.take_engine}
+_FILES = {_EMBEDDED: embedded_files, _TRTLLM: trtllm_deploy.deploy_files, _ENGINE: trtllm_deploy.deploy_files}
 _MISTAKES = {_TRTLLM: trtllm_mistakes, _ENGINE: engine_mistakes}
 
 
@@ -53,7 +55,7 @@ def make_plan(
     """
     settings = Settings(loaded.recipe, loaded.document, loaded.overridden)
     kind = loaded.recipe.runtime.kind
-    resolve(settings, facts, _TAKE[kind])
+    resolve(settings, facts, _TAKE[kind], _FILES[kind])
     plan = _draft(settings, facts, source, tools)
     mistakes = [*settings.problems, *(_MISTAKES[kind](settings) if kind in _MISTAKES else ()), *check(plan)]
     refused = [*recipe_refusals(settings, facts), *model_refusals(facts, loaded.recipe)]
@@ -194,7 +196,7 @@ def _repository_parameters(settings: Settings) -> dict[str, Any]:
     }
     if _kind(settings) == _ENGINE:
         parameters["engine"] = trtllm_engine_settings.server_parameters(settings)
-    if settings["serving.layout"] == "ensemble":
+    if settings["serving.layout"] != "llm":
         parameters["max_batch_size"] = settings["runtime.max_batch_size"]
     if _kind(settings) == _TRTLLM:
         parameters |= trtllm_settings.server_parameters(settings)
@@ -203,10 +205,8 @@ def _repository_parameters(settings: Settings) -> dict[str, Any]:
 
 
 def _deploy_parameters(settings: Settings) -> dict[str, Any]:
-    engine: dict[str, Any] = {}
-    if _kind(settings) == _ENGINE:
-        engine["engine"] = trtllm_engine_settings.launch_parameters(settings)
-    return engine | {
+    more = {} if _kind(settings) == _EMBEDDED else trtllm_deploy.deploy_parameters(settings)
+    return more | {
         "image": settings["deploy.image"],
         "labels": dict(settings["deploy.labels"]),
         "files": list(settings["deploy.files"]),

@@ -204,8 +204,10 @@ class Target(_Section):
 class Serving(_Section):
     """The Triton model repository."""
 
-    layout: Literal["llm", "ensemble"] = Field(
-        default="llm", description="llm is one model; ensemble is TensorRT-LLM's five (inflight_batcher_llm)."
+    layout: Literal["llm", "ensemble", "tokens"] = Field(
+        default="llm",
+        description="llm is one model; ensemble is TensorRT-LLM's five (inflight_batcher_llm); tokens is the engine's "
+        "model of those alone, token ids in and out (trtllm-engine).",
     )
     model_name: TritonName = "tensorrt_llm"
     streaming: bool = Field(default=True, description="Decoupled: answers may be streamed.")
@@ -217,7 +219,17 @@ class Serving(_Section):
         description="trtllm: whose model files serve; upstream stands for the container's own llmapi.",
     )
     gpu_device_ids: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = Field(
-        default=(), description="trtllm: one list of GPU numbers for each model instance; by default one instance."
+        default=(),
+        description="trtllm, trtllm-engine: one list of GPU numbers for each model instance; by default one instance.",
+    )
+    backend: Literal["tensorrtllm", "python"] | None = Field(
+        default=None,
+        description="trtllm-engine: tensorrtllm (C++) or python (the container's own model) executes the engine.",
+    )
+    communication_mode: Literal["leader", "orchestrator"] | None = Field(
+        default=None,
+        description="trtllm-engine: leader is one server for each rank; orchestrator is one server that starts a "
+        "worker for each rank, also of several instances.",
     )
 
 

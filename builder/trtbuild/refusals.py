@@ -13,7 +13,16 @@ from trtbuild.trtllm_refusals import trtllm_refusals
 
 _NOT_HERE = "cannot be done by this version of trtbuild"
 _ONE_DEVICE = "the embedded runtime runs on one device"
+_ENGINES = "only TensorRT engines are served without text"
 _TRTLLM_ONLY = "only the trtllm runtime has it"
+# Fields that not every runtime has.
+_ONLY = {
+    "runtime.build_in": ("trtllm-engine",),
+    "serving.model_py": ("trtllm",),
+    "serving.gpu_device_ids": ("trtllm", "trtllm-engine"),
+    "serving.backend": ("trtllm-engine",),
+    "serving.communication_mode": ("trtllm-engine",),
+}
 # What the embedded runtime does itself, or refuses with a sentence of its own.
 _OWN = frozenset(
     {
@@ -37,29 +46,22 @@ def embedded_takes(path: str) -> bool:
 def recipe_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     """Every demand of the recipe that its runtime cannot meet, with the value to use instead."""
     recipe = settings.recipe
-    if recipe.runtime.kind == "trtllm":
-        return [*trtllm_refusals(settings, facts), *_engines_only(recipe)]
-    if recipe.runtime.kind == "trtllm-engine":
-        return [*engine_refusals(settings, facts), *_llm_api_only(recipe)]
-    return [*_embedded(recipe), *_llm_api_only(recipe), *_engines_only(recipe)]
+    refusals = {"embedded": lambda: _embedded(recipe), "trtllm": lambda: trtllm_refusals(settings, facts)}
+    ours = refusals.get(recipe.runtime.kind, lambda: engine_refusals(settings, facts))()
+    return [*ours, *_of_others(settings)]
 
 
-def _engines_only(recipe: Recipe) -> list[Problem]:
-    value = recipe.runtime.build_in
-    if value == "auto":
-        return []
-    return [Problem("runtime.build_in", f"{value}: only runtime.kind trtllm-engine builds engines", "remove it")]
-
-
-def _llm_api_only(recipe: Recipe) -> list[Problem]:
-    serving = recipe.serving
-    given = {"model_py": serving.model_py != "trtbuild", "gpu_device_ids": bool(serving.gpu_device_ids)}
-    what = {"model_py": serving.model_py, "gpu_device_ids": [list(group) for group in serving.gpu_device_ids]}
-    return [
-        Problem(f"serving.{name}", f"{what[name]}: only the runtime trtllm has it", "remove it")
-        for name, is_given in given.items()
-        if is_given
-    ]
+def _of_others(settings: Settings) -> list[Problem]:
+    """Fields that other runtimes have."""
+    kind, problems = settings.recipe.runtime.kind, []
+    for path, kinds in _ONLY.items():
+        value = recipe_value(settings.recipe, path)
+        if kind not in kinds and value not in (None, (), "trtbuild", "auto"):
+            shown = [list(group) for group in value] if isinstance(value, tuple) else value
+            runtimes = "the runtime" if len(kinds) == 1 else "the runtimes"
+            message = f"{shown}: only {runtimes} {' and '.join(kinds)} ha{'s' if len(kinds) == 1 else 've'} it"
+            problems.append(Problem(path, message, "remove it"))
+    return problems
 
 
 def _embedded(recipe: Recipe) -> list[Problem]:
@@ -70,6 +72,7 @@ def _embedded(recipe: Recipe) -> list[Problem]:
         ("runtime.pipeline_parallel_size", runtime.pipeline_parallel_size, 1, _ONE_DEVICE),
         ("runtime.extra", dict(runtime.extra), {}, "the embedded runtime has no further keys"),
         ("model.adapters", recipe.model.adapters, (), _NOT_HERE),
+        ("serving.layout", "llm" if recipe.serving.layout == "ensemble" else recipe.serving.layout, "llm", _ENGINES),
         ("speculative.method", recipe.speculative.method, "none", _NOT_HERE),
         ("speculative.draft", recipe.speculative.draft, None, "of no use without a speculative.method"),
         ("compress.max_memory", recipe.compress.max_memory, None, "this version of trtbuild holds the model in memory"),

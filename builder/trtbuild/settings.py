@@ -14,14 +14,17 @@ from trtbuild.plan import Value
 from trtbuild.recipe import Recipe
 
 _DEFAULT_MAX_SEQ_LEN = 2048
-_DEFAULT_MAX_NUM_TOKENS = 512
 _CALIBRATION_LENGTH = 512
-_GPU_ONLY = "only a GPU heeds it"
 FROM_GPU_MEMORY = "from the free GPU memory at start"
+DEPLOY_FILES = ("dockerfile", "compose", "launch")
 # An evaluation predicts at least one token from one, and a served request needs room for an answer.
 _LEAST_SEQ_LEN, _LEAST_INPUT_TOKENS = 3, 2
 # What TensorRT-LLM's inflight_batcher_llm repository calls the model with the engine.
 _ENSEMBLE_MODEL = "tensorrt_llm"
+_FIXED_NAMES = {
+    "ensemble": "the five models of layout ensemble have fixed names",
+    "tokens": "the model of layout tokens has a fixed name",
+}
 _NOTHING_COMPRESSED = (
     "is set while nothing is compressed",
     "remove it, or set compress.format, compress.kv_cache or compress.sparsity",
@@ -89,20 +92,26 @@ def recipe_value(recipe: Recipe, path: str) -> Any:
     return value
 
 
-def resolve(settings: Settings, facts: ModelFacts, take_runtime: Callable[[Settings, ModelFacts], None]) -> None:
+def resolve(
+    settings: Settings,
+    facts: ModelFacts,
+    take_runtime: Callable[[Settings, ModelFacts], None],
+    deploy_files: Callable[[Settings], tuple[tuple[str, ...], str]],
+) -> None:
     """Fill `settings` for this model, in the order in which a plan shows them.
 
     Args:
         settings: are filled.
         facts: of the model.
         take_runtime: takes the sections `target` and `runtime`, which differ between the kinds of runtime.
+        deploy_files: which deployment files there can be for this runtime, and why.
     """
     _model(settings)
     _compress(settings, facts)
     settings.take("speculative.method")
     take_runtime(settings, facts)
     _serving(settings)
-    _deploy(settings)
+    _deploy(settings, deploy_files(settings))
     _quality(settings)
 
 
@@ -177,18 +186,6 @@ def _group_size(settings: Settings, facts: ModelFacts, compress_format: str) -> 
     settings.take(path, fitting[0] if fitting else None, origin)
 
 
-def take_embedded(settings: Settings, facts: ModelFacts) -> None:
-    """The target and the runtime, for the embedded engine."""
-    for name in ("gpu", "count"):
-        settings.take(f"target.{name}", note=_GPU_ONLY if settings.given(f"target.{name}") else "")
-    for name in ("kind", "version", "tensor_parallel_size", "pipeline_parallel_size"):
-        settings.take(f"runtime.{name}")
-    for name in ("device", "compute_dtype", "weights"):
-        settings.take(f"runtime.{name}")
-    take_limits(settings, facts, _DEFAULT_MAX_NUM_TOKENS, "default")
-    _kv_cache(settings)
-
-
 def take_limits(settings: Settings, facts: ModelFacts, usual_tokens: int, origin: str) -> None:
     """How much a runtime does at the same time; `usual_tokens` of one step come from `origin`."""
     batch = settings.take("runtime.max_batch_size")
@@ -222,19 +219,6 @@ def take_limits(settings: Settings, facts: ModelFacts, usual_tokens: int, origin
     settings.take("runtime.capacity_scheduler_policy")
 
 
-def _kv_cache(settings: Settings) -> None:
-    batch, length = settings["runtime.max_batch_size"], settings["runtime.max_seq_len"]
-    for name in ("tokens_per_block", "enable_block_reuse"):
-        settings.take(f"runtime.kv_cache.{name}")
-    settings.take("runtime.kv_cache.free_gpu_memory_fraction", note=_GPU_ONLY)
-    from_memory = settings.recipe.runtime.device == "cuda" or settings.recipe.target.gpu is not None
-    if from_memory:
-        settings.take("runtime.kv_cache.max_tokens", None, FROM_GPU_MEMORY)
-    else:
-        settings.take("runtime.kv_cache.max_tokens", batch * length, "max_batch_size x max_seq_len")
-    check_capacity(settings)
-
-
 def check_capacity(settings: Settings) -> None:
     """The longest request must fit into the KV cache."""
     tokens, length = settings["runtime.kv_cache.max_tokens"], settings["runtime.max_seq_len"]
@@ -254,8 +238,9 @@ def _serving(settings: Settings) -> None:
         settings.take("serving.layout")
     for name in ("model_name", "streaming"):
         settings.take(f"serving.{name}")
-    if settings["serving.layout"] == "ensemble" and settings["serving.model_name"] != _ENSEMBLE_MODEL:
-        message = f"{settings['serving.model_name']!r}: the five models of layout ensemble have fixed names"
+    fixed = _FIXED_NAMES.get(settings["serving.layout"])
+    if fixed is not None and settings["serving.model_name"] != _ENSEMBLE_MODEL:
+        message = f"{settings['serving.model_name']!r}: {fixed}"
         settings.problem("serving.model_name", message, f"remove it, or write {_ENSEMBLE_MODEL}")
     for name in ("max_input_tokens", "max_output_tokens"):
         limit = settings.take(f"serving.{name}", length - 1, "max_seq_len - 1")
@@ -263,9 +248,7 @@ def _serving(settings: Settings) -> None:
             settings.problem(
                 f"serving.{name}", f"{limit} leaves no room in max_seq_len {length}", f"use at most {length - 1}"
             )
-    if settings.recipe.runtime.kind == "trtllm":
-        for name in ("model_py", "gpu_device_ids"):
-            settings.take(f"serving.{name}")
+    _instances(settings)
     longest = settings["serving.max_input_tokens"]
     if longest < _LEAST_INPUT_TOKENS and settings.given("serving.max_input_tokens"):
         message = f"{longest} leaves no token to predict when quality is measured"
@@ -279,15 +262,24 @@ def _serving(settings: Settings) -> None:
     settings.take("serving.default_max_tokens", min(usual, most))
 
 
-def _deploy(settings: Settings) -> None:
+def _instances(settings: Settings) -> None:
+    """Which model files or backend serve, and on which GPUs: settings of TensorRT-LLM's runtimes."""
+    kind = settings.recipe.runtime.kind
+    if kind == "trtllm":
+        settings.take("serving.model_py")
+    if kind in ("trtllm", "trtllm-engine"):
+        settings.take("serving.gpu_device_ids")
+    if kind == "trtllm-engine":
+        settings.take("serving.backend", "tensorrtllm")
+        several = len(settings["serving.gpu_device_ids"]) > 1
+        mode, origin = ("orchestrator", "several instances need it") if several else ("leader", "default")
+        settings.take("serving.communication_mode", mode, origin)
+
+
+def _deploy(settings: Settings, files: tuple[tuple[str, ...], str]) -> None:
     settings.take("deploy.image", f"localhost/{_image_part(settings['serving.model_name'])}:latest", "model_name")
     settings.take("deploy.labels")
-    if settings.recipe.runtime.kind == "trtllm":
-        settings.take("deploy.files", (), "there are none for this runtime yet")
-    elif settings.recipe.runtime.kind == "trtllm-engine":
-        settings.take("deploy.files", ("launch",), "what there is for this runtime")
-    else:
-        settings.take("deploy.files")
+    settings.take("deploy.files", *files)
 
 
 def _image_part(model_name: str) -> str:

@@ -5,15 +5,18 @@ Every function takes a `Work` and returns the record that the manifest and the e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trtbuild.adapters import (
     container,
+    container_checks,
     triton,
     triton_launch,
+    triton_launch_llm,
     triton_parameters,
     trtllm,
     trtllm_checkpoint,
@@ -133,35 +136,52 @@ def _repository(work: Work) -> dict[str, Any]:
 
 
 def _server_parameters(engine: Mapping[str, Any]) -> triton_parameters.EngineParameters:
-    more = {name: tuple(value) if isinstance(value, list) else value for name, value in engine["more"].items()}
+    more = {name: _tuples(value) for name, value in engine["more"].items()}
     return triton_parameters.from_runtime(engine["runtime"], engine["gpt_model_path"], **more)
 
 
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
 def _deploy(work: Work) -> dict[str, Any]:
-    if "engine" in work.step.parameters:
-        return _launch(work)
-    container.write_deploy(deploy_spec(work.step, work.inputs["engine"].digest), work.staging.content)
-    return {}
-
-
-def _launch(work: Work) -> dict[str, Any]:
-    """The script that starts the server of a TensorRT engine in its container."""
-    engine = work.step.parameters["engine"]
-    spec = triton_launch.LaunchSpec(
-        engine=_server_parameters(engine), world_size=engine["world_size"], container=engine["image"]
-    )
-    work.staging.content.mkdir(parents=True, exist_ok=True)
-    if "launch" in work.step.parameters["files"]:
-        script = work.staging.content / "launch.sh"
-        script.write_text(triton_launch.render_launch(spec), encoding="utf-8", newline="\n")
-        script.chmod(0o755)
+    engine = work.inputs["engine"]
+    spec = replace(deploy_spec(work.step, engine.digest), launch=_launch_text(work.step.parameters.get("launch")))
+    if spec.runtime == "trtllm-engine":
+        files = (entry.path for entry in engine.files)
+        spec = replace(spec, engine_files=[path for path in files if "/" not in path and path != trtllm_engine.SCRIPT])
+    container.write_deploy(spec, work.staging.content)
     return {}
 
 
 def deploy_spec(step: Step, engine_digest: str) -> container.DeploySpec:
-    """What the deployment files are made from."""
-    parameters = {name: value for name, value in step.parameters.items() if name != "engine"}
+    """What the deployment files are made from, but for the launch script of a sound plan."""
+    parameters = {name: value for name, value in step.parameters.items() if name != "launch"}
     return container.DeploySpec(**parameters, engine_digest=engine_digest)
+
+
+def launch_ranks(step: Step) -> container_checks.Ranks | None:
+    """What the launch script of a runtime of TensorRT-LLM checks; None for the embedded engine's."""
+    launch = step.parameters.get("launch")
+    if launch is None:
+        return None
+    names = ("tensor", "pipeline") if "mode" in launch else ("tensor", "pipeline", "context")
+    sizes = tuple((launch["runtime"] if "mode" in launch else launch)[f"{name}_parallel_size"] for name in names)
+    world = math.prod(sizes)
+    return container_checks.Ranks((world, *sizes) if "mode" in launch else sizes, world)
+
+
+def _launch_text(launch: Mapping[str, Any] | None) -> str:
+    """The script that starts the server of TensorRT-LLM in its container; none is the embedded engine's."""
+    if launch is None:
+        return ""
+    if "mode" not in launch:
+        return triton_launch_llm.render_launch(triton_launch_llm.LaunchSpec(**launch))
+    spec = triton_launch.LaunchSpec(
+        engine=_server_parameters(launch),
+        **{name: launch[name] for name in ("world_size", "container", "mode")},
+    )
+    return triton_launch.render_launch(spec)
 
 
 def _evaluate(work: Work) -> dict[str, Any]:

@@ -54,6 +54,17 @@ def excluded_in_part(patterns: Sequence[str], facts: ModelFacts) -> Iterable[Pro
             return
 
 
+def instance_mistakes(recipe: Recipe, ranks: int) -> Iterable[Problem]:
+    """Each model instance needs one GPU a rank; instances may share GPUs, ranks may not."""
+    for place, group in enumerate(recipe.serving.gpu_device_ids):
+        at = f"serving.gpu_device_ids.{place}"
+        if len(group) != ranks:
+            message = f"names {len(group)} GPUs, and one engine takes {ranks} (tensor x pipeline x context parallel)"
+            yield Problem(at, message, f"name {ranks}")
+        elif len(set(group)) != len(group):
+            yield Problem(at, f"{list(group)} names a GPU twice", "give each rank a GPU of its own")
+
+
 def gpu_refusals(recipe: Recipe, line: Line, needed: int) -> Iterable[Problem]:
     """Too few GPUs, an unknown one, or one that does not run the format; `needed` is the number of ranks."""
     count = recipe.target.count

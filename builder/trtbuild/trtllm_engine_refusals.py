@@ -14,10 +14,9 @@ from trtbuild.settings import Settings
 from trtbuild.support import refused_architecture, speculative_method
 from trtbuild.trtllm_build import choose, release_line
 from trtbuild.trtllm_build_extra import extra_problems
-from trtbuild.trtllm_common import embedded_only, excluded_in_part, gpu_refusals, group_refusals
+from trtbuild.trtllm_common import embedded_only, excluded_in_part, gpu_refusals, group_refusals, instance_mistakes
 from trtbuild.trtllm_engine_settings import (
     FLOW,
-    KIND,
     engine_spec,
     planned_release,
     ranks,
@@ -30,7 +29,7 @@ _PROJECTIONS = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
-_DEPLOY_FILES = ("launch",)
+_LAYOUTS = ("ensemble", "tokens")
 # What the recipe can say, the engine flow has under another name, and this version of trtbuild does not write.
 NOT_WRITTEN = {
     "runtime.context_parallel_size": "the conversion divides models over tensor and pipeline ranks only",
@@ -53,7 +52,20 @@ def engine_mistakes(settings: Settings) -> list[Problem]:
     if recipe.target.gpu is None:
         message = "is missing, and an engine is built for one GPU architecture"
         problems.append(Problem("target.gpu", message, "name the GPU that will serve, such as H100"))
-    return problems
+    return [*problems, *instance_mistakes(recipe, ranks(recipe)), *_several(recipe)]
+
+
+def _several(recipe: Recipe) -> Iterable[Problem]:
+    """Several instances of an engine, and what cannot start or place them."""
+    serving, count = recipe.serving, len(recipe.serving.gpu_device_ids)
+    if count > 1 and serving.communication_mode == "leader":
+        message = f"leader: {count} instances of an engine (serving.gpu_device_ids) have no common leader"
+        yield Problem("serving.communication_mode", message, "use orchestrator, or remove it")
+    if count > 1 and serving.backend == "python":
+        # NVIDIA/TensorRT-LLM triton_backend/all_models/inflight_batcher_llm/tensorrt_llm/1/model.py @0d5352f5,
+        # `get_parallel_config`: one list of ids, divided at commas alone.
+        message = f"names GPUs for {count} instances, and the container's python model reads one list of ids"
+        yield Problem("serving.gpu_device_ids", message, "name one group, or use serving.backend: tensorrtllm")
 
 
 def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
@@ -95,13 +107,13 @@ def engine_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
 def _package(settings: Settings) -> Iterable[Problem]:
     """How engines are served, and what comes with them."""
     recipe = settings.recipe
-    if settings.given("serving.layout") and recipe.serving.layout != "ensemble":
+    if settings.given("serving.layout") and recipe.serving.layout not in _LAYOUTS:
         message = f"{recipe.serving.layout}: TensorRT engines are served by the five models of layout ensemble"
-        yield Problem("serving.layout", message, "use ensemble, or remove it")
-    others = [name for name in recipe.deploy.files if name not in _DEPLOY_FILES]
-    if settings.given("deploy.files") and others:
-        message = f"{', '.join(others)}: this version of trtbuild writes a launch script alone for {KIND}"
-        yield Problem("deploy.files", message, "use [launch], or remove it")
+        yield Problem("serving.layout", message, "use ensemble, tokens (the engine's model alone), or remove it")
+    for name in ("max_output_tokens", "default_max_tokens"):
+        if recipe.serving.layout == "tokens" and settings.given(f"serving.{name}"):
+            message = "nothing of layout tokens heeds it: every request says request_output_len"
+            yield Problem(f"serving.{name}", message, "remove it, or use layout ensemble")
     if recipe.model.adapters:
         message = "this version of trtbuild packages no adapters for engines"
         yield Problem("model.adapters", message, "remove them, or use runtime.kind: trtllm")

@@ -156,14 +156,8 @@ def build_choices(settings: Settings, facts: ModelFacts) -> tuple[Choice, ...]:
     return _choices(engine_spec(settings, facts))
 
 
-def launch_parameters(settings: Settings) -> dict[str, Any]:
-    """What decides the script that starts the server."""
-    container = _container(planned_release(settings.recipe))
-    return server_parameters(settings) | {"world_size": ranks(settings.recipe), "image": container.image}
-
-
 def server_parameters(settings: Settings) -> dict[str, Any]:
-    """What the C++ backend reads, in the recipe's words; `more` has its own names."""
+    """What TensorRT-LLM's own backends read, in the recipe's words; `more` has their names."""
     cache = {
         name: settings[f"runtime.kv_cache.{name}"]
         for name in ("max_tokens", "free_gpu_memory_fraction", "enable_block_reuse")
@@ -174,9 +168,17 @@ def server_parameters(settings: Settings) -> dict[str, Any]:
         "runtime.cuda_graph_config.enabled": "cuda_graph_mode",
     }
     more = {theirs: settings[ours] for ours, theirs in optional.items() if settings.has(ours)}
+    more["backend"] = settings["serving.backend"]
+    if settings["serving.gpu_device_ids"]:
+        more["gpu_device_ids"] = settings["serving.gpu_device_ids"]
     names = ("tensor_parallel_size", "pipeline_parallel_size", "capacity_scheduler_policy", "enable_chunked_prefill")
     return {
         "gpt_model_path": f"{_PACKAGE}/engine/{BUILT}",
         "runtime": {name: settings[f"runtime.{name}"] for name in names} | {"kv_cache": cache},
-        "more": {name: list(value) if isinstance(value, tuple) else value for name, value in more.items()},
+        "more": {name: _lists(value) for name, value in more.items()},
     }
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as a plan writes them."""
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value

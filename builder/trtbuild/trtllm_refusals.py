@@ -16,7 +16,8 @@ from trtbuild.recipe import Recipe
 from trtbuild.releases import Release
 from trtbuild.settings import Settings
 from trtbuild.support import refused_architecture, speculative_method
-from trtbuild.trtllm_common import embedded_only, excluded_in_part, gpu_refusals, group_refusals
+from trtbuild.trtllm_common import embedded_only, excluded_in_part, gpu_refusals, group_refusals, instance_mistakes
+from trtbuild.trtllm_deploy import deploy_refusals, hosts
 from trtbuild.trtllm_parallel import parallel_refusals
 from trtbuild.trtllm_settings import FLOW, planned_release, release_schema, wanted_release, world_size
 
@@ -39,19 +40,14 @@ def trtllm_mistakes(settings: Settings) -> list[Problem]:
         # Releases differ in which pairs they take (TorchLlmArgs.validate_cuda_graph_config).
         message = f"{graph.max_batch_size} is set together with batch_sizes, which says it too"
         problems.append(Problem("runtime.cuda_graph_config.max_batch_size", message, "remove one of the two"))
-    return [*problems, *_instances(recipe)]
+    return [*problems, *instance_mistakes(recipe, world_size(recipe)), *_hosts(recipe)]
 
 
-def _instances(recipe: Recipe) -> Iterable[Problem]:
-    """Each model instance needs one GPU a rank; instances may share GPUs, ranks may not."""
-    world = world_size(recipe)
-    for place, group in enumerate(recipe.serving.gpu_device_ids):
-        at = f"serving.gpu_device_ids.{place}"
-        if len(group) != world:
-            message = f"names {len(group)} GPUs, and one engine takes {world} (tensor x pipeline x context parallel)"
-            yield Problem(at, message, f"name {world}")
-        elif len(set(group)) != len(group):
-            yield Problem(at, f"{list(group)} names a GPU twice", "give each rank a GPU of its own")
+def _hosts(recipe: Recipe) -> Iterable[Problem]:
+    """Instances with GPUs of their own are started by one server, on one host."""
+    if recipe.serving.gpu_device_ids and hosts(recipe) > 1:
+        message = f"instances run on one host, and runtime.extra.gpus_per_node spreads the ranks over {hosts(recipe)}"
+        yield Problem("serving.gpu_device_ids", message, "remove one of the two")
 
 
 def _contradiction(path: str) -> Iterable[Problem]:
@@ -103,8 +99,8 @@ def trtllm_warnings(settings: Settings) -> list[str]:
     if recipe.compress.kv_cache != "none":
         # NVIDIA/TensorRT-LLM, tensorrt_llm/_torch/modules/linear.py @ed53795b, FP8QDQLinearMethod: off by default.
         warnings.append(
-            "TensorRT-LLM takes 1 for k_scale and v_scale unless the server's environment has TRTLLM_LOAD_KV_SCALES=1; "
-            "quality is measured with the checkpoint's scales"
+            "TensorRT-LLM takes 1 for k_scale and v_scale unless the server's environment has TRTLLM_LOAD_KV_SCALES=1, "
+            "which deploy/launch.sh sets; quality is measured with the checkpoint's scales"
         )
     warnings += _untested(recipe)
     if any("model" in key for key in recipe.runtime.extra.get("speculative_config") or {}):
@@ -135,9 +131,7 @@ def _untested(recipe: Recipe) -> list[str]:
 def _elsewhere(settings: Settings) -> Iterable[Problem]:
     """What other runtimes do, or nothing yet."""
     recipe = settings.recipe
-    if settings.given("deploy.files") and recipe.deploy.files:
-        message = f"{', '.join(recipe.deploy.files)}: this version of trtbuild has no deployment files for trtllm"
-        yield Problem("deploy.files", message, "remove it")
+    yield from deploy_refusals(settings)
     yield from embedded_only(recipe)
     if recipe.serving.layout != "llm":
         yield Problem("serving.layout", f"{recipe.serving.layout}: the LLM API is served by one model", "use llm")

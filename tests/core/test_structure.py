@@ -44,6 +44,8 @@ LAYERS = [
         "trtllm_settings",
         "trtllm_parallel",
         "trtllm_common",
+        "embedded_settings",
+        "trtllm_deploy",
         "trtllm_build",
         "trtllm_build_extra",
         "trtllm_engine_settings",

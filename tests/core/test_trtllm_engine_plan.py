@@ -47,7 +47,9 @@ def test_the_default_plan(tiny_llama: Path, tmp_path: Path) -> None:
     plan = plan_for(tiny_llama, tmp_path)
     assert origins(plan)["runtime.version"] == "default: the newest with a container; container 26.07"
     assert origins(plan)["target.gpu"] == "recipe; SM90"
-    assert (plan.value("serving.layout"), plan.value("deploy.files")) == ("ensemble", ("launch",))
+    assert (plan.value("serving.layout"), plan.value("deploy.files")) == (
+        "ensemble", ("dockerfile", "compose", "launch"),
+    )  # fmt: skip
     assert plan.step("evaluate").parameters["device"] == "auto"
     assert plan.estimates["kv_bytes_per_token"] == 2 * plan.facts.kv_elements_per_token
     engine = plan.step("engine").parameters
@@ -113,6 +115,7 @@ def test_what_the_server_reads(tiny_llama: Path, tmp_path: Path) -> None:
     assert engine["runtime"]["capacity_scheduler_policy"] == "MAX_UTILIZATION"
     assert engine["more"] == {
         "kv_cache_host_memory_bytes": 1024, "max_attention_window_size": [64, 512], "cuda_graph_mode": True,
+        "backend": "tensorrtllm",
     }  # fmt: skip
 
 
@@ -145,7 +148,11 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
             "no Triton container has TensorRT-LLM 1.2.9, and engines are built and served in one; use 1.2.1",
         ),
         (["serving.layout=llm"], "serving.layout: llm: TensorRT engines are served by the five models of layout ensem"),
-        (["deploy.files=[compose, launch]"], "deploy.files: compose: this version of trtbuild writes a launch script"),
+        (["serving.model_py=upstream"], "serving.model_py: upstream: only the runtime trtllm has it; remove it"),
+        (
+            ["serving.layout=tokens", "serving.default_max_tokens=5"],
+            "serving.default_max_tokens: nothing of layout tokens heeds it: every request says request_output_len; rem",
+        ),
         (["model.adapters=[a]"], "model.adapters: this version of trtbuild packages no adapters for engines"),
         (["runtime.device=cpu"], "runtime.device: cpu: only the embedded runtime has it; use auto"),
         (["compress.max_memory=8GiB"], "compress.max_memory: 8GiB: this version of trtbuild holds the model in memory"),
@@ -191,6 +198,20 @@ def test_what_engines_do_not_do(tiny_llama: Path, tmp_path: Path, overrides: lis
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
+        (
+            ["serving.gpu_device_ids=[[0], [1]]", "serving.communication_mode=leader"],
+            "serving.communication_mode: leader: 2 instances of an engine (serving.gpu_device_ids) have no common",
+        ),
+        (
+            ["serving.gpu_device_ids=[[0], [1]]", "serving.backend=python"],
+            "serving.gpu_device_ids: names GPUs for 2 instances, and the container's python model reads one list o",
+        ),
+        (["serving.gpu_device_ids=[[0, 1]]"], "serving.gpu_device_ids.0: names 2 GPUs, and one engine takes 1 (tensor"),
+        (
+            ["runtime.tensor_parallel_size=2", "serving.gpu_device_ids=[[3, 3]]"],
+            "serving.gpu_device_ids.0: [3, 3] names a GPU twice; give each rank a GPU of its own",
+        ),
+        (["serving.layout=tokens", "serving.model_name=chat"], "'chat': the model of layout tokens has a fixed name"),
         (["target.gpu=null"], "target.gpu: is missing, and an engine is built for one GPU architecture; name the GPU"),
         (["runtime.extra.gemm_plugins=auto"], "is no flag of trtllm-build 1.2; did you mean gemm_plugin?"),
         (["runtime.extra.kv_cache_config={}"], "runtime.extra.kv_cache_config: is no flag of trtllm-build 1.2"),
@@ -263,7 +284,7 @@ def test_where_the_engine_is_built(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="runtime.build_in: 'slrum' is not allowed; .*; did you mean slurm"):
         plan_for(tiny_llama, tmp_path, "runtime.build_in=slrum")
     for kind in ("trtllm", "embedded"):
-        with pytest.raises(CompatibilityError, match="build_in: docker: only runtime.kind trtllm-engine builds"):
+        with pytest.raises(CompatibilityError, match="build_in: docker: only the runtime trtllm-engine has it"):
             plan_for(tiny_llama, tmp_path, f"runtime.kind={kind}", "runtime.build_in=docker")
         assert Target(kind).refuses("runtime.build_in", "docker") == "only TensorRT engines are built"
     assert Target("trtllm-engine").refuses("runtime.build_in", "docker") is None

@@ -53,7 +53,7 @@ def test_the_default_plan(tiny_llama: Path, tmp_path: Path) -> None:
     assert origins(plan)["runtime.stream_interval"] == "default of TensorRT-LLM 1.2.1"
     assert origins(plan)["runtime.max_num_tokens"] == "default of TensorRT-LLM 1.2.1"
     assert (plan.value("target.count"), plan.value("runtime.kv_cache.max_tokens")) == (1, None)
-    assert plan.value("deploy.files") == ()
+    assert plan.value("deploy.files") == ("dockerfile", "compose", "launch")
     evaluate = plan.step("evaluate").parameters
     assert (evaluate["device"], evaluate["kv_cache_dtype"]) == ("auto", "auto")
     assert plan.estimates["kv_bytes_per_token"] == 2 * plan.facts.kv_elements_per_token
@@ -227,13 +227,19 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
             "27.01: there is no Triton image 27.01-trtllm-python-py3 in compatibility data; near",
         ),
         (
-            ["deploy.files=[compose]"],
-            "deploy.files: compose: this version of trtbuild has no deployment files for trtllm",
+            ["deploy.files=[compose, launch]", "runtime.version=1.4.0rc1"],
+            "deploy.files: compose, launch: no Triton container has TensorRT-LLM 1.4.0rc1; remove it, or use a release",
         ),
         (
             ["compress.format=fp8", "compress.exclude=['*.1.self_attn.q_proj']"],
             "compress.exclude: names model.layers.1.self_attn.q_proj, but not model.layers.1.self_attn.k_proj: Tensor",
         ),
+        (["serving.backend=python"], "serving.backend: python: only the runtime trtllm-engine has it; remove it"),
+        (
+            ["serving.communication_mode=leader"],
+            "serving.communication_mode: leader: only the runtime trtllm-engine ha",
+        ),
+        (["serving.layout=tokens"], "serving.layout: tokens: the LLM API is served by one model; use llm"),
         (["runtime.device=cpu"], "runtime.device: cpu: only the embedded runtime has it; use auto"),
         (
             ["runtime.compute_dtype=float32"],
@@ -425,7 +431,7 @@ def test_a_release_without_a_default(tiny_llama: Path, tmp_path: Path) -> None:
 def test_the_version_decides_the_engine_and_nothing_before(tiny_llama: Path, tmp_path: Path) -> None:
     first, second = (plan_for(tiny_llama, tmp_path, f"runtime.version={version}") for version in ("1.2.1", "1.4.0rc1"))
     changed = {step.kind for step in first.steps if step != second.step(step.kind)}
-    assert changed == {"engine"}
+    assert changed == {"engine", "deploy"}
 
 
 def test_what_runs_where(tiny_llama: Path, tmp_path: Path) -> None:

@@ -151,6 +151,30 @@ def test_an_argument_that_the_newest_version_removed(tmp_path: Path) -> None:
     assert done.document["runtime"]["version"] == "1.4.0rc1"
 
 
+@pytest.mark.parametrize(
+    ("backend", "groups", "expected"),
+    [
+        ("tensorrtllm", "0;1", {"gpu_device_ids": [[0], [1]]}),
+        ("python", "1", {"backend": "python", "gpu_device_ids": [[1]]}),
+        ("python", "0;1", {"backend": "python"}),
+    ],
+)
+def test_engines_keep_their_instances_and_their_backend(
+    tmp_path: Path, tiny_llama: Path, backend: str, groups: str, expected: dict[str, Any]
+) -> None:
+    repository = write_repository(
+        tmp_path / "repository", "1.2", structure=STRUCTURE | {"triton_backend": backend},
+        changes={"gpu_device_ids": groups}, only=frozenset({"gpu_device_ids"}),
+    )  # fmt: skip
+    done = migrate(str(repository), "trtllm-engine", model=str(tiny_llama), gpu="H100")
+    serving = {name: done.document["serving"].get(name) for name in ("backend", "gpu_device_ids")}
+    assert {name: value for name, value in serving.items() if value is not None} == expected
+    plan = plan_of(done, tmp_path / "recipe.yaml")
+    several = len(expected.get("gpu_device_ids", ())) > 1
+    assert plan.value("serving.communication_mode") == ("orchestrator" if several else "leader")
+    assert ("gpu_device_ids" in losses(done)) == (groups == "0;1" and backend == "python")
+
+
 def test_unfilled_placeholders_are_unset_and_listed(tmp_path: Path, tiny_llama: Path) -> None:
     only = frozenset({"kv_cache_free_gpu_mem_fraction", "gpt_model_path"})
     repository = write_repository(tmp_path / "repository", "1.2", structure={}, only=only)

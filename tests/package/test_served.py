@@ -89,7 +89,13 @@ def test_layout_ensemble_is_built_and_verified(recipe: Path, cli: Cli, tmp_path:
     cli("build", recipe, "-o", out, "--set", "serving.layout=ensemble", "--set", "serving.model_name=tensorrt_llm")
     models = sorted(path.name for path in (out / "model_repository").iterdir())
     assert models == ["ensemble", "postprocessing", "preprocessing", "tensorrt_llm", "tensorrt_llm_bls"]
-    checks = {check["name"]: check for check in json.loads(cli("verify", out, "--served", "--json").stdout)}
+    for _ in range(3):
+        done = cli("verify", out, "--served", "--json", check=None)
+        if "process of model 'tensorrt_llm_bls' was ended by signal" not in done.stderr:
+            break  # Triton 2.51 may crash that model, which is said with its cause; all else counts
+        assert "Triton before 25.01" in done.stderr
+    assert done.returncode == 0, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
     assert all(check["passed"] for check in checks.values())
     assert checks["served greedy tokens equal the engine's"]["detail"].startswith("1.0000 of ")
     assert checks["served perplexity"]["detail"].startswith("not measured: layout ensemble reports no prompt")

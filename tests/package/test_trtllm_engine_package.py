@@ -56,7 +56,8 @@ def test_the_package(engine_package: tuple[Path, str], cli: Cli) -> None:
     )  # fmt: skip
     assert engine["limits"]["max_num_tokens"] == 4 * 256
     assert os.access(package / "engine" / "build.sh", os.X_OK)
-    assert sorted(path.name for path in (package / "deploy").iterdir()) == ["launch.sh"]
+    deploy = sorted(path.name for path in (package / "deploy").iterdir())
+    assert deploy == ["Dockerfile", "OCI.md", "compose.yaml", "launch.sh"]
     launch = (package / "deploy" / "launch.sh").read_text()
     assert "engine=/package/engine/built" in launch
     assert launch.count('-n 1 "$server"') == 2
@@ -73,11 +74,14 @@ def test_verify_reports_every_check(engine_package: tuple[Path, str], cli: Cli) 
     found = checks(cli, engine_package[0], 0)
     assert list(found) == [
         "bytes", "lock", "engine.json", "TensorRT-LLM checkpoint: config", "TensorRT-LLM checkpoint: ranks",
-        "TensorRT engine", "model repository",
+        "TensorRT engine", "model repository", "deployment files",
     ]  # fmt: skip
     assert found["TensorRT engine"]["detail"] == f"not built yet: engine/build.sh builds it in {IMAGE}"
     assert found["TensorRT-LLM checkpoint: config"]["detail"] == "LlamaForCausalLM, FP8, KV cache FP8"
     assert found["TensorRT-LLM checkpoint: ranks"]["detail"].endswith("tensors on 2 ranks")
+    assert found["deployment files"]["detail"] == (
+        f"Dockerfile, OCI.md, compose.yaml, launch.sh; {IMAGE}; world size 2"
+    )
 
 
 def test_what_cannot_be_served_here_says_where(engine_package: tuple[Path, str], cli: Cli) -> None:
@@ -171,6 +175,12 @@ def rename_a_tensor(path: Path) -> None:
          "TensorRT-LLM checkpoint: ranks", "rank0.safetensors is truncated"),
         (lambda package: rename_a_tensor(package / "engine/checkpoint/rank1.safetensors"),
          "TensorRT-LLM checkpoint: ranks", "ln_f.weight differs between rank0.safetensors and rank1.safetensors"),
+        (lambda package: shutil.rmtree(package / "model_repository/tensorrt_llm_bls"),
+         "model repository", "has ensemble, postprocessing, preprocessing, tensorrt_llm, and the plan says ensemble"),
+        (lambda package: (package / "deploy/Dockerfile").write_text("ARG BASE_IMAGE=x:1\n"),
+         "deployment files", f"deploy/Dockerfile: starts from x:1, and the plan says {IMAGE}; build the package again"),
+        (lambda package: (package / "deploy/compose.yaml").unlink(),
+         "deployment files", "deploy/compose.yaml is missing; build the package again"),
         (lambda package: (package / "engine/added.json").write_text("{}"),
          "bytes", "engine/added.json was not part of it"),
     ],

@@ -9,7 +9,6 @@ import numpy as np
 from model_repo.llm.wire import INPUTS
 
 from trtbuild.adapters.triton import RepositorySpec
-from trtbuild.serving.server import TritonServer
 
 START_S = 120.0
 ENGINE = {
@@ -37,7 +36,7 @@ def spec(**changes: Any) -> RepositorySpec:
     return RepositorySpec(**settings | changes)
 
 
-def gauge(server: TritonServer, family: str, kind: str) -> float:
+def gauge(server: Any, family: str, kind: str) -> float:
     """One number from the server's metrics port."""
     connection = http.client.HTTPConnection(server.address, server.ports.metrics, timeout=10)
     try:

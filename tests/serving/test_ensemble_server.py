@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 from llm_helpers import ENGINE as ENGINE_JSON
-from llm_helpers import START_S, gauge, spec
+from llm_helpers import gauge, spec
+from restarting import RestartingServer
 
 from trtbuild.adapters.triton import check_repository, render_repository
 from trtbuild.errors import RequestError, TrtbuildError
@@ -29,7 +30,7 @@ from trtbuild.serving.discovery import find_layout
 from trtbuild.serving.server import TritonServer
 from trtbuild.serving.verify import compare_ensemble
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.bls]
 KV, REQUESTS = "nv_trt_llm_kv_cache_block_metrics", "nv_trt_llm_request_metrics"
 CHAINS = ("ensemble", "tensorrt_llm_bls")
 
@@ -44,13 +45,13 @@ def five(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(five: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def served(five: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RestartingServer]:
     log = tmp_path_factory.mktemp("served") / "triton.log"
-    with TritonServer.start(five / "model_repository", log=log, startup_timeout_s=START_S) as running:
+    with RestartingServer(five / "model_repository", log) as running:
         yield running
 
 
-def chain(served: TritonServer, prompt: Any, **inputs: Any) -> Answer:
+def chain(served: RestartingServer, prompt: Any, **inputs: Any) -> Answer:
     """One request to both chains in every way that a client can send it; all answers must be one."""
     ways = [(served.http_url, False), (served.http_url, True), (served.grpc_url, False), (served.grpc_url, True)]
     found = {
@@ -65,14 +66,14 @@ def chain(served: TritonServer, prompt: Any, **inputs: Any) -> Answer:
     return found["tensorrt_llm_bls", served.grpc_url, True]
 
 
-def wait_for(served: TritonServer, family: str, kind: str, value: float, limit_s: float = 20.0) -> None:
+def wait_for(served: RestartingServer, family: str, kind: str, value: float, limit_s: float = 20.0) -> None:
     deadline = time.monotonic() + limit_s
     while gauge(served, family, kind) != value:
         assert time.monotonic() < deadline, f"{kind} is {gauge(served, family, kind)}, not {value}"
         time.sleep(0.05)
 
 
-def post(served: TritonServer, model: str, body: Any, *, raw: bytes | None = None) -> tuple[int, Any]:
+def post(served: RestartingServer, model: str, body: Any, *, raw: bytes | None = None) -> tuple[int, Any]:
     connection = http.client.HTTPConnection(served.address, served.ports.http, timeout=60)
     try:
         data = json.dumps(body).encode() if raw is None else raw
@@ -84,7 +85,7 @@ def post(served: TritonServer, model: str, body: Any, *, raw: bytes | None = Non
 
 
 @pytest.mark.parametrize("text", ["hello", "The quick brown fox", "é 漢 👩‍🚀"])
-def test_texts_are_those_of_layout_llm(served: TritonServer, server: TritonServer, text: str) -> None:
+def test_texts_are_those_of_layout_llm(served: RestartingServer, server: TritonServer, text: str) -> None:
     expected = ask(server.http_url, text, streaming=False, max_tokens=40)
     found = chain(served, text, max_tokens=40)
     assert found.text == expected.text
@@ -92,14 +93,14 @@ def test_texts_are_those_of_layout_llm(served: TritonServer, server: TritonServe
     assert found.responses > 1
 
 
-def test_chat_messages_and_the_default_length(served: TritonServer, server: TritonServer) -> None:
+def test_chat_messages_and_the_default_length(served: RestartingServer, server: TritonServer) -> None:
     messages = [{"role": "user", "content": "hi"}]
     assert chain(served, messages).text == ask(server.http_url, messages, streaming=False).text
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_streamed_text_is_the_whole_text_for_random_tokens(
-    served: TritonServer, server: TritonServer, seed: int
+    served: RestartingServer, server: TritonServer, seed: int
 ) -> None:
     """Sampled at a high temperature, a byte-level model speaks mostly broken and half characters."""
     asked = {"max_tokens": 120, "temperature": 3.0, "seed": seed}
@@ -108,7 +109,7 @@ def test_streamed_text_is_the_whole_text_for_random_tokens(
     assert chain(served, "ab", end_id=-1, **asked).text == expected.text
 
 
-def test_an_own_end_token_ends_the_answer_and_is_no_part_of_it(served: TritonServer, server: TritonServer) -> None:
+def test_an_own_end_token_ends_the_answer_and_is_no_part_of_it(served: RestartingServer, server: TritonServer) -> None:
     whole = ask(server.http_url, "hello", streaming=False, max_tokens=30, ignore_eos=True)
     token = whole.output_ids[9]
     expected = ask(server.http_url, "hello", streaming=False, max_tokens=30, ignore_eos=True, stop_token_ids=[token])
@@ -117,7 +118,7 @@ def test_an_own_end_token_ends_the_answer_and_is_no_part_of_it(served: TritonSer
     assert found.num_output_tokens == whole.output_ids.index(token)
 
 
-def test_stop_words_end_the_answer_and_stay_in_it(served: TritonServer, server: TritonServer) -> None:
+def test_stop_words_end_the_answer_and_stay_in_it(served: RestartingServer, server: TritonServer) -> None:
     """Found in the text, wherever the tokens divide it; empty words mean nothing, as for upstream's clients."""
     whole = ask(server.http_url, "hello", streaming=False, max_tokens=60)
     place = next(at for at in range(10, len(whole.text) - 3) if "\ufffd" not in whole.text[at : at + 3])
@@ -134,7 +135,7 @@ def test_stop_words_end_the_answer_and_stay_in_it(served: TritonServer, server: 
 
 
 def test_a_stop_word_of_whole_tokens_ends_both_chains_alike(
-    served: TritonServer, server: TritonServer, tokenizer: Any
+    served: RestartingServer, server: TritonServer, tokenizer: Any
 ) -> None:
     whole = ask(server.http_url, "hello", streaming=False, max_tokens=40, ignore_eos=True)
     word = next(
@@ -146,7 +147,7 @@ def test_a_stop_word_of_whole_tokens_ends_both_chains_alike(
     assert found.text == whole.text[: whole.text.find(word) + len(word)]
 
 
-def test_bad_words_are_never_said(served: TritonServer, server: TritonServer) -> None:
+def test_bad_words_are_never_said(served: RestartingServer, server: TritonServer) -> None:
     word = "ken"
     assert word in ask(server.http_url, "hello", streaming=False, max_tokens=24).text
     expected = ask(server.http_url, "hello", streaming=False, max_tokens=24, sampling_param_bad=[word])
@@ -155,7 +156,7 @@ def test_bad_words_are_never_said(served: TritonServer, server: TritonServer) ->
     assert word not in found.text
 
 
-def test_log_probabilities_and_metrics_are_numbers(served: TritonServer, server: TritonServer) -> None:
+def test_log_probabilities_and_metrics_are_numbers(served: RestartingServer, server: TritonServer) -> None:
     expected = ask(server.http_url, "hello", streaming=False, max_tokens=6, logprobs=0, return_cumulative_logprob=True)
     wanted = [entry["logprob"] for entry in expected.logprobs]
     for model in CHAINS:
@@ -176,7 +177,7 @@ def test_log_probabilities_and_metrics_are_numbers(served: TritonServer, server:
     assert not {"cum_log_probs", "output_log_probs", "arrival_time_ns", "context_logits"} & set(plain)
 
 
-def test_the_prompt_is_echoed_where_asked_for(served: TritonServer) -> None:
+def test_the_prompt_is_echoed_where_asked_for(served: RestartingServer) -> None:
     text = "emoji 👩‍🚀, e\u0301, 漢字, العربية"
     plain = chain(served, text, max_tokens=8)
     echoed = chain(served, text, max_tokens=8, exclude_input_in_output=False)
@@ -211,7 +212,7 @@ def test_the_prompt_is_echoed_where_asked_for(served: TritonServer) -> None:
         ({"prompt": "a", "embedding_bias_weights": [1.0]}, "embedding_bias_weights: 1 weights for 0 embedding_bias"),
     ],
 )
-def test_wrong_requests_get_a_sentence(served: TritonServer, inputs: dict[str, Any], sentence: str) -> None:
+def test_wrong_requests_get_a_sentence(served: RestartingServer, inputs: dict[str, Any], sentence: str) -> None:
     for model in CHAINS:
         for url, streaming in ((served.grpc_url, True), (served.http_url, False)):
             with pytest.raises(RequestError) as caught:
@@ -219,7 +220,7 @@ def test_wrong_requests_get_a_sentence(served: TritonServer, inputs: dict[str, A
             assert sentence in str(caught.value)
 
 
-def test_draft_decoding_is_refused_by_name(served: TritonServer) -> None:
+def test_draft_decoding_is_refused_by_name(served: RestartingServer) -> None:
     with pytest.raises(RequestError, match="num_draft_tokens: this package has no draft model"):
         ask(served.grpc_url, "a", model="tensorrt_llm_bls", layout=ENSEMBLE, num_draft_tokens=3)
 
@@ -237,14 +238,14 @@ def test_draft_decoding_is_refused_by_name(served: TritonServer) -> None:
         b"\xff\xfe",
     ],
 )
-def test_malformed_requests_harm_nobody(served: TritonServer, model: str, body: bytes) -> None:
+def test_malformed_requests_harm_nobody(served: RestartingServer, model: str, body: bytes) -> None:
     status, answer = post(served, model, None, raw=body)
     assert status >= 400
     assert answer["error"]
     assert post(served, model, {"text_input": "hello", "max_tokens": 2})[0] == 200
 
 
-def engine_request(served: TritonServer, inputs: dict[str, Any], request_id: str = "") -> list[dict[str, Any]]:
+def engine_request(served: RestartingServer, inputs: dict[str, Any], request_id: str = "") -> list[dict[str, Any]]:
     """The responses of `tensorrt_llm` to raw tensors over gRPC."""
     import queue
 
@@ -276,7 +277,7 @@ PROMPT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_the_engine_model_takes_and_gives_token_ids(served: TritonServer, server: TritonServer) -> None:
+def test_the_engine_model_takes_and_gives_token_ids(served: RestartingServer, server: TritonServer) -> None:
     expected = ask(server.http_url, streaming=False, input_ids=[5, 6, 7], max_tokens=8)
     for url, streaming in ((served.http_url, False), (served.grpc_url, True)):
         found = ask(url, model="tensorrt_llm", layout=ENGINE, streaming=streaming, input_ids=[5, 6, 7], max_tokens=8)
@@ -306,13 +307,13 @@ def test_the_engine_model_takes_and_gives_token_ids(served: TritonServer, server
         ({"stop": ("BOOL", [[True]])}, "stop: the request has no id"),
     ],
 )
-def test_the_engine_model_refuses_by_name(served: TritonServer, inputs: dict[str, Any], sentence: str) -> None:
+def test_the_engine_model_refuses_by_name(served: RestartingServer, inputs: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RequestError) as caught:
         engine_request(served, PROMPT | inputs)
     assert sentence in str(caught.value)
 
 
-def test_stop_ends_the_request_of_that_id_and_no_other(served: TritonServer) -> None:
+def test_stop_ends_the_request_of_that_id_and_no_other(served: RestartingServer) -> None:
     long = PROMPT | {
         "request_output_len": ("INT32", [[300]]), "end_id": ("INT32", [[-1]]), "streaming": ("BOOL", [[True]]),
     }  # fmt: skip
@@ -330,7 +331,7 @@ def test_stop_ends_the_request_of_that_id_and_no_other(served: TritonServer) -> 
 LONG = {"text_input": "hello", "stream": True, "max_tokens": 300, "end_id": -1}
 
 
-def test_a_client_that_disconnects_from_bls_frees_the_blocks(served: TritonServer) -> None:
+def test_a_client_that_disconnects_from_bls_frees_the_blocks(served: RestartingServer) -> None:
     wait_for(served, KV, "used", 0)
     for _ in range(3):
         connection = http.client.HTTPConnection(served.address, served.ports.http, timeout=60)
@@ -343,7 +344,7 @@ def test_a_client_that_disconnects_from_bls_frees_the_blocks(served: TritonServe
     wait_for(served, KV, "free", gauge(served, KV, "max"))  # the gauges are set one after another
 
 
-def test_clients_that_leave_use_up_none_of_the_threads(served: TritonServer) -> None:
+def test_clients_that_leave_use_up_none_of_the_threads(served: RestartingServer) -> None:
     """More of them than the model has threads, which is twice its batch size."""
     for lines in range(20):
         connection = http.client.HTTPConnection(served.address, served.ports.http, timeout=20)
@@ -358,7 +359,7 @@ def test_clients_that_leave_use_up_none_of_the_threads(served: TritonServer) -> 
     assert found.num_output_tokens == 4
 
 
-def test_a_cancelled_grpc_stream_frees_the_blocks(served: TritonServer) -> None:
+def test_a_cancelled_grpc_stream_frees_the_blocks(served: RestartingServer) -> None:
     import tritonclient.grpc as triton
 
     from trtbuild.serving.client import _tensor
@@ -377,7 +378,7 @@ def test_a_cancelled_grpc_stream_frees_the_blocks(served: TritonServer) -> None:
     wait_for(served, KV, "used", 0)
 
 
-def test_eight_streams_at_once_equal_their_solo_answers(served: TritonServer) -> None:
+def test_eight_streams_at_once_equal_their_solo_answers(served: RestartingServer) -> None:
     jobs = [
         {"prompt": "word " * size, "max_tokens": length, "model": model, "layout": ENSEMBLE, "end_id": -1}
         for (size, length), model in zip(
@@ -393,7 +394,7 @@ def test_eight_streams_at_once_equal_their_solo_answers(served: TritonServer) ->
     wait_for(served, KV, "used", 0)
 
 
-def test_the_names_of_a_served_model_say_its_layout(served: TritonServer, server: TritonServer) -> None:
+def test_the_names_of_a_served_model_say_its_layout(served: RestartingServer, server: TritonServer) -> None:
     for url in (served.http_url, served.grpc_url):
         assert find_layout(url, "ensemble") == ("ensemble", "ensemble")
         assert find_layout(url, "tensorrt_llm") == ("tensorrt_llm_bls", "ensemble")
@@ -403,7 +404,7 @@ def test_the_names_of_a_served_model_say_its_layout(served: TritonServer, server
         assert find_layout(url, "tensorrt_llm") == ("tensorrt_llm", "llm")
 
 
-def test_the_served_check_passes_and_finds_other_answers(five: Path, served: TritonServer) -> None:
+def test_the_served_check_passes_and_finds_other_answers(five: Path, served: RestartingServer) -> None:
     from trtbuild.serving.reference import run
 
     asked = {"engine": str(five / "engine"), "texts": ["hello", "é 漢 👩‍🚀"], "max_tokens": 12}
@@ -421,7 +422,7 @@ def test_the_served_check_passes_and_finds_other_answers(five: Path, served: Tri
 
 
 @pytest.mark.parametrize("model", ["tensorrt_llm", "ensemble", "tensorrt_llm_bls"])
-def test_ask_on_the_command_line(served: TritonServer, model: str) -> None:
+def test_ask_on_the_command_line(served: RestartingServer, model: str) -> None:
     """The default name leads to the model that takes text."""
     from click.testing import CliRunner
 
@@ -438,18 +439,18 @@ def test_ask_on_the_command_line(served: TritonServer, model: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole_only(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def whole_only(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RestartingServer]:
     """The five models built with ``serving.streaming: false``."""
     root = tmp_path_factory.mktemp("whole")
     shutil.copytree(package / "engine", root / "engine")
     made = spec(layout="ensemble", max_batch_size=8, streaming=False)
     render_repository(made, root / "model_repository")
     assert check_repository(root / "model_repository", engine=None) == []
-    with TritonServer.start(root / "model_repository", log=root / "log", startup_timeout_s=START_S) as running:
+    with RestartingServer(root / "model_repository", root / "log") as running:
         yield running
 
 
-def test_without_streaming_answers_are_the_same(whole_only: TritonServer, server: TritonServer) -> None:
+def test_without_streaming_answers_are_the_same(whole_only: RestartingServer, server: TritonServer) -> None:
     expected = ask(server.http_url, "hello", streaming=False, max_tokens=30)
     for model in CHAINS:
         found = ask(whole_only.http_url, "hello", model=model, layout=ENSEMBLE, streaming=False, max_tokens=30)
@@ -464,28 +465,34 @@ def test_without_streaming_answers_are_the_same(whole_only: TritonServer, server
     assert found.text == expected.text[: expected.text.find(stop) + len(stop)]
 
 
-@pytest.mark.smollm2
-def test_a_real_model_answers_the_same_through_every_chain(smollm2: Path, tmp_path: Path) -> None:
-    from trtbuild.serving.reference import run
-
+@pytest.fixture
+def real(smollm2: Path, tmp_path: Path) -> Iterator[RestartingServer]:
+    """The five models over SmolLM2."""
     shutil.copytree(smollm2, tmp_path / "engine", copy_function=os.link)
     settings = ENGINE_JSON | {"kv_cache": {"dtype": "auto", "tokens_per_block": 32, "max_tokens": 1024}}
     (tmp_path / "engine" / "engine.json").write_text(json.dumps(settings), encoding="utf-8")
     render_repository(spec(layout="ensemble", max_batch_size=8), tmp_path / "model_repository")
     assert check_repository(tmp_path / "model_repository", engine=None) == []
+    with RestartingServer(tmp_path / "model_repository", tmp_path / "log") as running:
+        yield running
+
+
+@pytest.mark.smollm2
+def test_a_real_model_answers_the_same_through_every_chain(real: RestartingServer, tmp_path: Path) -> None:
+    from trtbuild.serving.reference import run
+
     texts = ["The capital of France is", "Grüße aus Köln, 東京 👩‍🚀:"]
     reference = run({"engine": str(tmp_path / "engine"), "texts": texts, "max_tokens": 8}, lambda *_: None)
     assert "Paris" in reference["answer_texts"][0]
-    with TritonServer.start(tmp_path / "model_repository", log=tmp_path / "log", startup_timeout_s=START_S) as running:
-        report = compare_ensemble(running, reference, model="tensorrt_llm", on_progress=lambda *_: None)
-        # This model takes long over 300 tokens: blocks that are free at once were freed by the cancellation.
-        wait_for(running, REQUESTS, "active", 0)
-        connection = http.client.HTTPConnection(running.address, running.ports.http, timeout=60)
-        path = "/v2/models/tensorrt_llm_bls/generate_stream"
-        connection.request("POST", path, json.dumps(LONG), {"Content-Type": "application/json"})
-        assert next(line for line in connection.getresponse() if line.startswith(b"data:"))
-        wait_for(running, REQUESTS, "active", 1)
-        connection.close()
-        wait_for(running, REQUESTS, "active", 0, limit_s=2)
-        assert gauge(running, KV, "used") == 0
+    report = compare_ensemble(real, reference, model="tensorrt_llm", on_progress=lambda *_: None)
+    # This model takes long over 300 tokens: blocks that are free at once were freed by the cancellation.
+    wait_for(real, REQUESTS, "active", 0)
+    connection = http.client.HTTPConnection(real.address, real.ports.http, timeout=60)
+    path = "/v2/models/tensorrt_llm_bls/generate_stream"
+    connection.request("POST", path, json.dumps(LONG), {"Content-Type": "application/json"})
+    assert next(line for line in connection.getresponse() if line.startswith(b"data:"))
+    wait_for(real, REQUESTS, "active", 1)
+    connection.close()
+    wait_for(real, REQUESTS, "active", 0, limit_s=2)
+    assert gauge(real, KV, "used") == 0
     assert report.passed, report.problems

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llm_helpers import START_S, spec
+from llm_helpers import spec
+from restarting import RestartingServer
 
 from trtbuild.adapters.triton import check_repository, render_repository
 from trtbuild.adapters.triton_parameters import EngineParameters
 from trtbuild.serving.client import ask
 from trtbuild.serving.contract import ENSEMBLE
-from trtbuild.serving.server import TritonServer
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.bls]
 SAID = "The fox 👩‍🚀 said: é漢, e\u0301 END of it."
 STAND_IN = """
 import json, threading, time
@@ -79,7 +79,7 @@ class TritonPythonModel:
 
 
 @pytest.fixture(scope="module")
-def served(package: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator[TritonServer]:
+def served(package: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator[RestartingServer]:
     root = tmp_path_factory.mktemp("cpp")
     shutil.copytree(package / "engine", root / "engine")
     engine = EngineParameters(gpt_model_path="/package/engine")
@@ -92,16 +92,18 @@ def served(package: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: A
     config.write_text(config.read_text().replace('backend: "tensorrtllm"', 'backend: "python"'))
     (model / "1" / "model.py").write_text(STAND_IN)
     (model / "tokens.json").write_text(json.dumps(tokenizer.encode(SAID, add_special_tokens=False)))
-    with TritonServer.start(repository, log=root / "log", startup_timeout_s=START_S) as running:
+    with RestartingServer(repository, root / "log") as running:
         yield running
 
 
-def seen(served: TritonServer) -> list[dict[str, Any]]:
+def seen(served: RestartingServer) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (served.log.parent / "seen.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_bls_puts_the_text_together_from_tokens_alone(served: TritonServer, tokenizer: Any, streaming: bool) -> None:
+def test_bls_puts_the_text_together_from_tokens_alone(
+    served: RestartingServer, tokenizer: Any, streaming: bool
+) -> None:
     count = len(tokenizer.encode(SAID, add_special_tokens=False))
     for url in (served.http_url, served.grpc_url):
         pieces: list[str] = []
@@ -115,7 +117,7 @@ def test_bls_puts_the_text_together_from_tokens_alone(served: TritonServer, toke
         assert (len(pieces) > 10) is streaming
 
 
-def test_what_reaches_the_engine(served: TritonServer, tokenizer: Any) -> None:
+def test_what_reaches_the_engine(served: RestartingServer, tokenizer: Any) -> None:
     ask(
         served.http_url, "hello", model="tensorrt_llm_bls", layout=ENSEMBLE, streaming=False, max_tokens=7, top_k=5,
         temperature=0.5, seed=2**40, stop_words=["fox"], return_log_probs=True,
@@ -132,13 +134,13 @@ def test_what_reaches_the_engine(served: TritonServer, tokenizer: Any) -> None:
     assert not absent & set(request)
 
 
-def test_the_ensemble_answers_whole(served: TritonServer) -> None:
+def test_the_ensemble_answers_whole(served: RestartingServer) -> None:
     found = ask(served.http_url, "hello", model="ensemble", layout=ENSEMBLE, streaming=False, max_tokens=100)
     assert found.text == SAID
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_stop_word_in_the_text_ends_the_engine_s_request(served: TritonServer, streaming: bool) -> None:
+def test_a_stop_word_in_the_text_ends_the_engine_s_request(served: RestartingServer, streaming: bool) -> None:
     found = ask(
         served.grpc_url, "hello", model="tensorrt_llm_bls", layout=ENSEMBLE, streaming=streaming, max_tokens=300,
         stop_words=["EN"],
@@ -147,7 +149,7 @@ def test_a_stop_word_in_the_text_ends_the_engine_s_request(served: TritonServer,
     wait_for_stop(served)
 
 
-def wait_for_request(served: TritonServer, before: int) -> None:
+def wait_for_request(served: RestartingServer, before: int) -> None:
     deadline = time.monotonic() + 20
     while not any("input_ids" in one for one in seen(served)[before:]):
         assert time.monotonic() < deadline
@@ -155,7 +157,7 @@ def wait_for_request(served: TritonServer, before: int) -> None:
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_cancelled_grpc_request_ends_in_the_engine(served: TritonServer, streaming: bool) -> None:
+def test_a_cancelled_grpc_request_ends_in_the_engine(served: RestartingServer, streaming: bool) -> None:
     """Also one whose answer comes whole: the engine streams to BLS all the same."""
     import tritonclient.grpc as triton
 
@@ -174,7 +176,7 @@ def test_a_cancelled_grpc_request_ends_in_the_engine(served: TritonServer, strea
     wait_for_stop(served)
 
 
-def test_a_dropped_connection_ends_in_the_engine(served: TritonServer) -> None:
+def test_a_dropped_connection_ends_in_the_engine(served: RestartingServer) -> None:
     """Triton notices it when it sends; of a whole answer over HTTP it sends nothing before the end."""
     connection = http.client.HTTPConnection(served.address, served.ports.http, timeout=60)
     body = json.dumps({"text_input": "hello", "max_tokens": 300, "stream": True})
@@ -185,7 +187,7 @@ def test_a_dropped_connection_ends_in_the_engine(served: TritonServer) -> None:
     wait_for_stop(served)
 
 
-def wait_for_stop(served: TritonServer) -> None:
+def wait_for_stop(served: RestartingServer) -> None:
     """The last request was stopped long before its 300 tokens."""
     deadline = time.monotonic() + 20
     while not (seen(served) and "ended" in (last := [one for one in seen(served) if "stop" not in one][-1])):

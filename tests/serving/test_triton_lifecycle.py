@@ -166,6 +166,21 @@ def test_a_server_that_ends_by_itself_is_an_error(small: Path) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_a_server_that_loses_a_stub_ends_and_says_so(small: Path, shared_memory: set[str], number: int) -> None:
+    """Triton itself would go on, ready for requests that are never answered."""
+
+    def lose(server: TritonServer) -> None:
+        time.sleep(1)
+        (stub,) = (pid for pid in processes(str(small)) if pid > server.pid)
+        os.kill(stub, number)
+
+    said = f"exit code 1: the Python process of model 'small' was ended by signal {int(number)}"
+    with pytest.raises(ToolError, match=said):
+        serve_package(small, log=small / "log", http_port=0, grpc_port=0, metrics_port=0, on_ready=lose)
+    nothing_left(small, shared_memory)
+
+
 def test_a_taken_port_is_named(small: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -1,7 +1,8 @@
 """Layout `ensemble`: the five models of TensorRT-LLM's `inflight_batcher_llm` repository.
 
-`tensorrt_llm` takes and gives token ids. Behind it is the embedded engine (our python model), TensorRT-LLM's C++
-backend, or the container's own python model over the same executor. Clients ask `ensemble` or `tensorrt_llm_bls`.
+`tensorrt_llm` takes and gives token ids; in layout `tokens` it stands alone. Behind it is the embedded engine (our
+python model), TensorRT-LLM's C++ backend, or the container's own python model over the same executor. Clients of the
+five ask `ensemble` or `tensorrt_llm_bls`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from trtbuild.adapters.triton_spec import RepositorySpec, boolean
 from trtbuild.errors import Problem
 from trtbuild.render import render
 
-LAYOUT = "ensemble"
+LAYOUT, TOKENS = "ensemble", "tokens"
 ENGINE_MODEL = "tensorrt_llm"
 MODELS = ("ensemble", "postprocessing", "preprocessing", ENGINE_MODEL, "tensorrt_llm_bls")
 _EMBEDDED = "embedded"
@@ -37,8 +38,10 @@ class _Written:
 
 
 def write(spec: RepositorySpec, out: Path) -> None:
-    """Write the five models of `spec` under `out`."""
-    for name, written in _models(spec).items():
+    """Write the models of `spec` under `out`: all five, or for layout `tokens` the one with the engine."""
+    models = _models(spec)
+    for name in model_names(spec.layout):
+        written = models[name]
         version = out / name / "1"
         version.mkdir(parents=True)
         text = render(f"ensemble/{name}.pbtxt.j2", written.context)
@@ -48,6 +51,11 @@ def write(spec: RepositorySpec, out: Path) -> None:
         else:
             # Triton wants a version directory, and archives and copies drop empty ones.
             (version / ".keep").write_bytes(b"")
+
+
+def model_names(layout: str) -> tuple[str, ...]:
+    """The models of a repository of layout `ensemble` or `tokens`."""
+    return (ENGINE_MODEL,) if layout == TOKENS else MODELS
 
 
 def check(models: Sequence[Model]) -> list[Problem]:

@@ -1,10 +1,12 @@
 """The script that starts Triton over a TensorRT engine on one or several GPUs of one host.
 
 The commands are those of TensorRT-LLM's own launcher (NVIDIA/TensorRT-LLM triton_backend/scripts/
-launch_triton_server.py @0b06796b): in leader mode one ``-n 1 tritonserver`` for each rank under one mpirun, where ranks
-above 0 load the engine's model explicitly; in orchestrator mode (``--multi-model``) one server with
-``TRTLLM_ORCHESTRATOR=1``, without pinned and CUDA memory pools, that starts the workers itself. Each server's Python
-backend gets a prefix of its own for shared memory.
+launch_triton_server.py @0b06796b, @0a2e2c1f): in leader mode one ``-n 1 tritonserver`` for each rank under one mpirun,
+where ranks above 0 load the engine's model explicitly; in orchestrator mode (``--multi-model``) one server with
+``TRTLLM_ORCHESTRATOR=1``, without pinned and CUDA memory pools, that starts the workers itself
+(``TRTLLM_ORCHESTRATOR_SPAWN_PROCESSES=1``, world size 1). Each server's Python backend gets a prefix of its own for
+shared memory. Several instances with GPUs of their own, ``0,1;2,3``, need the orchestrator (triton-inference-server/
+tensorrtllm_backend docs/llama_multi_instance.md @05ceae03).
 """
 
 from __future__ import annotations
@@ -87,6 +89,7 @@ def render_launch(spec: LaunchSpec) -> str:
         "container": spec.container,
         "package": spec.package,
         "engine_dir": spec.engine.gpt_model_path,
+        "mapping": f"{spec.world_size} {spec.engine.tensor_parallel_size} {spec.engine.pipeline_parallel_size}",
         "model": spec.model,
     }
     return render("deploy/launch-engine.sh.j2", context)

@@ -15,11 +15,11 @@ OWN_MODEL_FILES = "trtbuild"
 class RepositorySpec:
     """Everything that decides a model repository; sizes are in tokens.
 
-    Only for layout `ensemble`: `max_batch_size` (requests at a time) and `engine` (what TensorRT-LLM's own backends
-    read). Only for the runtime `trtllm`: `model_py` takes the container's own model files with ``upstream``, which then
-    reads `llm_args` and finds the engine at `model_path`; `instance_count` instances each get a group of
-    `gpu_device_ids`, such as ``0,1;2,3``; `lora_adapters` are directories in the engine directory, by the name that
-    clients send.
+    Only for layouts `ensemble` and `tokens`: `max_batch_size` (requests at a time) and `engine` (what TensorRT-LLM's
+    own backends read). Only for the runtime `trtllm`: `model_py` takes the container's own model files with
+    ``upstream``, which then reads `llm_args` and finds the engine at `model_path`; `instance_count` instances each get
+    a group of `gpu_device_ids`, such as ``0,1;2,3``; `lora_adapters` are directories in the engine directory, by the
+    name that clients send.
     """
 
     model_name: str

@@ -102,9 +102,13 @@ def _serving(draft: Draft, legacy: Legacy) -> None:
     kind, layout = draft.target.kind, "serving.layout"
     if kind == "trtllm" and layout in draft.values:
         draft.leave_out(layout, "the LLM API is served by one model")
-    elif kind == "trtllm-engine" and draft.values.get(layout) != "ensemble":
+    elif kind == "trtllm-engine" and draft.values.get(layout) not in ("ensemble", "tokens"):
         draft.add(layout, "ensemble", "TensorRT engines are served by the five models")
     elif kind == "embedded" and legacy.clients == "ensemble" and layout not in draft.values:
         draft.add(layout, "ensemble", "clients ask the same five models")
-    if draft.values.get(layout) != "ensemble" and legacy.model_name not in (None, "tensorrt_llm"):
+    if kind == "trtllm-engine" and any((one.name, one.value) == ("backend", "python") for one in legacy.settings):
+        draft.add("serving.backend", "python", "the engine's model is the container's python model, as it was")
+        if len(draft.values.get(_DEVICES, ())) > 1:
+            draft.leave_out(_DEVICES, "the container's python model has one instance")
+    if draft.values.get(layout) not in ("ensemble", "tokens") and legacy.model_name not in (None, "tensorrt_llm"):
         draft.add("serving.model_name", legacy.model_name, "the name that clients ask")

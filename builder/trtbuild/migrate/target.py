@@ -81,8 +81,8 @@ class Target:
         return None
 
 
-def choose_target(kind: RuntimeKind, version: str | None, gpu: str | None) -> Target:
-    """The target that the command line asks for.
+def choose_target(kind: RuntimeKind, version: str | None, gpu: str | None, *, option: str = "--to") -> Target:
+    """The target that the command line asks for; `option` is the one that names the runtime.
 
     Raises:
         RecipeError: `version` is not known, or the runtime has none.
@@ -101,7 +101,7 @@ def choose_target(kind: RuntimeKind, version: str | None, gpu: str | None) -> Ta
     if flow not in found.line.flows:
         has = "the LLM API only" if "llm-api" in found.line.flows else "TensorRT engines only"
         message = f"--version: TensorRT-LLM {found.version} has {has}"
-        raise CompatibilityError(message, f"use {newest(flow).version}, or another --to")
+        raise CompatibilityError(message, f"use {newest(flow).version}, or another {option}")
     return Target(kind, found, gpu)
 
 
@@ -112,6 +112,8 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def _embedded(field: str, value: Any) -> str | None:
+    if field in table()["targets"]["trtllm"]:
+        return "only the runtimes of TensorRT-LLM have it"
     if field in table()["targets"]["embedded"]:
         many = field != "model.adapters"
         return None if many and value == 1 else _ONE if many else "the embedded runtime has no adapters yet"

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from trtbuild.errors import ArtifactError, HostError, ToolError
 from trtbuild.serving.installation import find_triton
-from trtbuild.serving.startup_log import fatal_line, last_lines, reason, taken_port
+from trtbuild.serving.startup_log import fatal_line, last_lines, lost_stub, reason, taken_port
 
 _POLL_S = 0.05
 _PORT_ATTEMPTS = 3
@@ -104,6 +104,10 @@ class TritonServer:
             return self._process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             return None
+
+    def lost_stub(self, timeout_s: float = 10.0) -> str | None:
+        """After a request has failed: whether the server has ended because a model's Python process died, and how."""
+        return lost_stub(self.log) if self.wait(timeout_s) is not None else None
 
     def stop(self) -> int:
         """End the server (it finishes running requests for some seconds) and return its exit code; idempotent."""

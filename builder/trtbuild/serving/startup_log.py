@@ -1,4 +1,4 @@
-"""What a Triton log says about a start that failed (formats of Triton 2.51, read from real logs)."""
+"""What a Triton log says about a server that failed (formats of Triton 2.51, read from real logs)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _NOISE = ("CudaDriverHelper", "unable to create stream", "Failed to initialize N
 # A model without model.py makes the server hang instead of ending.
 _HANGS = re.compile(r"(Python model file not found in '[^']*')")
 _TAKEN = re.compile(r"Socket '[^']*' already in use|[Aa]ddress already in use")
+_LOST_STUB = re.compile(r"^trtbuild: (.*)$", re.MULTILINE)  # the supervisor's own line
 _LAST_LINES = 8
 
 
@@ -30,6 +31,12 @@ def taken_port(log: Path) -> str | None:
     return found.group(0) if found else None
 
 
+def lost_stub(log: Path) -> str | None:
+    """What the supervisor said when it ended a server whose Python process had died."""
+    found = _LOST_STUB.search(_text(log))
+    return found.group(1) if found else None
+
+
 def last_lines(log: Path, count: int = _LAST_LINES) -> str:
     """The end of a log, for a message."""
     lines = [line for line in _text(log).splitlines() if line.strip()]
@@ -37,7 +44,10 @@ def last_lines(log: Path, count: int = _LAST_LINES) -> str:
 
 
 def reason(log: Path) -> str:
-    """Why the server did not start, in the words of its log: the model's own exception where there is one."""
+    """Why the server failed, in the words of its log: the model's own exception where there is one."""
+    lost = lost_stub(log)
+    if lost is not None:
+        return lost
     text = _text(log)
     messages = [_plain(found) for found in _ERROR.findall(text) if not any(noise in found for noise in _NOISE)]
     models = [f"model {found.group(1)!r}: {found.group(2)}" for text in messages if (found := _LOAD.match(text))]

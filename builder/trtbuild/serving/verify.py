@@ -23,6 +23,11 @@ DEFAULT_TEXTS = (
 )
 # The same numbers cross the wire as JSON; only another grouping of the sums may differ.
 _PERPLEXITY_TOLERANCE = 1e-3
+# src/pb_tensor.cc of triton-inference-server/python_backend before b771f4f (11 December 2024).
+BLS_DEFECT = (
+    "Triton before 25.01 makes the arrays of a model's own requests without holding Python's lock, so that "
+    "tensorrt_llm_bls crashes now and then"
+)
 _WINDOW = 512
 OnProgress = Callable[[int, int, str], None]
 
@@ -101,7 +106,14 @@ def verify_served(
     worker = run_worker("trtbuild.serving.reference", request, log=reference_log, on_progress=on_progress)
     with TritonServer.start(package / "model_repository", log=log, startup_timeout_s=startup_timeout_s) as server:
         compare = compare_ensemble if ensemble else compare_with_reference
-        return compare(server, worker.result, model=model.name, on_progress=on_progress)
+        try:
+            return compare(server, worker.result, model=model.name, on_progress=on_progress)
+        except (HostError, ToolError) as error:
+            lost = server.lost_stub()
+            if lost is None:
+                raise
+            remedy = f"verify it again; the log is {log}" + (f". {BLS_DEFECT}" if "tensorrt_llm_bls" in lost else "")
+            raise ToolError(f"Triton failed while it was asked: {lost}", remedy) from error
 
 
 def compare_with_reference(

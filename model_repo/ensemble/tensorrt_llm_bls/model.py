@@ -7,23 +7,18 @@ cancelled while another sends its final response.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import triton_python_backend_utils as pb_utils
 from model_repo.ensemble.answer import Answer
 from model_repo.ensemble.chain import Chain, Models
 from model_repo.ensemble.question import parse
 from model_repo.ensemble.settings import Settings
 from model_repo.ensemble.tensors import CLIENT_OUTPUTS
-from model_repo.llm.sender import Sender, send_error
-from model_repo.llm.wire import BadRequestError
-
-logger = logging.getLogger(__name__)
+from model_repo.llm.sender import Sender, take_in
 
 
 class TritonPythonModel:
@@ -48,15 +43,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Take in requests; their responses come later, from the sender's thread."""
-        for request in requests:
-            sender = request.get_response_sender()
-            try:
-                self._accept(request, sender)
-            except BadRequestError as error:
-                send_error(sender, str(error), pb_utils.TritonError.INVALID_ARG)
-            except Exception as error:
-                logger.exception("a request could not be taken in")
-                send_error(sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
+        take_in(requests, self._accept)
 
     def finalize(self) -> None:
         """End what runs, with final responses."""
