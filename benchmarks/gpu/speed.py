@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/speed.py [--format bf16|fp8] [--batches 1,8,64,256] [--runs 3] [--profile]
 
-Random weights in the shape of Llama 3.1 8B, prompts of 128 random tokens, 256 generated tokens, greedy, no prefix reuse;
-prefill: 8 prompts of 1920 tokens, one token each.
+Random weights in the shape of Llama 3.1 8B, prompts of 128 random tokens, 256 generated tokens, greedy, no prefix
+reuse; prefill: 8 prompts of 1920 tokens, one token each.
 
   ms a step   what the caller of the engine sees: the median time between two outputs at the full batch
   device ms   the same step's CUDA graph replayed alone, at 256 tokens a sequence
@@ -17,19 +17,20 @@ import random
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from model import FORMATS, random_engine, weight_bytes
+from random_model import FORMATS, random_engine, weight_bytes
 
 from trtbuild.runtime import Engine, EngineConfig, KvCacheConfig, SamplingParams
 
 PROMPT, NEW, MIDDLE = 128, 256, 256
 PREFILL = (8, 1920)
-# vLLM 0.22.1 (torch 2.11.0+cu130) on an NVIDIA H100 80GB HBM3, measured on another day: milliseconds a step, prefill tok/s.
+# vLLM 0.22.1 (torch 2.11.0+cu130) on an NVIDIA H100 80GB HBM3 on another day: milliseconds a step, prefill tok/s.
 VLLM = {
     "bf16": ({1: 6.50, 8: 6.69, 64: 7.72, 256: 12.3}, 43_200),
     "fp8": ({1: 4.04, 8: 4.18, 64: 5.30, 256: 9.47}, 70_500),
@@ -75,22 +76,27 @@ def step_seconds(engine: Engine, batch: int) -> float:
     for request in requests:
         assert len(request.result().token_ids) == NEW
     last = max(times, key=lambda one: one[0])
-    return statistics.median(b - a for a, b in zip(last, last[1:], strict=False))
+    return statistics.median(b - a for a, b in pairwise(last))
 
 
 def graph_seconds(engine: Engine, batch: int) -> float:
     """One replay of the batch's graph with every sequence at MIDDLE tokens."""
-    graphs: Any = engine._runner.fast.graphs  # noqa: SLF001
+    graphs: Any = engine._runner.fast.graphs
     size = next(size for size in graphs.sizes if size >= batch)
     blocks = -(-(MIDDLE + 1) // engine.facts.tokens_per_block)
-    table = torch.arange(blocks * size, dtype=torch.int32, device="cuda").view(size, blocks).t()
-    graphs._table[:blocks, :size] = table
-    graphs._inputs[0, :size] = 1000
-    graphs._inputs[1, :size] = MIDDLE
+    with torch.inference_mode():
+        _fill(graphs, size, blocks)
     found = device_seconds(graphs._graphs[size].replay, 50)
     # The engine must not take the numbers of this table for its own.
     graphs._owners = [(None, 0)] * graphs.largest
     return found
+
+
+def _fill(graphs: Any, size: int, blocks: int) -> None:
+    table = torch.arange(blocks * size, dtype=torch.int32, device="cuda").view(size, blocks).t()
+    graphs._table[:blocks, :size] = table
+    graphs._inputs[0, :size] = 1000
+    graphs._inputs[1, :size] = MIDDLE
 
 
 def prefill_seconds(engine: Engine) -> float:
@@ -107,7 +113,7 @@ def profile(engine: Engine, batch: int) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    graphs: Any = engine._runner.fast.graphs  # noqa: SLF001
+    graphs: Any = engine._runner.fast.graphs
     size = next(size for size in graphs.sizes if size >= batch)
     with record(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(5):
@@ -153,8 +159,8 @@ def main() -> None:
             floor = (weight_bytes(engine) + cache * batch) / bandwidth * 1000
             peer = theirs.get(batch, float("nan"))
             print(
-                f"| {batch} | {ours:.3f} | {batch / ours * 1000:,.0f} | {device:.3f} | {floor:.2f} | {floor / ours:.2f} "
-                f"| {peer:.2f} | {peer / ours:.2f} |"
+                f"| {batch} | {ours:.3f} | {batch / ours * 1000:,.0f} | {device:.3f} | {floor:.2f} "
+                f"| {floor / ours:.2f} | {peer:.2f} | {peer / ours:.2f} |"
             )
         prefill_seconds(engine)
         seconds = statistics.median(prefill_seconds(engine) for _ in range(arguments.runs))

@@ -21,7 +21,7 @@ from trtbuild.runtime import Engine, SamplingParams
 
 pytestmark = needs_gpu
 SHAPE = {"head_dim": 32, "num_hidden_layers": 2}
-LONG = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 6, "head_dim": 64}
+LONG = {"hidden_size": 192, "intermediate_size": 384, "num_attention_heads": 6, "head_dim": 64}
 FREE = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
 
 
@@ -107,7 +107,7 @@ def test_greedy_however_it_is_run(
             for prompt, output in zip(prompts, outputs, strict=True):
                 reference.check(roomy, prompt, output, limit)
         assert reference.compared == len(ways) * 5 * TOKENS
-        assert reference.different < 0.1 * reference.compared, reference
+        assert reference.different < 2 * limit * reference.compared, reference
         assert len({token for outputs in ways.values() for output in outputs for token in output}) > 50
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from trtbuild.runtime.fast.decoder import Decoder
@@ -78,6 +80,16 @@ class DecodeGraphs:
             self._table[:height].copy_(self._host_table[:height], non_blocking=True)
 
     def _capture(self) -> dict[int, torch.cuda.CUDAGraph]:
+        """A graph of each size. Neither another thread's work nor a collected tensor may fall into a capture."""
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return self._capture_all()
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _capture_all(self) -> dict[int, torch.cuda.CUDAGraph]:
         graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = None
         # The largest first: the smaller ones fit into the memory that it took.
@@ -85,7 +97,7 @@ class DecodeGraphs:
             self._step(size)  # compiles kernels and lets libraries take their workspaces
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._step(size)
             pool = pool or graph.pool()
             graphs[size] = graph

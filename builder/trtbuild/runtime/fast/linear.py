@@ -22,11 +22,11 @@ class Choice:
     gated: Tiling
 
 
-# Measured on an H100 with the sizes of Llama 3.1 8B (benchmarks/gpu/kernels.py). 4-bit weights and 2:4 sparsity get
+# Measured on an H100 with the sizes of Llama 3.1 8B (benchmarks/gpu/tilings.py). 4-bit weights and 2:4 sparsity get
 # their rows here.
 TABLE = (
-    Choice("bf16", 1, Tiling(16, 512, 4, 3), Tiling(8, 512, 4, 3)),
-    Choice("fp8", 1, Tiling(16, 1024, 4, 3), Tiling(8, 1024, 4, 3)),
+    Choice("bf16", 1, Tiling(4, 2048, 8, 2), Tiling(4, 1024, 4, 3)),
+    Choice("fp8", 1, Tiling(4, 1024, 4, 3), Tiling(4, 1024, 4, 3)),
 )
 
 

@@ -6,13 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
+from trtbuild.runtime.fast.kernels.chain import chained, let_next_start, wait_for_previous
 from trtbuild.runtime.fast.kernels.numbers import next_power_of_2
 
 _BLOCK = 4096
 
 
 @triton.jit
-def _parts(logits, tops, places, width, parts, BLOCK: tl.constexpr):
+def _parts(logits, tops, places, width, parts, BLOCK: tl.constexpr, CHAIN: tl.constexpr):
+    let_next_start(CHAIN)
+    wait_for_previous(CHAIN)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     columns = part * BLOCK + tl.arange(0, BLOCK)
@@ -24,7 +27,9 @@ def _parts(logits, tops, places, width, parts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _whole(tops, places, tokens, parts, BLOCK: tl.constexpr):
+def _whole(tops, places, tokens, parts, BLOCK: tl.constexpr, CHAIN: tl.constexpr):
+    let_next_start(CHAIN)
+    wait_for_previous(CHAIN)
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
     x = tl.load(tops + row * parts + part, mask=part < parts, other=float("-inf"))
@@ -43,5 +48,5 @@ def argmax(logits: torch.Tensor, tokens: torch.Tensor) -> None:
     parts = triton.cdiv(width, _BLOCK)
     tops = torch.empty((rows, parts), dtype=torch.float32, device=logits.device)
     places = torch.empty((rows, parts), dtype=torch.int32, device=logits.device)
-    _parts[(rows, parts)](logits, tops, places, width, parts, BLOCK=_BLOCK, num_warps=4)
-    _whole[(rows,)](tops, places, tokens, parts, BLOCK=next_power_of_2(parts), num_warps=1)
+    _parts[(rows, parts)](logits, tops, places, width, parts, BLOCK=_BLOCK, num_warps=4, **chained())
+    _whole[(rows,)](tops, places, tokens, parts, BLOCK=next_power_of_2(parts), num_warps=1, **chained())

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trtbuild.runtime.fast.kernels.chain import chained, let_next_start, wait_for_previous
 from trtbuild.runtime.fast.kernels.numbers import next_power_of_2, to_codes
 from trtbuild.runtime.fast.kernels.rotary import head_norm
 from trtbuild.runtime.fast.shapes import Heads, Pool, Rotation
@@ -25,8 +26,10 @@ def _decode(
     pool_keys, pool_values, slots, key_scale, value_scale, scaling, window, out_scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
-    NORM: tl.constexpr, CODES: tl.constexpr, OUT_CODES: tl.constexpr,
+    NORM: tl.constexpr, CODES: tl.constexpr, OUT_CODES: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(CHAIN)
+    wait_for_previous(CHAIN)
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -131,7 +134,10 @@ def _decode(
 def _combine(
     out, partial, sums, positions, value_scale, out_scale,
     QUERIES: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, OUT_CODES: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(CHAIN)
+    wait_for_previous(CHAIN)
     sequence = tl.program_id(0).to(tl.int64)
     if tl.load(positions + sequence) < 0:
         return
@@ -191,10 +197,11 @@ def decode_attention(
         QUERIES=heads.queries, KEYS=heads.keys, SIZE=heads.size, GROUP=group,
         ROWS=max(_SMALLEST_DOT, next_power_of_2(group)), PAGE=pool.page, TILE=_TILE, SPLITS=splits,
         NORM=heads.query_norm is not None, CODES=pool.is_fp8, OUT_CODES=scale is not None,
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=2, **chained(),
     )  # fmt: skip
     if splits > 1:
         _combine[(rows, heads.queries)](
             out, partial, sums, positions, pool.value_scale, scale,
             QUERIES=heads.queries, SIZE=heads.size, SPLITS=splits, OUT_CODES=scale is not None, num_warps=1,
+            **chained(),
         )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trtbuild.runtime.fast.kernels.chain import chained, let_next_start, wait_for_previous
 from trtbuild.runtime.fast.kernels.numbers import silu_times, to_codes
 
 MOST_ROWS = 16
@@ -43,11 +44,23 @@ def _finish(total, gate_total, factor, bias, out, out_scale, row, n, inside, N,
 
 
 @triton.jit
+def _take(at, inside, first, k, K, EVEN: tl.constexpr):
+    """A tile of the weights from column `first` on."""
+    if EVEN:
+        tile = tl.load(at + first)
+    else:
+        tile = tl.load(at + first, mask=inside & (first + k < K)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
 def _dot(
     x, weight, out, factor_at, bias, out_scale, rows, N, K,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
     FP8: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(CHAIN)
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.arange(0, ROWS)
     k = tl.arange(0, INPUTS)
@@ -55,23 +68,18 @@ def _dot(
     x_at = x + row[:, None] * K + k[None, :]
     gate_at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     w_at = gate_at + N.to(tl.int64) * K if GATED else gate_at
-    total = tl.zeros([ROWS, OUTPUTS], dtype=tl.float32)
-    gate_total = tl.zeros([ROWS, OUTPUTS], dtype=tl.float32)
-    for first in range(0, K, INPUTS):
-        if EVEN:
-            xs = tl.load(x_at + first, mask=row_inside, other=0.0)
-            ws = tl.load(w_at + first)
-        else:
-            k_inside = (first + k < K)[None, :]
-            xs = tl.load(x_at + first, mask=row_inside & k_inside, other=0.0)
-            ws = tl.load(w_at + first, mask=n_inside & k_inside, other=0.0)
-        total = tl.dot(xs, tl.trans(ws), total)
+    # The first tile needs nothing of the kernel before.
+    ws = _take(w_at, n_inside, 0, k, K, EVEN)
+    gs = _take(gate_at, n_inside, 0, k, K, EVEN) if GATED else ws
+    wait_for_previous(CHAIN)
+    xs = _take(x_at, row_inside, 0, k, K, False)
+    total = tl.dot(xs, tl.trans(ws))
+    gate_total = tl.dot(xs, tl.trans(gs)) if GATED else total
+    for first in range(INPUTS, K, INPUTS):
+        xs = _take(x_at, row_inside, first, k, K, False)
+        total = tl.dot(xs, tl.trans(_take(w_at, n_inside, first, k, K, EVEN)), total)
         if GATED:
-            if EVEN:
-                gs = tl.load(gate_at + first)
-            else:
-                gs = tl.load(gate_at + first, mask=n_inside & k_inside, other=0.0)
-            gate_total = tl.dot(xs, tl.trans(gs), gate_total)
+            gate_total = tl.dot(xs, tl.trans(_take(gate_at, n_inside, first, k, K, EVEN)), gate_total)
     factor = tl.load(factor_at) if FP8 else 1.0
     inside = (row < rows)[:, None] & (n < N)[None, :]
     _finish(total, gate_total, factor, bias, out, out_scale, row[:, None], n[None, :], inside, N, BIAS, GATED, CODES)
@@ -82,33 +90,30 @@ def _vector(
     x, weight, out, factor_at, bias, out_scale, N, K,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
     FP8: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(CHAIN)
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     k = tl.arange(0, INPUTS)
+    n_inside = (n < N)[:, None]
     gate_at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     w_at = gate_at + N.to(tl.int64) * K if GATED else gate_at
-    total = tl.zeros([OUTPUTS, INPUTS], dtype=tl.float32)
-    gate_total = tl.zeros([OUTPUTS, INPUTS], dtype=tl.float32)
-    for first in range(0, K, INPUTS):
-        if EVEN:
-            xs = tl.load(x + first + k).to(tl.float32)[None, :]
-            ws = tl.load(w_at + first)
-        else:
-            inside = (n < N)[:, None] & (first + k < K)[None, :]
-            xs = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)[None, :]
-            ws = tl.load(w_at + first, mask=inside, other=0.0)
-        total += ws.to(tl.float32) * xs
+    # The first tile needs nothing of the kernel before.
+    ws = _take(w_at, n_inside, 0, k, K, EVEN)
+    gs = _take(gate_at, n_inside, 0, k, K, EVEN) if GATED else ws
+    wait_for_previous(CHAIN)
+    xs = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    total = ws.to(tl.float32) * xs
+    gate_total = gs.to(tl.float32) * xs if GATED else total
+    for first in range(INPUTS, K, INPUTS):
+        xs = tl.load(x + first + k, mask=first + k < K, other=0.0).to(tl.float32)[None, :]
+        total += _take(w_at, n_inside, first, k, K, EVEN).to(tl.float32) * xs
         if GATED:
-            if EVEN:
-                gs = tl.load(gate_at + first)
-            else:
-                gs = tl.load(gate_at + first, mask=inside, other=0.0)
-            gate_total += gs.to(tl.float32) * xs
+            gate_total += _take(gate_at, n_inside, first, k, K, EVEN).to(tl.float32) * xs
     factor = tl.load(factor_at) if FP8 else 1.0
-    _finish(
-        tl.sum(total, axis=1), tl.sum(gate_total, axis=1), factor, bias, out, out_scale, 0, n, n < N, N,
-        BIAS, GATED, CODES,
-    )  # fmt: skip
+    sums = tl.sum(total, axis=1)
+    gate_sums = tl.sum(gate_total, axis=1) if GATED else sums
+    _finish(sums, gate_sums, factor, bias, out, out_scale, 0, n, n < N, N, BIAS, GATED, CODES)
 
 
 def few_rows(
@@ -137,6 +142,7 @@ def few_rows(
     flags = {
         "FP8": factor is not None, "BIAS": bias is not None, "GATED": gated, "CODES": scale is not None, "EVEN": even,
         "OUTPUTS": tiling.outputs, "INPUTS": tiling.inputs, "num_warps": tiling.warps, "num_stages": tiling.stages,
+        **chained(),
     }  # fmt: skip
     if rows == 1:
         _vector[grid](x, weight, out, factor, bias, scale, outputs, width, **flags)

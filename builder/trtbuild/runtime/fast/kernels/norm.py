@@ -6,13 +6,26 @@ import torch
 import triton
 import triton.language as tl
 
+from trtbuild.runtime.fast.kernels.chain import chained, let_next_start, wait_for_previous
 from trtbuild.runtime.fast.kernels.numbers import next_power_of_2, to_codes
 
 
 @triton.jit
 def _add_norm(
-    stream, delta, weight, out, scale, eps, width, ADD: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr
+    stream,
+    delta,
+    weight,
+    out,
+    scale,
+    eps,
+    width,
+    ADD: tl.constexpr,
+    CODES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):
+    let_next_start(CHAIN)
+    wait_for_previous(CHAIN)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -44,5 +57,6 @@ def add_norm(
     _add_norm[(rows,)](
         stream, delta, weight, out, scale, eps, width,
         ADD=delta is not None, CODES=scale is not None, BLOCK=block, num_warps=max(1, min(8, block // 512)),
+        **chained(),
     )  # fmt: skip
     return out

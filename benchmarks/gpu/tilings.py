@@ -1,6 +1,6 @@
 """Which kernel and tiling reads the weights of a linear layer fastest: the source of the table in linear.py.
 
-    python benchmarks/gpu/kernels.py [--rows 1,8,16] [--formats bf16,fp8]
+    python benchmarks/gpu/tilings.py [--rows 1,8,16] [--formats bf16,fp8]
 
 The sizes are those of Llama 3.1 8B. Each figure is microseconds a call inside a CUDA graph that goes through enough
 copies of the weights to find none of them in the L2 cache, and the share of the measured copy bandwidth.
@@ -43,7 +43,7 @@ def library(x: torch.Tensor, weight: torch.Tensor, one: torch.Tensor, *, gated: 
     """The same on cuBLAS, with our activation behind it where `gated`."""
     fp8 = x.dtype == torch.float8_e4m3fn
     if fp8:
-        y = torch._scaled_mm(x, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)  # noqa: SLF001
+        y = torch._scaled_mm(x, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
     else:
         y = torch.nn.functional.linear(x, weight)
     return silu_mul(y, one if fp8 else None) if gated else y

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from trtbuild.runtime import Engine, EngineConfig
 from trtbuild.runtime.attention import ATTENTION_NAME, register
 from trtbuild.runtime.checkpoint import LoadedModel
-from trtbuild.runtime.checkpoint_fill import restore_buffers
 from trtbuild.runtime.checkpoint_files import QuantizationFacts
+from trtbuild.runtime.checkpoint_fill import restore_buffers
 from trtbuild.runtime.intake import Intake
 from trtbuild.runtime.linear import Fp8Linear, share_inputs
 from trtbuild.runtime.model import ModelRunner
@@ -74,7 +74,7 @@ def random_engine(form: str, config: EngineConfig, **shape: int) -> Engine:
 
 def weight_bytes(engine: Engine) -> int:
     """The bytes of all matrices that a step reads."""
-    weights: Any = engine._runner.fast.decoder.weights  # noqa: SLF001
+    weights: Any = engine._runner.fast.decoder.weights
     total = weights.head.nbytes
     for layer in weights.layers:
         total += sum(matrix.weight.nbytes for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down))
