@@ -70,7 +70,7 @@ class Engine:
         """
         engine_dir = Path(engine_dir)
         config = config or EngineConfig.read(engine_dir)
-        runner = ModelRunner(engine_dir, config)
+        runner = ModelRunner.load(engine_dir, config)
         return cls(runner, config, Intake.read(engine_dir, runner, config))
 
     def __enter__(self) -> Self:
@@ -281,6 +281,7 @@ def _facts(runner: ModelRunner, config: EngineConfig, intake: Intake) -> EngineF
         device=str(runner.device),
         compute_dtype=str(runner.dtype).removeprefix("torch."),
         weights=_weights_form(config, runner),
+        path=runner.path,
         eos_token_ids=tuple(sorted(intake.end_ids)),
         notes=tuple(runner.notes),
     )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig
@@ -13,46 +12,31 @@ from transformers import AutoConfig
 from trtbuild.errors import ArtifactError, CompatibilityError, HostError
 from trtbuild.runtime.architecture import check_calls, check_config, check_rope, prepare
 from trtbuild.runtime.attention import ATTENTION_NAME, LAYER_ATTRIBUTE, LayerCall, PagedLayer, Segment, Step, register
-from trtbuild.runtime.checkpoint import load_model
+from trtbuild.runtime.checkpoint import LoadedModel, load_model
 from trtbuild.runtime.config import EngineConfig
+from trtbuild.runtime.fast.choice import why_general
 from trtbuild.runtime.kv_cache import LayerCache, bytes_per_slot
 from trtbuild.runtime.scheduler import Chunk
 from trtbuild.runtime.sequence import Sequence
+from trtbuild.runtime.step_logits import StepLogits
+
+if TYPE_CHECKING:  # these need the Triton language, which only the fast path loads
+    from trtbuild.runtime.fast.path import FastPath
+    from trtbuild.runtime.fast.weights import Weights
 
 _PROBE_TOKENS = 3
 # Logits of at most this many (position, token) pairs are computed in one step where every position is wanted.
 _LOGITS_AT_ONCE = 2**25
 
 
-@dataclass(frozen=True, slots=True)
-class StepLogits:
-    """The logits of a step, [rows, vocabulary]; `rows` gives each chunk's slice of them."""
-
-    logits: torch.Tensor
-    rows: list[slice]
-
-
 class ModelRunner:
-    """A loaded model with its paged cache."""
+    """A loaded model with its paged cache; `path` says which path its steps take, and why if not the fast one."""
 
-    def __init__(self, engine_dir: Path, config: EngineConfig) -> None:
-        self.device = _device(config.device)
-        self.dtype = _dtype(config.compute_dtype, self.device)
-        self.notes: list[str] = []
-        hf_config = _hf_config(engine_dir, config)
-        check_config(hf_config)
-        check_rope(hf_config, config.max_seq_len)
-        register()
-        loaded = load_model(
-            engine_dir,
-            device=self.device,
-            dtype=self.dtype,
-            weights=config.weights,
-            attn_implementation=ATTENTION_NAME,
-            trust_remote_code=config.trust_remote_code,
-        )
+    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+        self.device = choose_device(config.device)
+        self.dtype = choose_dtype(config.compute_dtype, self.device)
         self.model = loaded.model
-        self.notes.extend(loaded.notes)
+        self.notes = list(loaded.notes)
         self.hf_config = loaded.config
         self.vocab_size = int(loaded.config.vocab_size)
         self.block_size = config.kv_cache.tokens_per_block
@@ -60,7 +44,36 @@ class ModelRunner:
         self._context = [Step()]
         layers = self._examine()
         self.kv_is_fp8 = config.kv_cache.dtype == "fp8"
+        self.calls = [call for _, call in layers]
+        weights = self._fuse(config)
         self.num_blocks = self._allocate(layers, config, loaded.kv_scales)
+        self.fast: FastPath | None = None
+        if weights is not None:
+            self.fast = self._fast_path(weights, [layer for layer, _ in layers], config)
+
+    @classmethod
+    def load(cls, engine_dir: Path, config: EngineConfig) -> ModelRunner:
+        """The runner of the checkpoint in `engine_dir`.
+
+        Raises:
+            ArtifactError: a file is missing or damaged.
+            CompatibilityError: the model is of a kind that this engine does not run.
+            HostError: the host lacks the device or the memory.
+        """
+        device = choose_device(config.device)
+        hf_config = _hf_config(engine_dir, config)
+        check_config(hf_config)
+        check_rope(hf_config, config.max_seq_len)
+        register()
+        loaded = load_model(
+            engine_dir,
+            device=device,
+            dtype=choose_dtype(config.compute_dtype, device),
+            weights=config.weights,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=config.trust_remote_code,
+        )
+        return cls(loaded, config)
 
     @property
     def chunk_limit(self) -> int:
@@ -69,6 +82,10 @@ class ModelRunner:
 
     def execute(self, chunks: list[Chunk]) -> StepLogits:
         """Compute `chunks` and return the logits that are wanted of them: float32, or float64 where computed so."""
+        return self.fast.execute(chunks) if self.fast else self.execute_general(chunks)
+
+    def execute_general(self, chunks: list[Chunk]) -> StepLogits:
+        """As `execute`, through the Transformers class also where the fast path takes the model."""
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -96,6 +113,7 @@ class ModelRunner:
             if layer is not None:
                 layer.cache = None
         self._context[0] = Step()
+        self.fast = None
 
     def _forward(self, token_ids: list[int], positions: list[int], wanted: list[int], step: Step) -> torch.Tensor:
         self._context[0] = step
@@ -145,6 +163,33 @@ class ModelRunner:
             ) from error
         return check_calls(self.hf_config, layers)
 
+    def _fuse(self, config: EngineConfig) -> Weights | None:
+        """The weights of the fast path if it takes this model; `path` says so."""
+        reason = why_general(self.model, self.calls, device=self.device, dtype=self.dtype, fp8_cache=self.kv_is_fp8)
+        self.path = "fast" if reason is None else f"general: {reason}"
+        if self.device.type == "cuda":
+            self.notes.append(
+                f"the model runs on the {self.path.partition(':')[0]} path" + (f": {reason}" * bool(reason))
+            )
+        if reason is not None:
+            return None
+        from trtbuild.runtime.fast.weights import fuse
+
+        weights = fuse(self.model, self.calls, config.max_seq_len)
+        torch.cuda.empty_cache()  # the parts that were joined; the cache is sized by what is free
+        return weights
+
+    def _fast_path(self, weights: Weights, layers: list[PagedLayer], config: EngineConfig) -> FastPath:
+        from trtbuild.runtime.fast.path import FastPath
+
+        return FastPath(
+            weights,
+            [layer.cache for layer in layers if layer.cache is not None],
+            page=self.block_size,
+            max_batch_size=config.max_batch_size,
+            max_seq_len=config.max_seq_len,
+        )
+
     def _allocate(
         self,
         layers: list[tuple[PagedLayer, LayerCall]],
@@ -186,14 +231,20 @@ class ModelRunner:
         return int(free * config.kv_cache.free_gpu_memory_fraction) // token_bytes
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device that `device: name` of engine.json means here.
+
+    Raises:
+        HostError: it asks for a GPU, and there is none.
+    """
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise HostError("device: cuda, and PyTorch sees no NVIDIA GPU on this host", "use device: cpu or auto")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and has_cuda) else "cpu")
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type that `compute_dtype: name` of engine.json means on `device`."""
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]

@@ -90,7 +90,10 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What a loaded engine is; `notes` are sentences that a user should see at load."""
+    """What a loaded engine is; `notes` are sentences that a user should see at load.
+
+    `path` is "fast", or "general: " and the reason why the fast path does not take the model.
+    """
 
     architecture: str
     vocab_size: int
@@ -102,5 +105,6 @@ class EngineFacts:
     device: str
     compute_dtype: str
     weights: str
+    path: str
     eos_token_ids: tuple[int, ...]
     notes: tuple[str, ...] = ()

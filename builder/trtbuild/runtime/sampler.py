@@ -26,17 +26,23 @@ class Choice:
     error: TrtbuildError | None = None
 
 
-def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
-    """The next token of each sequence from `logits` [B, V], which stay as they are."""
+def choose(logits: torch.Tensor, sequences: list[Sequence], likeliest: list[int] | None = None) -> list[Choice]:
+    """The next token of each sequence from `logits` [B, V], which stay as they are.
+
+    `likeliest` is the likeliest token of each row where that is known already, -1 where its logit is not finite.
+    """
     adjusted = logits
     changing = [row for row, sequence in enumerate(sequences) if sequence.params.changes_logits]
     if changing:
         adjusted = logits.clone()
         for row in changing:
             _adjust(adjusted[row], sequences[row])
-    best, greedy = adjusted.max(dim=-1)
-    finite = best.isfinite().tolist()
-    tokens: list[int] = greedy.tolist()
+    if likeliest is None or changing:
+        best, greedy = adjusted.max(dim=-1)
+        finite = best.isfinite().tolist()
+        tokens: list[int] = greedy.tolist()
+    else:
+        finite, tokens = [token >= 0 for token in likeliest], list(likeliest)
     for rows in _sampling_groups(sequences, finite):
         chosen = _sample(adjusted[rows], [sequences[row] for row in rows])
         for row, token_id in zip(rows, chosen, strict=True):

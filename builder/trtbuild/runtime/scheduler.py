@@ -161,6 +161,7 @@ class Scheduler:
         sequence.new_blocks += count
         run = all(block == table[0] + index for index, block in enumerate(table))
         sequence.base = table[0] * self._block_size if run else None
+        sequence.table_version += 1
         sequence.slots = None
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -172,6 +173,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.block_table)
         sequence.block_table = []
+        sequence.table_version += 1
         sequence.num_computed = 0
         sequence.num_published = 0
         sequence.slots = None

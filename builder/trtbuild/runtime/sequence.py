@@ -30,6 +30,7 @@ class Sequence:
 
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    table_version: int = 0  # changes whenever `block_table` does
     hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
     # The first slot where the block table is one run, else None; `slots` then lists the slots of all its blocks.

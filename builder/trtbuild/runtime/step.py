@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from trtbuild.runtime.model import StepLogits
 from trtbuild.runtime.outputs import FinishReason, Output, TokenLogprob
 from trtbuild.runtime.sampler import Choice, choose, token_logprobs
 from trtbuild.runtime.scheduler import Chunk
 from trtbuild.runtime.sequence import Sequence
+from trtbuild.runtime.step_logits import StepLogits
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,9 @@ def finish_step(chunks: list[Chunk], step: StepLogits) -> list[StepResult]:
         return results
     last = [row for _, row in generating]
     logits = step.logits if len(last) == step.logits.shape[0] else step.logits[last]
+    likeliest = None if step.likeliest is None else [step.likeliest[row] for row in last]
     sequences = [sequence for sequence, _ in generating]
-    for sequence, choice in zip(sequences, choose(logits, sequences), strict=True):
+    for sequence, choice in zip(sequences, choose(logits, sequences, likeliest), strict=True):
         results.append(StepResult(sequence, _advance(sequence, choice)))
     return results
 
