@@ -231,9 +231,7 @@ def _llama3(frequencies: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
     return (1 - blend) * frequencies / scaling["factor"] + blend * frequencies
 
 
-def _yarn(
-    frequencies: torch.Tensor, base: float, size: int, scaling: dict[str, Any]
-) -> tuple[torch.Tensor, float]:
+def _yarn(frequencies: torch.Tensor, base: float, size: int, scaling: dict[str, Any]) -> tuple[torch.Tensor, float]:
     """Waves that turn often in the trained context stay, slow ones are stretched; and what cosines are multiplied by.
 
     The defaults are TensorRT-LLM's, not Transformers'.

@@ -1,7 +1,7 @@
 """What the conversion does with every architecture in every format on every division: one table, and no cell untested.
 
-The tests are parametrized over `CELLS`, which is the whole product; a cell that is not in `REFUSED` or `DIVIDED` must be
-converted, one that is must be refused with that sentence.
+The tests are parametrized over `CELLS`, which is the whole product: a cell that is not in `REFUSED` or `DIVIDED` must
+be converted, one that is must be refused with that sentence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMATS: dict[str, tuple[str, str | None, str]] = {
     "INT8 KV": ("bf16", "INT8", "auto"),
     "mixed": ("MIXED_PRECISION", None, "auto"),
 }
-# (tensor parallel, pipeline stages): 4 is more than the key and value heads, and 2 stages leave a remainder of 3 layers.
+# (tensor parallel, pipeline stages): 4 is more than the key and value heads, 2 stages do not divide 3 layers.
 DIVISIONS = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 3))
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from deconvert import bits, deconvert, read_safetensors
-from safetensors.torch import load_file
 from matrix import CELLS, FORMATS, Cell, refused
+from safetensors.torch import load_file
 from synthetic import plain, quantized
 
 from trtbuild.convert.plan import Output, RankPlan
