@@ -31,6 +31,18 @@ def round_int8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (x / scale).round().clamp(-128, 127) * scale
 
 
+def fuse_gate_and_up(reader: Reader) -> None:
+    """What TensorRT-LLM does to FP8 gate and up when it builds an engine: both on the larger scale, in float32."""
+    for rank in reader.ranks:
+        for name in [name for name in rank if name.endswith("mlp.gate.weights_scaling_factor")]:
+            prefix = name.removesuffix("gate.weights_scaling_factor")
+            scales = [rank[f"{prefix}{part}.weights_scaling_factor"] for part in ("fc", "gate")]
+            for part, scale in zip(("fc", "gate"), scales, strict=True):
+                values = rank[f"{prefix}{part}.weight"].float() * scale / max(scales)
+                rank[f"{prefix}{part}.weight"] = values.to(torch.float8_e4m3fn)
+                rank[f"{prefix}{part}.weights_scaling_factor"] = max(scales)
+
+
 @dataclass
 class Run:
     """One checkpoint; with `activations` the inputs of linear layers are quantized as the format says."""

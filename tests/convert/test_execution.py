@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from execute import Run, round_e4m3, round_int8
+from execute import Run, fuse_gate_and_up, round_e4m3, round_int8
 from exports import unified
 from matrix import DIVISIONS, FORMATS, refused
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from synthetic import MODELS, SIZES, plain, quantized
 from test_roundtrip import convert, silent
 
 from tiny import save_checkpoint
-from trtbuild.runtime import Engine
+from trtbuild.runtime import Engine, JoinedScales
 
 TOKENS = [3 + (index * 37) % 310 for index in range(24)]
 ENGINE: dict[str, Any] = {
@@ -41,10 +42,10 @@ def assert_same_logits(found: torch.Tensor, wanted: torch.Tensor, *, codes: bool
     assert error.max() < (0.25 if codes else 1e-3) * spread
 
 
-def engine_logits(directory: Path, kv_cache: str | None = None) -> torch.Tensor:
+def engine_logits(directory: Path, kv_cache: str | None = None, joined: JoinedScales | None = None) -> torch.Tensor:
     cache = ENGINE["kv_cache"] | {"dtype": "fp8" if kv_cache else "auto"}
     (directory / "engine.json").write_text(json.dumps(ENGINE | {"kv_cache": cache}), encoding="utf-8")
-    with Engine.load(directory) as engine:
+    with Engine.load(directory, joined=joined) as engine:
         return engine.logits(TOKENS)
 
 
@@ -251,6 +252,26 @@ def bring_to_common_scales(directory: Path) -> None:
         larger = max((tensors[name] for name in scales), default=None)
         tensors |= {name: larger.clone() for name in scales if larger is not None}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+AS_ENGINES_DO = JoinedScales(gate_up=True, kv_cache=True, intermediate="float32")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "phi3"])
+def test_evidence_has_the_scales_of_the_engine(name: str, originals: Callable[[str], Path], tmp_path: Path) -> None:
+    """Quality is measured with scales joined as TensorRT-LLM joins them: the embedded engine then computes what the
+    converted checkpoint does, gate and up joined as trtllm-build does; with the files' own scales it does not."""
+    source = quantized(originals(name), tmp_path / "unified", "FP8", "FP8")
+    gate_up = not name.startswith("gemma")
+    joined = engine_logits(source, "FP8", replace(AS_ENGINES_DO, gate_up=gate_up))
+    for tp, pp in ((1, 1), (2, 1)):
+        convert(source, tmp_path / f"{tp}", tp, pp)
+        run = Run.open(tmp_path / f"{tp}")
+        if gate_up:
+            fuse_gate_and_up(run.reader)
+        assert_same_logits(run.logits(TOKENS), joined, codes=True)
+    own = engine_logits(source, "FP8")
+    assert (own - joined).abs().median() > 5e-3 * own.std()
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ class Quantized:
         made = {"quant_algo": self.algo, "kv_cache_quant_algo": self.kv_cache}
         if self.layers is not None or self.coding.format is None:
             return made
-        return self.coding.section() | made | {"exclude_modules": excluded}
+        return made | self.coding.section() | {"exclude_modules": excluded}
 
 
 def read_quantization(section: Mapping[str, Any], where: str) -> Quantized:

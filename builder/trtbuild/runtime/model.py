@@ -15,6 +15,7 @@ from trtbuild.runtime.architecture import check_calls, check_config, check_rope,
 from trtbuild.runtime.attention import ATTENTION_NAME, LAYER_ATTRIBUTE, LayerCall, PagedLayer, Segment, Step, register
 from trtbuild.runtime.checkpoint import load_model
 from trtbuild.runtime.config import EngineConfig
+from trtbuild.runtime.joined import JoinedScales
 from trtbuild.runtime.kv_cache import LayerCache, bytes_per_slot
 from trtbuild.runtime.scheduler import Chunk
 from trtbuild.runtime.sequence import Sequence
@@ -35,7 +36,7 @@ class StepLogits:
 class ModelRunner:
     """A loaded model with its paged cache."""
 
-    def __init__(self, engine_dir: Path, config: EngineConfig) -> None:
+    def __init__(self, engine_dir: Path, config: EngineConfig, *, joined: JoinedScales | None = None) -> None:
         self.device = _device(config.device)
         self.dtype = _dtype(config.compute_dtype, self.device)
         self.notes: list[str] = []
@@ -50,6 +51,7 @@ class ModelRunner:
             weights=config.weights,
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=config.trust_remote_code,
+            joined=joined,
         )
         self.model = loaded.model
         self.notes.extend(loaded.notes)
