@@ -45,3 +45,17 @@ def refused(cell: Cell) -> str | None:
     """The sentence that refuses a cell; None where it is converted."""
     name, column, (_, stages) = cell
     return DIVIDED.get(name) if stages > 1 and name in DIVIDED else REFUSED.get((name, column))
+
+
+_NOTES = {_NO_W4A8: "a", _NO_INT8: "b", _NO_MIXED: "c"}
+
+
+def markdown() -> str:
+    """The matrix as the page on TensorRT engines shows it."""
+    head = ["model", *FORMATS, "pipeline stages"]
+    rows = [head, ["---"] * len(head)]
+    for name in MODELS:
+        cells = [refused((name, column, (2, 1))) for column in FORMATS]
+        shown = ["yes" if reason is None else f"no ({_NOTES[reason]})" for reason in cells]
+        rows.append([name, *shown, "no (d)" if name in DIVIDED else "any number"])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

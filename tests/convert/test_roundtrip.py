@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from deconvert import bits, deconvert, read_safetensors
-from matrix import CELLS, FORMATS, Cell, refused
+from matrix import CELLS, FORMATS, Cell, markdown, refused
 from safetensors.torch import load_file
 from synthetic import plain, quantized
 
+from trtbuild.convert.experts import interleave
 from trtbuild.convert.plan import Output, RankPlan
 from trtbuild.convert.run import run
 from trtbuild.errors import CompatibilityError
@@ -164,6 +166,24 @@ def test_what_is_read_back_is_what_was_stored(cell: Cell, sources: Any, tmp_path
     assert result["bytes"] == sum(path.stat().st_size for path in output.glob("rank*"))
     more = {"quant_cfg.json"} if column == "mixed" else set()
     assert {path.name for path in output.iterdir()} == {*result["files"], "config.json", *more}
+
+
+def test_the_page_on_engines_shows_the_matrix() -> None:
+    page = Path(__file__).parents[2] / "docs" / "runtime-trtllm-engine.md"
+    assert markdown() in page.read_text(encoding="utf-8")
+
+
+def test_tiles_are_those_of_modelopt() -> None:
+    """Block scales of NVFP4 experts lie as ModelOpt's exporter of diffusion models lays them for cuBLAS."""
+    from modelopt.torch.export.diffusers_utils import swizzle_nvfp4_scales
+
+    scales = torch.randint(0, 256, (384, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    scales[scales & 127 == 127] = 1  # no NaN
+    layer = {"weight": torch.zeros(384, 96, dtype=torch.uint8), "weight_scale": scales.view(torch.float8_e4m3fn)}
+    state = {f"layer.{name}": tensor for name, tensor in layer.items()} | {"layer.weight_scale_2": torch.ones(())}
+    wanted = swizzle_nvfp4_scales(state)["layer.weight_scale"].view(torch.uint8)
+    assert not wanted.equal(scales)
+    assert np.array_equal(interleave(scales.numpy()), wanted.numpy())
 
 
 def test_float16_is_rounded_from_the_stored_values(sources: Any, tmp_path: Path) -> None:

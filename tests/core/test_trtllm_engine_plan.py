@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.test_model import edit_config
+from tiny import save_checkpoint
 from trtbuild.checkpoint_files import open_directory
 from trtbuild.compat import facts
 from trtbuild.console import plan_text
@@ -255,3 +256,26 @@ def test_architectures(tiny_llama: Path, tmp_path: Path) -> None:
     edit_config(checkpoint, architectures=["Phi3ForCausalLM"], model_type="phi3")
     with pytest.raises(CompatibilityError, match="3: TensorRT-LLM cannot split Phi3ForCausalLM over pipeline stages"):
         plan_for(checkpoint, tmp_path, "runtime.pipeline_parallel_size=3")
+
+
+def test_quality_is_measured_with_the_scales_of_the_engine(tiny_llama: Path, tmp_path: Path) -> None:
+    """Only FP8 has them, only for TensorRT-LLM; each runtime joins in its own way."""
+
+    def joined(*overrides: str) -> object:
+        return plan_for(tiny_llama, tmp_path, *overrides).step("evaluate").parameters.get("joined_scales")
+
+    assert joined("compress.format=fp8") == {"gate_up": True, "kv_cache": True, "intermediate": "float32"}
+    apart = joined("compress.format=fp8", "runtime.extra.use_fused_mlp=disable")
+    assert apart == {"gate_up": False, "kv_cache": True, "intermediate": "float32"}
+    api = joined("runtime.kind=trtllm", "compress.format=fp8")
+    assert api == {"gate_up": True, "kv_cache": False, "intermediate": "bfloat16"}
+    for kind in ("trtllm", "trtllm-engine"):
+        assert joined(f"runtime.kind={kind}") is None
+        assert joined(f"runtime.kind={kind}", "compress.format=int4_awq", "compress.group_size=64") is None
+    assert joined("runtime.kind=embedded", "target.gpu=null", "compress.format=fp8") is None
+
+
+def test_gate_and_up_of_gemma_stay_apart(tmp_path: Path) -> None:
+    """Its activation is none that trtllm-build joins them for."""
+    plan = plan_for(save_checkpoint(tmp_path / "gemma", "gemma2"), tmp_path, "compress.format=fp8")
+    assert plan.step("evaluate").parameters["joined_scales"]["gate_up"] is False
