@@ -97,6 +97,7 @@ def _steps(settings: Settings, facts: ModelFacts, tools: Mapping[str, Mapping[st
         "trust_remote_code": settings["model.trust_remote_code"],
         "calibration_column": settings["compress.calibration.column"] if compressed else None,
     }
+    evaluate |= _joined_scales(settings, facts)
     return (
         Step("fetch", {}, (), {}),
         Step("compress", compress, ("fetch",), tools["compress" if compressed else "copy"], _compress_files(settings)),
@@ -106,6 +107,22 @@ def _steps(settings: Settings, facts: ModelFacts, tools: Mapping[str, Mapping[st
         # Limits of the engine do not change a logit: the evaluation follows the checkpoint and the numerics alone.
         Step("evaluate", evaluate, ("fetch", "compress"), tools["evaluate"], _evaluate_files(settings)),
     )
+
+
+def _joined_scales(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
+    """How the runtime changes FP8 scales at load, which quality is measured with; `runtime/joined.py` has the sources.
+
+    TensorRT engines leave gate and up apart where `use_fused_mlp` is off, and where the activation is Gemma's
+    (NVIDIA/TensorRT-LLM, tensorrt_llm/models/modeling_utils.py @34a267279384, fuse_gate_mlp: silu and gelu alone).
+    """
+    kind = _kind(settings)
+    if settings["compress.format"] != "fp8" or kind == _EMBEDDED:
+        return {}
+    if kind == _TRTLLM:
+        return {"joined_scales": {"gate_up": True, "kv_cache": False, "intermediate": "bfloat16"}}
+    fused = settings.recipe.runtime.extra.get("use_fused_mlp") != "disable"
+    gate_up = fused and not facts.architecture.startswith("Gemma")
+    return {"joined_scales": {"gate_up": gate_up, "kv_cache": True, "intermediate": "float32"}}
 
 
 def _compress_parameters(settings: Settings) -> dict[str, Any]:

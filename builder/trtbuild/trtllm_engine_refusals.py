@@ -149,28 +149,24 @@ def _pipeline(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
     if facts.architecture in table("architectures")[FLOW]["one_stage"]:
         message = f"{size}: TensorRT-LLM cannot split {facts.architecture} over pipeline stages"
         yield Problem(at, message, "use 1, and tensor_parallel_size")
-    elif size <= facts.num_layers and facts.num_layers % size:
-        fitting = [str(number) for number in range(1, facts.num_layers + 1) if not facts.num_layers % number]
-        message = f"{size} does not divide the model's {facts.num_layers} layers"
-        yield Problem(at, message, f"use one of {', '.join(fitting)}")
 
 
 def _stages(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     """TensorRT-LLM names layers by their place in a stage: stages leave out the same ones, by their usual names."""
     size, patterns = settings.recipe.runtime.pipeline_parallel_size, settings["compress.exclude"]
-    if size == 1 or not patterns or facts.num_layers % size:
+    if size == 1 or not patterns:
         return
-    each = facts.num_layers // size
-    left = [
-        {
-            (layer % each, name)
-            for layer in range(stage * each, (stage + 1) * each)
-            for name in _PROJECTIONS
-            if any(fnmatch.fnmatchcase(f"model.layers.{layer}.{name}", pattern) for pattern in patterns)
-        }
-        for stage in range(size)
-    ]
-    if any(stage != left[0] for stage in left):
+    # The first stages take what is left over: NVIDIA/TensorRT-LLM, tensorrt_llm/mapping.py @05ebebb2c1d3, pp_layers.
+    each, more = divmod(facts.num_layers, size)
+    left: dict[tuple[int, str], set[bool]] = {}
+    for stage in range(size):
+        first = stage * each + min(stage, more)
+        for local in range(each + (stage < more)):
+            for name in _PROJECTIONS:
+                module = f"model.layers.{first + local}.{name}"
+                out = any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
+                left.setdefault((local, name), set()).add(out)
+    if any(len(answers) > 1 for answers in left.values()):
         message = f"leaves out other layers in some of {size} pipeline stages, which TensorRT-LLM cannot be told"
         yield Problem("compress.exclude", message, "name the same places of every stage, or use one stage")
 

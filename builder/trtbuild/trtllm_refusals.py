@@ -81,7 +81,21 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += parallel_refusals(settings, facts)
     problems += _speculation(recipe, release, schema)
     problems += _lora(recipe)
+    problems += _int4(recipe, facts)
     return problems
+
+
+def _int4(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
+    """Weights of 4 bits where TensorRT-LLM would not load them; `adapters/trtllm_fused.py` has the sources."""
+    if recipe.compress.format != "int4_awq" or recipe.compress.exclude:  # what is left out shows in the checkpoint
+        return
+    hint = "use fp8 or none"
+    if facts.num_experts:
+        message = "int4_awq: TensorRT-LLM's experts with weights of 4 bits have inputs in FP8, which int4_awq has not"
+        yield Problem("compress.format", message, hint)
+    if facts.architecture == "Phi3ForCausalLM":
+        message = "int4_awq: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output, not two"
+        yield Problem("compress.format", message, hint)
 
 
 def trtllm_warnings(settings: Settings) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.test_model import edit_config
+from tiny import save_checkpoint
 from trtbuild.checkpoint_files import open_directory
 from trtbuild.compat import facts
 from trtbuild.console import plan_text
@@ -171,7 +172,6 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
         ),
         (["compress.format=int4_awq", "compress.group_size=32"], "TensorRT-LLM's INT4 kernels take groups of 64 or 12"),
         (["runtime.pipeline_parallel_size=9"], "9 is more than the model's 3 layers; use at most 3"),
-        (["runtime.pipeline_parallel_size=2"], "2 does not divide the model's 3 layers; use one of 1, 3"),
         (["speculative.method=ngram"], "speculative.method: ngram: trtllm-build has no such mode; use none, or runtim"),
         (["speculative.method=medusa"], "medusa: this version of trtbuild cannot build an engine with drafts (trtllm-"),
         (
@@ -181,6 +181,10 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
         (
             ["runtime.pipeline_parallel_size=3", "compress.format=fp8", "compress.exclude=['*.1.mlp.*']"],
             "compress.exclude: leaves out other layers in some of 3 pipeline stages, which TensorRT-LLM cannot be told",
+        ),
+        (
+            ["runtime.pipeline_parallel_size=2", "compress.format=fp8", "compress.exclude=['*.2.mlp.*']"],
+            "compress.exclude: leaves out other layers in some of 2 pipeline stages, which TensorRT-LLM cannot be told",
         ),
         (["speculative.draft=x"], "speculative.draft: x: of no use without a speculative.method; remove it"),
         (
@@ -245,9 +249,10 @@ def test_mistakes(tiny_llama: Path, tmp_path: Path, overrides: list[str], senten
 
 
 def test_stages_may_leave_out_the_same_layers(tiny_llama: Path, tmp_path: Path) -> None:
-    plan_for(
-        tiny_llama, tmp_path, "runtime.pipeline_parallel_size=3", "compress.format=fp8", "compress.exclude=['*.mlp.*']"
-    )
+    """Of three layers on two stages, the second is alone in its place; the others are first in theirs."""
+    for size, pattern in ((3, "*.mlp.*"), (2, "*.1.mlp.*"), (2, "*.[02].mlp.*")):
+        stages, exclude = f"runtime.pipeline_parallel_size={size}", f"compress.exclude=['{pattern}']"
+        plan_for(tiny_llama, tmp_path, stages, "compress.format=fp8", exclude)
 
 
 def test_what_the_conversion_would_refuse_is_refused_before_anything_is_compressed(
@@ -257,8 +262,8 @@ def test_what_the_conversion_would_refuse_is_refused_before_anything_is_compress
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"schema_version: 1\nmodel: {{path: {checkpoint}}}\n{RUNTIME}")
     assert prepare(recipe).plan.value("runtime.kind") == "trtllm-engine"
-    edit_config(checkpoint, rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0})
-    with pytest.raises(CompatibilityError, match="yarn"):
+    edit_config(checkpoint, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0})
+    with pytest.raises(CompatibilityError, match="dynamic"):
         prepare(recipe)
     assert prepare(recipe, ["runtime.kind=trtllm"]).plan.value("runtime.kind") == "trtllm"
 
@@ -291,3 +296,26 @@ def test_where_the_engine_is_built(tiny_llama: Path, tmp_path: Path) -> None:
     described = json_schema()["$defs"]["Runtime"]["properties"]["build_in"]
     assert described["enum"] == ["auto", "docker", "podman", "enroot", "slurm", "script"]
     assert "engine/build.sh" in described["description"]
+
+
+def test_quality_is_measured_with_the_scales_of_the_engine(tiny_llama: Path, tmp_path: Path) -> None:
+    """Only FP8 has them, only for TensorRT-LLM; each runtime joins in its own way."""
+
+    def joined(*overrides: str) -> object:
+        return plan_for(tiny_llama, tmp_path, *overrides).step("evaluate").parameters.get("joined_scales")
+
+    assert joined("compress.format=fp8") == {"gate_up": True, "kv_cache": True, "intermediate": "float32"}
+    apart = joined("compress.format=fp8", "runtime.extra.use_fused_mlp=disable")
+    assert apart == {"gate_up": False, "kv_cache": True, "intermediate": "float32"}
+    api = joined("runtime.kind=trtllm", "compress.format=fp8")
+    assert api == {"gate_up": True, "kv_cache": False, "intermediate": "bfloat16"}
+    for kind in ("trtllm", "trtllm-engine"):
+        assert joined(f"runtime.kind={kind}") is None
+        assert joined(f"runtime.kind={kind}", "compress.format=int4_awq", "compress.group_size=64") is None
+    assert joined("runtime.kind=embedded", "target.gpu=null", "compress.format=fp8") is None
+
+
+def test_gate_and_up_of_gemma_stay_apart(tmp_path: Path) -> None:
+    """Its activation is none that trtllm-build joins them for."""
+    plan = plan_for(save_checkpoint(tmp_path / "gemma", "gemma2"), tmp_path, "compress.format=fp8")
+    assert plan.step("evaluate").parameters["joined_scales"]["gate_up"] is False

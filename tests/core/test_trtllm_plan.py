@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from core.test_model import edit_config
+from tiny import save_checkpoint
 from trtbuild.adapters import trtllm
 from trtbuild.checkpoint_files import open_directory
 from trtbuild.console import plan_text
@@ -474,3 +475,18 @@ def test_a_release_without_engines(tiny_llama: Path, tmp_path: Path) -> None:
     assert found["columns"] == ("1.4.0rc1 engine", "1.4.0rc1 LLM API")
     assert {row["cells"][0]["status"] for row in found["rows"]} == {"not available"}
     assert found["rows"][0]["cells"][0]["detail"] == "engines ended with 1.3.0rc20"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("mixtral", "int4_awq: TensorRT-LLM's experts with weights of 4 bits have inputs in FP8"),
+        ("phi3", "int4_awq: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output"),
+    ],
+)
+def test_weights_of_4_bits_that_would_not_load(name: str, sentence: str, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / name, name)
+    with pytest.raises(CompatibilityError) as caught:
+        plan_for(checkpoint, tmp_path, "compress.format=int4_awq", "compress.group_size=64")
+    assert sentence in str(caught.value)
+    plan_for(checkpoint, tmp_path, "compress.format=fp8")

@@ -28,6 +28,7 @@ from trtbuild.runtime.checkpoint_files import (
 )
 from trtbuild.runtime.checkpoint_fill import fill, positive_scale, replace_linear, restore_buffers
 from trtbuild.runtime.experts import DiskNames, fused_experts, unfuse_experts
+from trtbuild.runtime.joined import JoinedScales, join_kv_scales, join_scales
 from trtbuild.runtime.linear import Form, share_inputs
 
 _ALGORITHM_OF = {"F8_E4M3": FP8, "U8": INT4_AWQ}
@@ -53,6 +54,7 @@ def load_model(
     weights: str,
     attn_implementation: str,
     trust_remote_code: bool = False,
+    joined: JoinedScales | None = None,
 ) -> LoadedModel:
     """Return the model of `engine_dir`, computing in `dtype` on `device`.
 
@@ -64,6 +66,7 @@ def load_model(
             expanded on a CPU, packed on a GPU.
         attn_implementation: A name registered in Transformers' attention interface.
         trust_remote_code: Run the model code that lies in the directory.
+        joined: Bring scales together as another engine would; None leaves the files' own.
 
     Raises:
         ArtifactError: A file or tensor is missing, unexpected, damaged or of the wrong shape.
@@ -84,9 +87,14 @@ def load_model(
             replace_linear(model, layer, source, dtype=dtype, form=form, device=device)
         fill(model, source, device)
         restore_buffers(model, device)
+        changed = 0 if joined is None else join_scales(model, joined)
+    if joined is not None and joined.kv_cache and kv_scales is not None:
+        kv_scales = join_kv_scales(kv_scales)
     share_inputs(model)
     model.requires_grad_(requires_grad=False)
     notes = _notes(quantization, form, dtype, len(layers))
+    if joined is not None:
+        notes.append(f"{changed} projections were brought to the weight scale of others that they are joined with")
     return LoadedModel(model=model.eval(), config=config, quantization=quantization, kv_scales=kv_scales, notes=notes)
 
 
