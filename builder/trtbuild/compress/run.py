@@ -10,21 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from trtbuild.compress.calibrate import calibration_loop
 from trtbuild.compress.checks import Checked, check_export
 from trtbuild.compress.copying import copy_checkpoint
 from trtbuild.compress.request import Meter, Request, parse_request
 from trtbuild.compress.selection import Selection, select
-from trtbuild.compress.source import check_source, load_source, pick_device, read_tensors
+from trtbuild.compress.source import check_source, pick_device, read_tensors
+from trtbuild.compress.whole import SPARSEGPT_PASSES, compress_whole
 from trtbuild.errors import HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.safetensors_header import TensorInfo
 from trtbuild.worker import Progress
 
-_SPARSEGPT_PASS = (("measure activations for 2:4", 2),)
 _MIN_FREE = 16 << 20  # room for config and tokenizer files beside the tensors
 
 
@@ -95,46 +91,51 @@ def _change(
     progress: Progress,
     clock: _Clock,
 ) -> tuple[Any, Selection, list[str]]:
-    """Prune and quantize the model in memory and write it; return samples, selection and notes."""
+    """Prune and quantize, one layer at a time where the model allows it; return samples, selection and notes."""
     import transformers
+
+    from trtbuild.compress.skeleton import NotStreamableError
 
     transformers.utils.logging.disable_progress_bar()
     samples = _load_samples(request)
-    ids = samples.input_ids if samples is not None else []
+    ids = samples.input_ids if samples is not None else ()
     meter = Meter(progress, _total_work(request, facts, len(ids)))
-    with clock.phase("load"):
-        meter.advance(0, "load the model")
-        model = load_source(request, pick_device(request.device))
-        selection = select(model, source, request)
-    notes: list[str] = []
-    idle: list[str] = []
-    if request.sparse:
-        from trtbuild.compress.sparsify import sparsify
-
-        with clock.phase("sparsify"):
-            loop = calibration_loop(ids, meter, _SPARSEGPT_PASS) if request.sparsity_method == "sparsegpt" else None
-            idle += sparsify(model, selection, request, loop)
-    if request.quantized:
-        from trtbuild.compress.export import export
-        from trtbuild.compress.quantize import passes, quantize
-
-        with clock.phase("quantize"):
-            idle += quantize(model, selection, request, calibration_loop(ids, meter, passes(request)))
-        with clock.phase("export"):
-            meter.advance(1, "write the checkpoint")
-            export(model, selection, request)
-    else:
-        with clock.phase("export"):
-            copy_checkpoint(request, shards, meter, _weights(model, selection))
-    if idle:
-        names = sorted(set(idle))
-        notes.append(f"{len(names)} experts saw no calibration token: {', '.join(names[:5])}")
+    try:
+        selection, notes = _change_by_layer(request, source, ids, meter, clock)
+    except NotStreamableError as reason:
+        selection, idle = compress_whole(request, source, shards, ids, meter, clock.phase)
+        notes = [f"the whole model was held in memory: {reason}", *_idle_notes(idle)]
     return samples, selection, notes
 
 
-def _weights(model: nn.Module, selection: Selection) -> dict[str, torch.Tensor]:
-    """The selected layers' weights, by their names in files."""
-    return {f"{disk}.weight": model.get_submodule(name).weight.detach() for name, disk in selection.compressed.items()}
+def _change_by_layer(
+    request: Request, source: Mapping[str, TensorInfo], ids: Sequence[Sequence[int]], meter: Meter, clock: _Clock
+) -> tuple[Selection, list[str]]:
+    from trtbuild.compress.identity import resume_key
+    from trtbuild.compress.skeleton import open_skeleton
+    from trtbuild.compress.stream import Stream
+
+    device = pick_device(request.device)
+    with clock.phase("load"):
+        meter.advance(0, "load the model")
+        skeleton = open_skeleton(request, source, device)
+        selection = select(skeleton.model, source, request)
+        work = request.work or request.output.with_name(f"{request.output.name}.unfinished")
+        stream = Stream(request, skeleton, selection, ids, work, resume_key(request, source, ids, device), meter)
+        stream.prepare()
+    with clock.phase("layers"):
+        stream.run()
+    if request.work is None:
+        shutil.rmtree(work)
+    notes = _idle_notes(stream.idle)
+    if stream.resumed:
+        notes.append(f"an earlier run had finished {stream.resumed} of {skeleton.depth} layers")
+    return selection, notes
+
+
+def _idle_notes(idle: Sequence[str]) -> list[str]:
+    names = sorted(set(idle))
+    return [f"{len(names)} experts saw no calibration token: {', '.join(names[:5])}"] if names else []
 
 
 def _load_samples(request: Request) -> Any:
@@ -151,12 +152,12 @@ def _load_samples(request: Request) -> Any:
 def _total_work(request: Request, facts: ModelFacts, samples: int) -> int:
     passes: Sequence[tuple[str, int]] = ()
     if request.sparse and request.sparsity_method == "sparsegpt":
-        passes = _SPARSEGPT_PASS
+        passes = SPARSEGPT_PASSES
     if request.quantized:
         from trtbuild.compress.quantize import passes as of_format
 
         passes = (*passes, *of_format(request))
-    return sum(cost for _, cost in passes) * samples * facts.num_layers + max(len(facts.files), 2)
+    return sum(cost for _, cost in passes) * samples * facts.num_layers + max(len(facts.files), facts.num_layers + 1)
 
 
 def _expected_bytes(request: Request, facts: ModelFacts) -> int:
