@@ -75,6 +75,8 @@ def _compress(work: Work) -> dict[str, Any]:
         "source": str(work.source),
         "tokenizer": str(work.files.get("tokenizer", work.source)),
         "output": str(work.staging.content),
+        "work": str(work.staging.unfinished),
+        "key": work.staging.path.name,
         "sparsity_method": parameters["sparsity_method"] or "sparsegpt",
         "calibration": calibration,
     }

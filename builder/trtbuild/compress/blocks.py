@@ -28,10 +28,15 @@ class TensorBlocks:
 
     A file that disappears or changes while the work goes on is an error, and never half of one model and half of
     another.
+
+    Args:
+        directory: Where the files lie.
+        infos: All tensors that will be asked for.
+        finite: Refuse NaN and infinity.
     """
 
-    def __init__(self, directory: Path, infos: Mapping[str, TensorInfo]) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, infos: Mapping[str, TensorInfo], *, finite: bool = True) -> None:
+        self.directory, self._finite = directory, finite
         self._identities = {shard: _identity(directory / shard) for shard in {info.shard for info in infos.values()}}
         self._buffer = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
 
@@ -50,7 +55,7 @@ class TensorBlocks:
                 size = (min(begin + step, end) - begin) * kind.itemsize
                 self._fill(descriptor, size, info, info.begin + begin * kind.itemsize)
                 block = self._buffer[:size].view(kind)
-                if kind in _CHECKED and not bool(torch.isfinite(block).all()):
+                if self._finite and kind in _CHECKED and not bool(torch.isfinite(block).all()):
                     raise ArtifactError(
                         f"{self.directory}: {info.name} holds NaN or infinite values", "use an undamaged checkpoint"
                     )

@@ -57,18 +57,17 @@ def _compress(
     request: Request, facts: ModelFacts, source: Mapping[str, TensorInfo], progress: Progress
 ) -> dict[str, Any]:
     clock = _Clock()
-    shards = sorted({info.shard for info in source.values()})
     if not (request.quantized or request.sparse):
         if request.exclude:
             raise RecipeError([Problem("compress.exclude", "has no meaning while nothing is compressed", "remove it")])
-        meter = Meter(progress, len(shards))
+        meter = Meter(progress, len({info.shard for info in source.values()}))
         with clock.phase("copy"):
-            copy_checkpoint(request, shards, meter)
+            copy_checkpoint(request, source, meter)
         selection = Selection({}, {})
         notes: list[str] = []
         samples = None
     else:
-        samples, selection, notes = _change(request, facts, source, shards, progress, clock)
+        samples, selection, notes = _change(request, facts, source, progress, clock)
     _make_readable(request.output)
     with clock.phase("check"):
         checked = check_export(request, selection, source)
@@ -87,7 +86,6 @@ def _change(
     request: Request,
     facts: ModelFacts,
     source: Mapping[str, TensorInfo],
-    shards: list[str],
     progress: Progress,
     clock: _Clock,
 ) -> tuple[Any, Selection, list[str]]:
@@ -103,7 +101,7 @@ def _change(
     try:
         selection, notes = _change_by_layer(request, source, ids, meter, clock)
     except NotStreamableError as reason:
-        selection, idle = compress_whole(request, source, shards, ids, meter, clock.phase)
+        selection, idle = compress_whole(request, source, ids, meter, clock.phase)
         notes = [f"the whole model was held in memory: {reason}", *_idle_notes(idle)]
     return samples, selection, notes
 
@@ -190,7 +188,7 @@ def _disk_errors(request: Request, needed: int) -> Iterator[None]:
 def _disk_full(request: Request, needed: int, state: str) -> HostError:
     return HostError(
         f"{request.output}: the compressed checkpoint needs about {needed:,} bytes, {state}",
-        "free space there or move the store",
+        "free space there and start again, which goes on behind the last finished layer, or move the store",
     )
 
 

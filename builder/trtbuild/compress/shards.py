@@ -77,6 +77,8 @@ class ShardWriter:
         for path in self.directory.glob("shard-*"):
             if int(path.name.partition("-")[2]) > self._last()[0]:
                 path.unlink()
+            else:
+                path.chmod(0o644)  # a run that was killed while it was published has made it read-only
         return self
 
     def __exit__(
@@ -115,7 +117,9 @@ class ShardWriter:
         for shard in range(self._last()[0] + 1):
             entries = [item for item in self.written if item.shard == shard]
             path = self._path(shard)
-            _write_header(path, entries, self.room)
+            with path.open("r+b") as file:
+                file.write(header_bytes(entries, self.room))
+                os.fsync(file.fileno())
             files.append((path, entries[-1].end))
         return files
 
@@ -173,23 +177,29 @@ def place_files(output: Path, files: Sequence[tuple[Path, int]], written: Sequen
         write_json(output / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
 
 
+def raw_bytes(block: torch.Tensor) -> memoryview:
+    """The bytes of a flat, contiguous tensor."""
+    return memoryview(block.cpu().view(torch.uint8).numpy())
+
+
+def header_bytes(entries: Sequence[Written], room: int | None = None) -> bytes:
+    """The beginning of a file with these tensors: the header's length and the header, filled up to `room` bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for item in entries:
+        header[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [item.begin, item.end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if room is None:
+        room = math.ceil((LENGTH_BYTES + len(text)) / _ALIGNMENT) * _ALIGNMENT - LENGTH_BYTES
+    if len(text) > room:
+        raise ValueError(f"a header has {len(text)} bytes, {room} are reserved")
+    return room.to_bytes(LENGTH_BYTES, "little") + text.ljust(room)
+
+
 def _write(descriptor: int, block: torch.Tensor, offset: int) -> int:
     """Write the bytes of a flat block at `offset`; return their number."""
-    view = memoryview(block.cpu().view(torch.uint8).numpy())
+    view = raw_bytes(block)
     size = len(view)
     while view:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
     return size
-
-
-def _write_header(path: Path, entries: Sequence[Written], room: int) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for item in entries:
-        header[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [item.begin, item.end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    if len(text) > room:
-        raise ValueError(f"{path}: the header has {len(text)} bytes, {room} are reserved")
-    with path.open("r+b") as file:
-        file.write(room.to_bytes(LENGTH_BYTES, "little") + text.ljust(room))
-        os.fsync(file.fileno())

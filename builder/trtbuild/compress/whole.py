@@ -21,7 +21,6 @@ SPARSEGPT_PASSES = (("measure activations for 2:4", 2),)
 def compress_whole(
     request: Request,
     source: Mapping[str, TensorInfo],
-    shards: list[str],
     ids: Sequence[Sequence[int]],
     meter: Meter,
     phase: Callable[[str], AbstractContextManager[None]],
@@ -31,7 +30,6 @@ def compress_whole(
     Args:
         request: What to do.
         source: The tensors of the source.
-        shards: Its files.
         ids: The calibration samples.
         meter: Told how far the work has come.
         phase: Measures what happens inside, by a name.
@@ -59,7 +57,7 @@ def compress_whole(
             export(model, selection, request)
     else:
         with phase("export"):
-            copy_checkpoint(request, shards, meter, _weights(model, selection))
+            copy_checkpoint(request, source, meter, _weights(model, selection))
     return selection, idle
 
 
