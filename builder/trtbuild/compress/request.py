@@ -22,6 +22,7 @@ class Request:
     """One compression; `calibration` has the keys data, column, count, length and seed.
 
     `work` is where unfinished files lie, and `key` names the bytes of all inputs; None where nobody else keeps them.
+    `max_memory` is a bound in bytes on the memory of the process.
     """
 
     source: Path
@@ -38,6 +39,7 @@ class Request:
     device: str
     work: Path | None = None
     key: str | None = None
+    max_memory: int | None = None
 
     @property
     def sparse(self) -> bool:
@@ -94,6 +96,7 @@ def parse_request(raw: Mapping[str, Any]) -> Request:
         device=given["device"],
         work=None if raw.get("work") is None else Path(raw["work"]),
         key=raw.get("key"),
+        max_memory=raw.get("max_memory"),
     )
 
 

@@ -16,10 +16,11 @@ from trtbuild.compress.request import Meter, Request, parse_request
 from trtbuild.compress.selection import Selection, select
 from trtbuild.compress.source import check_source, pick_device, read_tensors
 from trtbuild.compress.whole import SPARSEGPT_PASSES, compress_whole
-from trtbuild.errors import HostError, Problem, RecipeError
+from trtbuild.compress_memory import Demand, show_bytes
+from trtbuild.errors import CompatibilityError, HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.safetensors_header import TensorInfo
-from trtbuild.worker import Progress
+from trtbuild.worker import Progress, peak_memory_bytes
 
 _MIN_FREE = 16 << 20  # room for config and tokenizer files beside the tensors
 
@@ -99,36 +100,67 @@ def _change(
     ids = samples.input_ids if samples is not None else ()
     meter = Meter(progress, _total_work(request, facts, len(ids)))
     try:
-        selection, notes = _change_by_layer(request, source, ids, meter, clock)
+        selection, notes = _change_by_layer(request, facts, source, ids, meter, clock)
     except NotStreamableError as reason:
+        if request.max_memory is not None:
+            raise CompatibilityError(
+                f"compress.max_memory: this model cannot be compressed layer by layer: {reason}",
+                "remove the limit; the whole model is then held in memory",
+            ) from reason
         selection, idle = compress_whole(request, source, ids, meter, clock.phase)
         notes = [f"the whole model was held in memory: {reason}", *_idle_notes(idle)]
     return samples, selection, notes
 
 
 def _change_by_layer(
-    request: Request, source: Mapping[str, TensorInfo], ids: Sequence[Sequence[int]], meter: Meter, clock: _Clock
+    request: Request,
+    facts: ModelFacts,
+    source: Mapping[str, TensorInfo],
+    ids: Sequence[Sequence[int]],
+    meter: Meter,
+    clock: _Clock,
 ) -> tuple[Selection, list[str]]:
     from trtbuild.compress.identity import resume_key
     from trtbuild.compress.skeleton import open_skeleton
     from trtbuild.compress.stream import Stream
 
     device = pick_device(request.device)
+    demand = _demand(request, facts, ids)
+    if device.type == "cpu" and request.max_memory is not None and request.max_memory < demand.smallest:
+        smallest = show_bytes(demand.smallest)
+        message = f"{show_bytes(request.max_memory)}: one decoder layer of this model takes {smallest}"
+        raise RecipeError([Problem("compress.max_memory", message, f"use at least {smallest}")])
     with clock.phase("load"):
         meter.advance(0, "load the model")
         skeleton = open_skeleton(request, source, device)
         selection = select(skeleton.model, source, request)
         work = request.work or request.output.with_name(f"{request.output.name}.unfinished")
         stream = Stream(request, skeleton, selection, ids, work, resume_key(request, source, ids, device), meter)
+        stream.keep_states = demand.kept_bytes(request.max_memory) > 0
         stream.prepare()
     with clock.phase("layers"):
         stream.run()
     if request.work is None:
         shutil.rmtree(work)
     notes = _idle_notes(stream.idle)
+    if request.max_memory is not None and peak_memory_bytes() > request.max_memory:
+        seen, limit = show_bytes(peak_memory_bytes()), show_bytes(request.max_memory)
+        notes.append(f"the peak of memory was {seen}, above compress.max_memory ({limit})")
     if stream.resumed:
         notes.append(f"an earlier run had finished {stream.resumed} of {skeleton.depth} layers")
     return selection, notes
+
+
+def _demand(request: Request, facts: ModelFacts, ids: Sequence[Sequence[int]]) -> Demand:
+    return Demand(
+        layer=facts.largest_layer,
+        hidden_size=facts.hidden_size,
+        format=request.format,
+        kv_cache=request.kv_cache,
+        sparsity_method=request.sparsity_method if request.sparse else None,
+        samples=len(ids),
+        length=len(ids[0]) if ids else 0,
+    )
 
 
 def _idle_notes(idle: Sequence[str]) -> list[str]:

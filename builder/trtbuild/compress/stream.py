@@ -34,7 +34,6 @@ from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, Tool
 
 # Names of a quantized layer's tensors beside its weight and bias are at most this long; there are at most five.
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale")
-_KEEP_BYTES = 2 << 30  # hidden states up to this size stay in memory too
 _ORIGINAL, _PRUNED, _CACHED = "original", "pruned", "cached"
 
 
@@ -59,6 +58,7 @@ class Stream:
     work: Path
     key: str
     meter: Meter
+    keep_states: bool = True  # hold the hidden states in memory too
     idle: list[str] = field(default_factory=list)
     resumed: int = 0  # decoder layers that an earlier run had finished
     _calls: tuple[Call, ...] = ()
@@ -169,9 +169,8 @@ class Stream:
         """The states before decoder layer `index`."""
         path = self._states_path(stream, index)
         if path not in self._known:
-            keep = torch.Size(self._shape).numel() * 4 * len(self.samples) * len(self._streams()) * 2 <= _KEEP_BYTES
             kind = torch.float32 if self.skeleton.device.type == "cpu" else torch.bfloat16
-            self._known[path] = States(path, self._shape, kind, keep)
+            self._known[path] = States(path, self._shape, kind, self.keep_states)
         return self._known[path]
 
     def _states_path(self, stream: str, index: int) -> Path:
@@ -214,6 +213,7 @@ class Stream:
         self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done")
         del frame, layer, tensors
         gc.collect()  # ModelOpt's modules refer to themselves
+        gc.freeze()  # what is alive now is there to stay: the next collection need not look at it
 
     def _sparsify(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
         from trtbuild.compress import sparsify
