@@ -75,7 +75,6 @@ def _embedded(recipe: Recipe) -> list[Problem]:
         ("serving.layout", "llm" if recipe.serving.layout == "ensemble" else recipe.serving.layout, "llm", _ENGINES),
         ("speculative.method", recipe.speculative.method, "none", _NOT_HERE),
         ("speculative.draft", recipe.speculative.draft, None, "of no use without a speculative.method"),
-        ("compress.max_memory", recipe.compress.max_memory, None, "this version of trtbuild holds the model in memory"),
         ("target.count", recipe.target.count if (recipe.target.count or 0) > 1 else 1, 1, _ONE_DEVICE),
     ]
     silent = Recipe.model_validate({"schema_version": 1, "model": {"path": "."}, "runtime": {"kind": "embedded"}})

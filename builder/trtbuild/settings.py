@@ -131,6 +131,7 @@ def _compress(settings: Settings, facts: ModelFacts) -> None:
         )
     settings.take("compress.sparsity_method", "sparsegpt" if sparsity != "none" else None)
     _calibration(settings, facts)
+    settings.take("compress.max_memory")
     exclude = settings.take("compress.exclude")
     if exclude and not is_compressed(settings):
         settings.problem("compress.exclude", *_NOTHING_COMPRESSED)

@@ -23,6 +23,7 @@ from trtbuild.adapters import (
     trtllm_engine,
 )
 from trtbuild.checkpoint_files import LocalFiles
+from trtbuild.compress_memory import parse_bytes
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.linking import place_tree
 from trtbuild.manifest import canonical_json, write_atomic
@@ -78,10 +79,19 @@ def _compress(work: Work) -> dict[str, Any]:
         "source": str(work.source),
         "tokenizer": str(work.files.get("tokenizer", work.source)),
         "output": str(work.staging.content),
+        "work": str(work.staging.unfinished),
+        "key": work.staging.path.name,
+        "max_memory": _memory_limit(work.plan),
         "sparsity_method": parameters["sparsity_method"] or "sparsegpt",
         "calibration": calibration,
     }
     return _in_child("trtbuild.compress", request, work)
+
+
+def _memory_limit(plan: Plan) -> int | None:
+    """The recipe's bound in bytes; it decides where things lie while they are compressed, and no byte of the result."""
+    given = plan.value("compress.max_memory")
+    return None if given is None else parse_bytes(given)
 
 
 def _engine(work: Work) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from trtbuild.errors import HostError
 from trtbuild.render import data_dir
 
 # Bump a revision when the same inputs, parameters and tools would give other bytes, and only then.
-COMPRESS_REVISION = 2
-COPY_REVISION = 2
+COMPRESS_REVISION = 3
+COPY_REVISION = 3
 ENGINE_REVISION = 2
 CONVERT_REVISION = 1
 EVALUATE_REVISION = 1

@@ -21,14 +21,11 @@ _JOINED = (
 
 
 def embedded_only(recipe: Recipe) -> Iterable[Problem]:
-    """What the embedded engine alone has, or nothing yet."""
+    """What the embedded engine alone has."""
     for name in ("device", "compute_dtype", "weights"):
         value = getattr(recipe.runtime, name)
         if value != "auto":
             yield Problem(f"runtime.{name}", f"{value}: {_EMBEDDED_ONLY}", "use auto")
-    if recipe.compress.max_memory is not None:
-        message = f"{recipe.compress.max_memory}: this version of trtbuild holds the model in memory"
-        yield Problem("compress.max_memory", message, "remove it")
 
 
 def group_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:

@@ -198,6 +198,8 @@ def test_a_weight_that_is_not_pruned_does_not_ship(
 
     def spoil(model: Any, *rest: Any) -> list[str]:
         idle = prune(model, *rest)
+        if "0" not in model.model.layers._modules:  # layers come one by one
+            return idle
         weight = model.get_submodule(MODULES).weight
         weight.data[2, 8:12] = weight.data[2].abs().max()
         return idle

@@ -156,7 +156,6 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
         ),
         (["model.adapters=[a]"], "model.adapters: this version of trtbuild packages no adapters for engines"),
         (["runtime.device=cpu"], "runtime.device: cpu: only the embedded runtime has it; use auto"),
-        (["compress.max_memory=8GiB"], "compress.max_memory: 8GiB: this version of trtbuild holds the model in memory"),
         (["runtime.attn_backend=FLASHINFER"], "runtime.attn_backend: TensorRT engines have no counterpart of it; remo"),
         (["runtime.enable_attention_dp=true"], "runtime.enable_attention_dp: TensorRT engines have no counterpart"),
         (["runtime.context_parallel_size=2"], "the conversion divides models over tensor and pipeline ranks only"),

@@ -248,7 +248,6 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
         ),
         (["runtime.weights=packed"], "runtime.weights: packed: only the embedded runtime has it; use auto"),
         (["serving.layout=ensemble"], "serving.layout: ensemble: the LLM API is served by one model; use llm"),
-        (["compress.max_memory=8GiB"], "compress.max_memory: 8GiB: this version of trtbuild holds the model in memory"),
         (["target.gpu=H1000"], "target.gpu: 'H1000' is no known GPU; did you mean H100"),
         (
             ["target.gpu=V100"],

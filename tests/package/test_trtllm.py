@@ -169,7 +169,7 @@ def test_verify_finds_an_unequal_scale(engine: Path, trtllm_recipe: Path, tmp_pa
 def test_the_engine_step_refuses_a_checkpoint_that_would_not_load(
     engine: Path, trtllm_recipe: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    checkpoint, staging = tmp_path / "content", Staging(tmp_path / "staging")
+    checkpoint, staging = tmp_path / "content", Staging(tmp_path / "staging", tmp_path / "unfinished")
     shutil.copytree(engine, checkpoint, ignore=shutil.ignore_patterns("adapters", "engine.json", "llm_args.yaml"))
     staging.content.mkdir(parents=True)
     plan = prepare(trtllm_recipe).plan

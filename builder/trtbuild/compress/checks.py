@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
+from trtbuild.compress.blocks import TensorBlocks
 from trtbuild.compress.metadata import read_json
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import FUSED_BY_ENGINES, Selection
 from trtbuild.compress.source import read_tensors
 from trtbuild.errors import ToolError
-from trtbuild.runtime.linear import unpack_int4
 from trtbuild.safetensors_header import TensorInfo
 
 _SHOWN = 3
+_E4M3_NAN = 127  # less the sign
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +40,18 @@ class Checked:
 
 
 class _Values:
-    """Tensor values of a checkpoint directory, file by file kept open."""
+    """Tensor values of a checkpoint directory, whole or block by block."""
 
     def __init__(self, directory: Path, infos: Mapping[str, TensorInfo]) -> None:
-        self._files = {
-            shard: safe_open(directory / shard, framework="pt") for shard in {i.shard for i in infos.values()}
-        }
+        self._blocks = TensorBlocks(directory, infos, finite=False)
         self._infos = infos
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        value: torch.Tensor = self._files[self._infos[name].shard].get_tensor(name)  # type: ignore[no-untyped-call]
-        return value
+        return self._blocks.value(self._infos[name])
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The elements of a tensor, flat; a block is gone when the next comes."""
+        return self._blocks.blocks(self._infos[name])
 
 
 def check_export(request: Request, selection: Selection, source: Mapping[str, TensorInfo]) -> Checked:
@@ -134,7 +135,8 @@ def _check_layer(
             _refuse(f"{info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}", {name})
         elif leaf != "weight":
             _check_scale(name, values[name])
-    if weight.dtype == "F8_E4M3" and bool(values[f"{layer}.weight"].float().isnan().any()):
+    codes = values.blocks(f"{layer}.weight") if weight.dtype == "F8_E4M3" else iter(())
+    if any(bool((block.view(torch.uint8) & _E4M3_NAN == _E4M3_NAN).any()) for block in codes):
         _refuse("holds NaN codes", {f"{layer}.weight"})
 
 
@@ -184,13 +186,21 @@ def _check_pattern(layers: list[str], values: _Values) -> tuple[int, int]:
     groups = conforming = 0
     dense = []
     for layer in layers:
-        stored = values[f"{layer}.weight"]
-        codes = unpack_int4(stored) if stored.dtype == torch.uint8 else stored.float()
-        used = (codes.reshape(-1, 4) != 0).sum(dim=1)
-        fitting = int((used <= 2).sum())
-        groups += used.numel()
+        found = fitting = 0
+        for block in values.blocks(f"{layer}.weight"):
+            used = (_codes(block).reshape(-1, 4) != 0).sum(dim=1)
+            found += used.numel()
+            fitting += int((used <= 2).sum())
+        groups += found
         conforming += fitting
-        if fitting != used.numel():
-            dense.append(f"{layer}.weight ({used.numel() - fitting:,} of {used.numel():,} groups)")
+        if fitting != found:
+            dense.append(f"{layer}.weight ({found - fitting:,} of {found:,} groups)")
     _refuse(f"not 2:4, only {conforming:,} of {groups:,} groups have at most two weights that are not zero", set(dense))
     return groups, conforming
+
+
+def _codes(block: torch.Tensor) -> torch.Tensor:
+    """What is zero where a weight is, neighbours along the input beside each other; a byte of INT4 holds two rows."""
+    if block.dtype == torch.uint8:
+        return torch.stack((block & 15, block >> 4))
+    return block.view(torch.int8) & 127 if block.dtype == torch.float8_e4m3fn else block

@@ -25,8 +25,15 @@ def passes(request: Request) -> tuple[tuple[str, int], ...]:
     return AWQ_PASSES if request.format == "int4_awq" else FP8_PASSES
 
 
-def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loop) -> list[str]:
+def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loop | None, *, layers: int) -> list[str]:
     """Quantize `model` in place as the request says; return the experts that no calibration token reached.
+
+    Args:
+        model: The whole model, or one with a single decoder layer.
+        selection: What of it is compressed.
+        request: Says the format.
+        loop: Runs the calibration text; None for formats that need none.
+        layers: How many decoder layers the model has.
 
     Raises:
         CompatibilityError: The KV cache of a class whose attention ModelOpt does not know.
@@ -45,7 +52,7 @@ def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loo
     if request.format != "none":
         _check_quantizers(model, selection)
     if request.kv_cache == "fp8":
-        _check_kv_quantizers(model)
+        _check_kv_quantizers(model, layers)
     return idle
 
 
@@ -103,9 +110,9 @@ def _check_quantizers(model: nn.Module, selection: Selection) -> None:
             _check_range(f"{disk}: its inputs", layer.input_quantizer, may_be_zero=False)
 
 
-def _check_kv_quantizers(model: nn.Module) -> None:
+def _check_kv_quantizers(model: nn.Module, layers: int) -> None:
     found = [module for module in model.modules() if hasattr(module, "k_bmm_quantizer")]
-    if len(found) != model.config.get_text_config().num_hidden_layers:
+    if len(found) != layers:
         raise CompatibilityError(
             f"kv_cache: fp8: ModelOpt found {len(found)} attention layers to calibrate in {type(model).__name__}",
             "use compress.kv_cache: none",

@@ -19,7 +19,11 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One compression; `calibration` has the keys data, column, count, length and seed."""
+    """One compression; `calibration` has the keys data, column, count, length and seed.
+
+    `work` is where unfinished files lie, and `key` names the bytes of all inputs; None where nobody else keeps them.
+    `max_memory` is a bound in bytes on the memory of the process.
+    """
 
     source: Path
     tokenizer: Path
@@ -33,6 +37,9 @@ class Request:
     calibration: Mapping[str, Any]
     trust_remote_code: bool
     device: str
+    work: Path | None = None
+    key: str | None = None
+    max_memory: int | None = None
 
     @property
     def sparse(self) -> bool:
@@ -87,6 +94,9 @@ def parse_request(raw: Mapping[str, Any]) -> Request:
         calibration=dict(raw.get("calibration") or {}),
         trust_remote_code=bool(raw.get("trust_remote_code")),
         device=given["device"],
+        work=None if raw.get("work") is None else Path(raw["work"]),
+        key=raw.get("key"),
+        max_memory=raw.get("max_memory"),
     )
 
 

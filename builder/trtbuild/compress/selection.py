@@ -32,6 +32,17 @@ class Selection:
         """Every module with a matrix that stays as it is, by its name in files."""
         return self.kept | frozenset(self.excluded.values())
 
+    def within(self, layers: str, index: int) -> Selection:
+        """What of it concerns a model that has one decoder layer: number `index` of the list with the name `layers`."""
+        layer = f"{layers}.{index}."
+        compressed = {name: disk for name, disk in self.compressed.items() if name.startswith(layer)}
+        excluded = {
+            name: disk
+            for name, disk in self.excluded.items()
+            if name.startswith(layer) or not name.startswith(f"{layers}.")
+        }
+        return Selection(compressed, excluded, self.kept)
+
 
 def select(model: nn.Module, tensors: Iterable[str], request: Request) -> Selection:
     """Return what to compress in `model` (experts unfused), given the names of the source's tensors.

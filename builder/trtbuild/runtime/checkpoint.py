@@ -75,8 +75,8 @@ def load_model(
     engine_dir = Path(engine_dir)
     quantization = read_quantization(engine_dir)
     form = _form(weights, device)
-    config = _read_config(engine_dir, trust_remote_code=trust_remote_code)
-    model = _empty_model(config, dtype, attn_implementation, trust_remote_code=trust_remote_code)
+    config = read_config(engine_dir, trust_remote_code=trust_remote_code)
+    model = empty_model(config, dtype, attn_implementation, trust_remote_code=trust_remote_code)
     source = _match_names(engine_dir, model)
     layers = _quantized_layers(source, quantization)
     if any(layer.startswith(f"{experts}.") for experts, _ in fused_experts(model) for layer in layers):
@@ -106,7 +106,12 @@ def _form(weights: str, device: torch.device) -> Form:
     return cast("Form", weights)
 
 
-def _read_config(directory: Path, *, trust_remote_code: bool) -> Any:
+def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
+    """The Transformers configuration of a checkpoint, without its quantization.
+
+    Raises:
+        ArtifactError: The file is missing, or Transformers cannot read it.
+    """
     read_json(directory / "config.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -117,8 +122,12 @@ def _read_config(directory: Path, *, trust_remote_code: bool) -> Any:
     return config
 
 
-def _empty_model(config: Any, dtype: torch.dtype, attn_implementation: str, *, trust_remote_code: bool) -> nn.Module:
-    """The model class with every tensor on the meta device."""
+def empty_model(config: Any, dtype: torch.dtype, attn_implementation: str, *, trust_remote_code: bool) -> nn.Module:
+    """The model class with every tensor on the meta device.
+
+    Raises:
+        CompatibilityError: Transformers has no causal language model of this type.
+    """
     # Transformers' default for experts, grouped matrix products, has no float64 kernel.
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     try:
