@@ -1,25 +1,19 @@
 """``trtllm-build``: its arguments, with a reason for each.
 
-Pure: plain values in, rows out. The flags of each release line are data (``trtllm_build.toml``).
+Pure: plain values in, rows out. The flags of each release line are data (`build_flags`).
 """
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
-
+from trtbuild.build_flags import FlagTable, elsewhere, flag_table
 from trtbuild.errors import CompatibilityError
 from trtbuild.plan import Choice
 
 BUILT = "built"  # in the engine directory: where the build script puts what trtllm-build makes
-_FLAGS = Path(__file__).parent / "trtllm_build.toml"
 
 # Lowest compute capability, times ten: docs/source/legacy/reference/support-matrix.md @17552a44.
 _LOWEST = {"FP8": 89, "W4A8_AWQ": 89, "NVFP4": 100, "W4A16_AWQ": 80, "W8A8_SQ_PER_CHANNEL": 80}
@@ -110,39 +104,13 @@ def _lora(data: Mapping[str, Any]) -> Lora:
     return Lora(directories=tuple(data["directories"]), modules=tuple(data["modules"]), max_rank=data["max_rank"])
 
 
-@cache
-def release_lines() -> tuple[Mapping[str, Any], ...]:
-    """The rows of ``trtllm_build.toml``."""
-    return tuple(tomllib.loads(_FLAGS.read_text(encoding="utf-8"))["line"])
-
-
-def release_line(version: str) -> Mapping[str, Any]:
-    """The row whose flags `version` takes.
-
-    Raises:
-        CompatibilityError: no row covers this version.
-    """
-    known = ", ".join(f"{line['name']} ({line['versions']})" for line in release_lines())
-    try:
-        parsed = Version(version)
-    except InvalidVersion:
-        raise CompatibilityError(f"{version!r} is no TensorRT-LLM version; known are {known}") from None
-    for line in release_lines():
-        if SpecifierSet(line["versions"]).contains(parsed, prereleases=True):
-            return line
-    raise CompatibilityError(
-        f"the flags of trtllm-build {version} are not known; known are {known}",
-        "use one of these, or the runtime trtllm for newer versions, which have no trtllm-build",
-    )
-
-
 def choose(spec: EngineSpec) -> tuple[Choice, ...]:
     """Every argument but the directories, in the order of the command line.
 
     Raises:
         CompatibilityError: the spec asks for what does not exist, each fault named; or a version without known flags.
     """
-    line = release_line(spec.version)
+    table = flag_table(spec.version)
     wrong = _faults(spec)
     if wrong:
         raise CompatibilityError("; ".join(wrong), "change the recipe's runtime, target or compress section")
@@ -150,7 +118,7 @@ def choose(spec: EngineSpec) -> tuple[Choice, ...]:
     rows = [row for row in ours if row.flag not in spec.extra]
     rows += [Choice(flag, tuple(values), "runtime.extra") for flag, values in spec.extra.items()]
     for row in rows:
-        _check_row(row, line)
+        _check_row(row, table)
     return tuple(rows)
 
 
@@ -290,13 +258,18 @@ def _build_rows(spec: EngineSpec) -> list[Choice]:
     ]
 
 
-def _check_row(row: Choice, line: Mapping[str, Any]) -> None:
+def _check_row(row: Choice, table: FlagTable) -> None:
     """Refuse a flag or a value that this release line does not have."""
-    flag = {**line["build"], **line["plugin"]}.get(row.flag)
+    flag = table.flags.get(row.flag)
     if flag is None:
-        raise CompatibilityError(f"trtllm-build {line['name']} has no flag --{row.flag}")
-    allowed = flag.get("allowed")
-    if allowed is not None and row.values and row.values[0] not in allowed:
+        others = elsewhere(row.flag, table)
+        raise CompatibilityError(f"trtllm-build {table.name} has no flag --{row.flag}{others}")
+    if flag.kind == "choice" and row.values and row.values[0] not in flag.allowed:
         raise CompatibilityError(
-            f"trtllm-build {line['name']}: --{row.flag} {row.values[0]} is not one of {', '.join(allowed)}"
+            f"trtllm-build {table.name}: --{row.flag} {row.values[0]} is not one of {', '.join(flag.allowed)}"
+        )
+    unknown = [value for value in row.values if flag.kind == "list" and flag.allowed and value not in flag.allowed]
+    if unknown:
+        raise CompatibilityError(
+            f"trtllm-build {table.name}: --{row.flag} {' '.join(unknown)} is none of {', '.join(flag.allowed)}"
         )

@@ -5,14 +5,15 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable
 
+from trtbuild.build_flags import flag_table
 from trtbuild.compat import facts as table
 from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.settings import Settings
-from trtbuild.support import refused_architecture, speculative_method
-from trtbuild.trtllm_build import choose, release_line
+from trtbuild.support import QUANT_ALGO, refused_architecture, refused_in_line, speculative_method
+from trtbuild.trtllm_build import choose
 from trtbuild.trtllm_build_extra import extra_problems
 from trtbuild.trtllm_common import embedded_only, excluded_in_part, gpu_refusals, group_refusals, instance_mistakes
 from trtbuild.trtllm_engine_settings import (
@@ -45,7 +46,7 @@ def engine_mistakes(settings: Settings) -> list[Problem]:
     recipe, compress = settings.recipe, settings.recipe.compress
     problems = extra_problems(
         recipe.runtime.extra,
-        release_line(planned_release(recipe).version),
+        flag_table(planned_release(recipe).version),
         sparse=compress.sparsity == "2:4",
         fp8_attention=compress.format == "fp8" and compress.kv_cache == "fp8",
     )
@@ -76,7 +77,7 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += embedded_only(recipe)
     problems += _package(settings)
     problems += _fields(settings)
-    problems += _model(facts)
+    problems += _model(settings, facts)
     problems += group_refusals(settings, facts)
     problems += excluded_in_part(settings["compress.exclude"], facts)
     problems += gpu_refusals(recipe, planned_release(recipe).line, ranks(recipe))
@@ -89,13 +90,11 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
 
 def engine_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
     """What is allowed and may still surprise."""
-    line = release_line(planned_release(settings.recipe).version)
-    warnings = []
-    if not line["proven"]:
-        commits = ", ".join(source.rpartition("@")[2][:8] for source in line["sources"])
-        warnings.append(
-            f"the flags of trtllm-build were read at {commits}, not proven identical to {settings['runtime.version']}"
-        )
+    version = planned_release(settings.recipe).version
+    flags, line = flag_table(version), planned_release(settings.recipe).line
+    warnings = [] if version in flags.releases else [flags.note(version)]
+    if line.unread is not None:
+        warnings.append(f"TensorRT-LLM {version}: {line.unread}")
     if short_window(settings, facts) and not settings.has("runtime.kv_cache.max_attention_window"):
         warnings.append(
             f"the model has an attention window of {facts.sliding_window} tokens, which the server must be told: if it "
@@ -132,14 +131,19 @@ def _fields(settings: Settings) -> Iterable[Problem]:
             yield Problem(path, NOT_WRITTEN[path], "remove it, or use runtime.kind: trtllm")
 
 
-def _model(facts: ModelFacts) -> Iterable[Problem]:
-    """Classes that upstream lists for engines and that the conversion knows."""
+def _model(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
+    """Classes that upstream lists for engines of the release and that the conversion knows."""
     reason, converted = refused_architecture(FLOW, facts.architecture), table("architectures")[FLOW]["converted"]
     if reason is None and converted.get(facts.architecture) != facts.model_type:
         listed = ", ".join(sorted(converted))
         reason = f"{facts.architecture} ({facts.model_type}) has no conversion here; convertible are {listed}"
     if reason is not None:
         yield Problem("model.path", reason, "use runtime.kind: trtllm or embedded, or another model")
+        return
+    line, algo = planned_release(settings.recipe).line, QUANT_ALGO[settings["compress.format"]]
+    reason = refused_in_line(line, facts.architecture, algo)
+    if reason is not None:
+        yield Problem("model.path", reason, "use a newer runtime.version, another format, or runtime.kind: trtllm")
 
 
 def _pipeline(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:

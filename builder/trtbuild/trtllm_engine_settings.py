@@ -5,21 +5,22 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from trtbuild.build_flags import flag_table
 from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Choice
 from trtbuild.recipe import Recipe
-from trtbuild.releases import Container, Flow, Release, containers, find_release, newest
+from trtbuild.releases import Container, Flow, Release, containers, find_release, newest, oldest_served
 from trtbuild.settings import FROM_GPU_MEMORY, Settings, check_capacity, take_limits
 from trtbuild.support import QUANT_ALGO, sm_version
-from trtbuild.trtllm_build import BUILT, EngineSpec, Limits, arguments, choose, release_line
+from trtbuild.trtllm_build import BUILT, EngineSpec, Limits, arguments, choose
 from trtbuild.trtllm_build_extra import extra_flags
 
 KIND = "trtllm-engine"
 FLOW: Flow = "engine"
 DTYPE = "bfloat16"  # of what is not quantized: the compress step casts to it
 _PACKAGE = "/package"  # where the server sees the package
-_USUAL_TOKENS = 8192  # trtllm_build.toml: the default of --max_num_tokens
+_USUAL_TOKENS = 8192  # the default of --max_num_tokens in every release line (_compat/build_flags.toml)
 # A window of all layers alike, which TensorRT-LLM's own converters leave to the server as well.
 _ONE_WINDOW = ("mistral", "mixtral", "phi3")
 _NO_GPU = 90  # for drafting a plan that is refused for want of a GPU
@@ -42,9 +43,12 @@ def wanted_release(recipe: Recipe) -> Release | Problem:
         message = f"TensorRT-LLM {found.version} builds no engines, the last that did is 1.3.0rc20"
         return Problem(at, message, f"use {usual}, or runtime.kind: trtllm")
     try:
-        release_line(found.version)
+        flag_table(found.version)
     except CompatibilityError as error:
         return Problem(at, error.message, f"use {usual}, or runtime.kind: trtllm where it has an LLM API")
+    if found.line.unserved is not None:
+        message = f"TensorRT-LLM {found.version} builds engines, but {found.line.unserved}"
+        return Problem(at, message, f"use {usual}, or {oldest_served()} at least")
     if found.container is None:
         message = f"no Triton container has TensorRT-LLM {found.version}, and engines are built and served in one"
         return Problem(at, message, f"use {usual}")
@@ -83,7 +87,8 @@ def take_engine(settings: Settings, facts: ModelFacts) -> None:
 def _where(release: Release) -> str:
     tags = [container.tag for container in containers() if container.tensorrt_llm == release.version]
     tag = _container(release).tag
-    return f"container {tag}" + ("" if tag == tags[0] else f", newest container {tags[0]}")
+    newest_tag = "" if tag == tags[0] else f", newest container {tags[0]}"
+    return f"container {tag}{newest_tag}; {flag_table(release.version).note(release.version)}"
 
 
 def _kv_cache(settings: Settings, facts: ModelFacts) -> None:

@@ -35,6 +35,7 @@ LAYERS = [
         "support",
         "llm_keys",
         "llm_schema",
+        "build_flags",
         "llm_validate",
     },
     {

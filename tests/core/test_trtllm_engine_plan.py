@@ -14,7 +14,7 @@ from trtbuild.checkpoint_files import open_directory
 from trtbuild.compat import facts
 from trtbuild.console import plan_text
 from trtbuild.convert.architectures import ARCHITECTURES
-from trtbuild.errors import CompatibilityError, RecipeError
+from trtbuild.errors import CompatibilityError, RecipeError, TrtbuildError
 from trtbuild.migrate.target import Target
 from trtbuild.model import read_facts
 from trtbuild.pipeline import prepare
@@ -22,6 +22,8 @@ from trtbuild.plan import Plan, Source
 from trtbuild.planner import make_plan
 from trtbuild.recipe import json_schema
 from trtbuild.recipe_file import load_recipe
+from trtbuild.releases import lines
+from trtbuild.support import refused_in_line
 from trtbuild.toolchain import tool_versions
 from trtbuild.trtllm_build import arguments, choose, spec_from_json
 
@@ -46,7 +48,10 @@ def flags(plan: Plan) -> dict[str, str]:
 
 def test_the_default_plan(tiny_llama: Path, tmp_path: Path) -> None:
     plan = plan_for(tiny_llama, tmp_path)
-    assert origins(plan)["runtime.version"] == "default: the newest with a container; container 26.07"
+    assert origins(plan)["runtime.version"] == (
+        "default: the newest with a container; container 26.07; "
+        "flags of trtllm-build: 58fb435e, proven identical to 1.2.1"
+    )
     assert origins(plan)["target.gpu"] == "recipe; SM90"
     assert (plan.value("serving.layout"), plan.value("deploy.files")) == (
         "ensemble", ("dockerfile", "compose", "launch"),
@@ -61,7 +66,39 @@ def test_the_default_plan(tiny_llama: Path, tmp_path: Path) -> None:
         "use_fp8_context_fmha": "disable", "gemm_plugin": "auto", "input_timing_cache": "/build/timing.cache",
         "output_timing_cache": "/build/timing.new", "workers": "1", "monitor_memory": "",
     }  # fmt: skip
-    assert any("not proven identical to 1.2.1" in warning for warning in plan.warnings)
+    assert not any("proven" in warning for warning in plan.warnings)
+
+
+def test_older_releases_are_planned_with_their_own_facts(tiny_llama: Path, tmp_path: Path) -> None:
+    """0.20 and 0.21 build engines; what was not read of them is said, what they do not have is refused."""
+    plan = plan_for(tiny_llama, tmp_path, "runtime.version=0.21.0", "compress.format=int4_awq")
+    assert plan.step("engine").parameters["container"] == "25.08"
+    assert origins(plan)["runtime.version"].endswith("flags of trtllm-build: b8e38f9c, proven identical to 0.21.0")
+    sentence = "TensorRT-LLM 0.21.0: the inputs of its backend are taken from releases before and after it"
+    assert any(sentence in warning for warning in plan.warnings)
+    for changes, refusal in (
+        (("compress.format=fp8", "target.gpu=B200"), "TensorRT-LLM 0.20 lists FP8 for SM89, SM90 only"),
+        (
+            ("runtime.extra.log_level=trace",),
+            "'trace' is not allowed by trtllm-build 0.20; write one of internal_error",
+        ),
+    ):
+        with pytest.raises(TrtbuildError) as caught:
+            plan_for(tiny_llama, tmp_path, "runtime.version=0.20.0", *changes)
+        assert refusal in str(caught.value)
+
+
+def test_classes_that_a_release_or_format_does_not_have(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
+    edit_config(checkpoint, architectures=["Qwen3ForCausalLM"], model_type="qwen3")
+    plan_for(checkpoint, tmp_path, "runtime.version=1.0.0")
+    with pytest.raises(TrtbuildError) as caught:
+        plan_for(checkpoint, tmp_path, "runtime.version=0.21.0")
+    assert "TensorRT-LLM 0.21 builds no engines of Qwen3ForCausalLM, 1.0 is the first" in str(caught.value)
+    line = lines()[-1]
+    assert refused_in_line(line, "Qwen2MoeForCausalLM", "FP8") is None
+    refusal = "TensorRT-LLM's own class for Qwen2MoeForCausalLM cannot load W4A16_AWQ experts"
+    assert refused_in_line(line, "Qwen2MoeForCausalLM", "W4A16_AWQ") == refusal
 
 
 def test_everything_that_decides_the_engine_arrives(tiny_llama: Path, tmp_path: Path) -> None:
@@ -142,8 +179,14 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
     ("overrides", "sentence"),
     [
         (["runtime.version=1.3.0rc22"], "TensorRT-LLM 1.3.0rc22 builds no engines, the last that did is 1.3.0rc20; us"),
-        (["runtime.version=0.21.0"], "runtime.version: the flags of trtllm-build 0.21.0 are not known; known are 1.2"),
-        (["runtime.version=1.3.0rc5"], "runtime.version: the flags of trtllm-build 1.3.0rc5 are not known"),
+        (
+            ["runtime.version=0.19.0"],
+            "its backend calls the inputs seed and min_tokens random_seed and min_length, which the models that",
+        ),
+        (
+            ["runtime.version=1.3.0rc5"],
+            "runtime.version: no Triton container has TensorRT-LLM 1.3.0rc5, and engines are",
+        ),
         (
             ["runtime.version=1.2.9", "runtime.allow_unknown_version=true"],
             "no Triton container has TensorRT-LLM 1.2.9, and engines are built and served in one; use 1.2.1",
@@ -228,7 +271,7 @@ def test_what_engines_do_not_do(tiny_llama: Path, tmp_path: Path, overrides: lis
             "1 is not allowed by trtllm-build 1.2; write true, or leave it out",
         ),
         (["runtime.extra.opt_num_tokens=0"], "0 is not allowed by trtllm-build 1.2; write a whole number above 0"),
-        (["runtime.extra.log_level=3"], "3 is not allowed by trtllm-build 1.2; write a word"),
+        (["runtime.extra.log_level=3"], "3 is not allowed by trtllm-build 1.2; write one of internal_error, error"),
         (["runtime.extra.max_seq_len=64"], "runtime.extra.max_seq_len: the recipe says it in runtime.max_seq_len; set"),
         (["runtime.extra.max_beam_width=4"], "the package's models answer with one beam; remove it"),
         (["runtime.extra.context_fmha=disable"], "in-flight batching needs it as it is; remove it"),

@@ -245,10 +245,17 @@ def test_doctor_versions(cli: Cli) -> None:
     assert newest.split()[1:4] == ["1.2.1", "10.14.1.48", "13.1.0.036"]
     assert "unknown" in newest
     assert any(line.startswith("1.3 ") and "not proven for a release" in line for line in lines)
+    # Every table is there, and the flags of each line say what they hold for and what changed.
+    for title in ("flags of trtllm-build", "quantization: the SM versions", "speculative decoding", "architectures"):
+        assert any(line.startswith(title) for line in lines), title
+    assert any("58fb435e" in line and "removed auto_parallel, cluster_key, gpus_per_node" in line for line in lines)
+    assert any(line.startswith("W4A16_AWQ") and line.split()[1:5] == ["80", "86", "89", "90"] for line in lines)
     found = json.loads(cli("doctor", "--versions", "--json").stdout)
+    assert {row["name"]: row["releases"] for row in found["build_flags"]}["1.2"] == ["1.2.0", "1.2.1"]
+    assert all(row["commit"] and row["proof"] and row["date"] for row in found["build_flags"])
     assert found["containers"][0]["image"] == "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
     assert found["containers"][0]["transformers"] is None
-    assert {row["name"] for row in found["schemas"]} == {"1.0.0", "1.1.0", "1.2.1", "1.3rc", "newest"}
+    assert {row["name"] for row in found["schemas"]} == {"1.0.0", "1.1.0", "1.2.1", "1.3.0rc3", "1.3rc", "newest"}
 
 
 def test_a_whole_package(trtllm_recipe: Path, cli: Cli, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from trtbuild.build_flags import known_plugins
 from trtbuild.compat import facts
 from trtbuild.llm_keys import LLM_ARGUMENT, RESERVED
 from trtbuild.migrate.legacy import Setting
@@ -77,12 +78,6 @@ def _build(name: str) -> Fate | None:
     if found is None and (name.startswith("plugin_config.") or flag in known_plugins()):
         return Fate(moot=table()["build"]["plugin"], flag=flag)
     return found
-
-
-@cache
-def known_plugins() -> frozenset[str]:
-    """The plugins' flags of every release line that was read."""
-    return frozenset(flag for line in facts("lines")["build_flags"].values() for flag in line["plugins"])
 
 
 def _rest(name: str) -> Fate | None:

@@ -38,7 +38,7 @@ def fit(draft: Draft, legacy: Legacy, facts: ModelFacts | None) -> None:
 def _model(draft: Draft, facts: ModelFacts, *, from_build: bool) -> None:
     context, length = facts.context_length, draft.values.get(_LENGTH)
     if length is None and from_build:
-        # NVIDIA/TensorRT-LLM, commands/build.py @65f1d153: max_seq_len is deduced from the checkpoint's config.
+        # max_seq_len is deduced from the checkpoint's config: upstream's page of every release that was read.
         draft.add(_LENGTH, context, "trtllm-build takes the positions that the model knows")
     if length is not None and length > context:
         draft.add(_LENGTH, context, f"{length} is more than the positions that the model knows")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trtbuild.build_flags import flag_table
 from trtbuild.compat import facts
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.llm_keys import LLM_ARGUMENT
@@ -15,8 +16,7 @@ from trtbuild.migrate.fates import table
 from trtbuild.migrate.values import text
 from trtbuild.recipe import RuntimeKind
 from trtbuild.refusals import embedded_takes
-from trtbuild.releases import Flow, Release, find_release, newest
-from trtbuild.trtllm_build import release_line
+from trtbuild.releases import Flow, Release, find_release, newest, oldest_served
 from trtbuild.trtllm_build_extra import extra_problems
 from trtbuild.trtllm_engine_refusals import NOT_WRITTEN
 
@@ -49,10 +49,10 @@ class Target:
         """What a plugin of ``trtllm-build`` says in ``runtime.extra``; None where it is not free or the default."""
         if self.kind != "trtllm-engine" or self.release is None or name not in table()["targets"]["flags"]:
             return None
-        line = release_line(self.release.version)
+        flags = flag_table(self.release.version)
         said = {"true": "enable", "false": "disable", "none": "disable"}.get(text(value).lower(), text(value))
-        problems = extra_problems({name: said}, line, sparse=False, fp8_attention=True)
-        return None if problems or said == line["plugin"][name]["default"] else said
+        problems = extra_problems({name: said}, flags, sparse=False, fp8_attention=True)
+        return None if problems or said == str(flags.flags[name].default) else said
 
     def refuses(self, field: str, value: Any) -> str | None:
         """Why the new runtime does not take a field with this value, or None where it does."""
@@ -102,6 +102,9 @@ def choose_target(kind: RuntimeKind, version: str | None, gpu: str | None, *, op
         has = "the LLM API only" if "llm-api" in found.line.flows else "TensorRT engines only"
         message = f"--version: TensorRT-LLM {found.version} has {has}"
         raise CompatibilityError(message, f"use {newest(flow).version}, or another {option}")
+    if kind == "trtllm-engine" and found.line.unserved is not None:
+        message = f"--version: TensorRT-LLM {found.version} builds engines, but {found.line.unserved}"
+        raise CompatibilityError(message, f"use {newest(flow).version}, or {oldest_served()} at least")
     return Target(kind, found, gpu)
 
 
