@@ -22,7 +22,7 @@ _SIZES = (
     ("hidden_size", "hidden_size", "hidden size"),
     ("num_attention_heads", "num_attention_heads", "attention heads"),
     ("num_key_value_heads", "num_key_value_heads", "key and value heads"),
-    ("vocab_size", "vocab_size", "words"),
+    ("vocab_size", "vocab_size", "vocabulary"),
 )
 
 
@@ -62,7 +62,7 @@ def read_rank_checkpoint(path: Path) -> Legacy:
 
 def described(original: dict[str, Any]) -> str:
     """The checkpoint of Transformers that a recipe needs, in words."""
-    sizes = ", ".join(f"{original[name]} {words}" for name, _, words in _SIZES if name in original)
+    sizes = ", ".join(f"{words} {original[name]}" for name, _, words in _SIZES if name in original)
     return f"a {original['architecture']}" + (f" with {sizes}" if sizes else "")
 
 
@@ -73,7 +73,7 @@ def check_original(original: dict[str, Any], facts: ModelFacts) -> None:
         RecipeError: a size differs. Classes do not count: converters of several releases call one model differently.
     """
     other = [
-        f"{getattr(facts, ours)} {words} instead of {original[theirs]}"
+        f"{words} {getattr(facts, ours)} instead of {original[theirs]}"
         for theirs, ours, words in _SIZES
         if theirs in original and getattr(facts, ours) != original[theirs]
     ]
