@@ -60,14 +60,14 @@ def test_without_the_original_the_recipe_says_which_one(ranks: Path) -> None:
     done = migrate(str(ranks))
     assert done.document["model"]["path"].startswith("/FILL-IN/")
     note = next(note for note in done.notes if "rank files" in note)
-    assert "the original one, a LlamaForCausalLM with layers 2, hidden size 128, attention heads 4" in note
+    assert "the original one, a LlamaForCausalLM with layers 3, hidden size 128, attention heads 4" in note
 
 
 def test_another_model_is_refused(ranks: Path, tmp_path: Path) -> None:
-    other = plain(tmp_path / "other", "llama", num_hidden_layers=3)
+    other = plain(tmp_path / "other", "llama", num_hidden_layers=5)
     with pytest.raises(RecipeError) as caught:
         migrate(str(ranks), model=str(other))
-    assert "--model: has layers 3 instead of 2, so the rank files were made of another model" in str(caught.value)
+    assert "--model: has layers 5 instead of 3, so the rank files were made of another model" in str(caught.value)
 
 
 @pytest.mark.parametrize(
