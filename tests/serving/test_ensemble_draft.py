@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llm_helpers import START_S, spec
+from llm_helpers import spec
+from restarting import RestartingServer
 
 from trtbuild.adapters.triton import check_repository, render_repository
 from trtbuild.adapters.triton_parameters import EngineParameters
 from trtbuild.errors import ToolError
 from trtbuild.serving.client import RequestError, ask
 from trtbuild.serving.contract import ENSEMBLE
-from trtbuild.serving.server import TritonServer
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.bls]
 SAID = "The fox 👩‍🚀 said: é漢, e\u0301 END of it."
 DRAFT_TOKENS = 5
 STAND_IN = """
@@ -79,7 +79,7 @@ class TritonPythonModel:
 
 
 @pytest.fixture(scope="module")
-def served(package: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator[TritonServer]:
+def served(package: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator[RestartingServer]:
     root = tmp_path_factory.mktemp("draft")
     shutil.copytree(package / "engine", root / "engine")
     share = {"kv_cache_free_gpu_mem_fraction": 0.4}
@@ -97,27 +97,27 @@ def served(package: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: A
         config.write_text(config.read_text().replace('backend: "tensorrtllm"', 'backend: "python"'))
         (repository / name / "1" / "model.py").write_text(STAND_IN)
         (repository / name / "tokens.json").write_text(json.dumps(tokens))
-    with TritonServer.start(repository, log=root / "log", startup_timeout_s=START_S) as running:
+    with RestartingServer(repository, root / "log") as running:
         yield running
 
 
-def seen(served: TritonServer, model: str, before: int = 0) -> list[dict[str, Any]]:
+def seen(served: RestartingServer, model: str, before: int = 0) -> list[dict[str, Any]]:
     lines = (served.log.parent / "seen.jsonl").read_text().splitlines()[before:]
     return [one for one in map(json.loads, lines) if one["model"] == model and "input_ids" in one]
 
 
-def count(served: TritonServer) -> int:
+def count(served: RestartingServer) -> int:
     path = served.log.parent / "seen.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def bls(served: TritonServer, **inputs: Any) -> Any:
+def bls(served: RestartingServer, **inputs: Any) -> Any:
     return ask(served.grpc_url, "hello", model="tensorrt_llm_bls", layout=ENSEMBLE, **{"max_tokens": 100} | inputs)
 
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_drafts_change_nothing_but_the_number_of_requests(
-    served: TritonServer, tokenizer: Any, streaming: bool
+    served: RestartingServer, tokenizer: Any, streaming: bool
 ) -> None:
     length = len(tokenizer.encode(SAID, add_special_tokens=False))
     before = count(served)
@@ -138,14 +138,14 @@ def test_drafts_change_nothing_but_the_number_of_requests(
     assert rounds[1]["input_lengths"] == [len(rounds[1]["input_ids"][0])], "a scalar with a batch dimension"
 
 
-def test_the_draft_s_logits_reach_the_engine(served: TritonServer) -> None:
+def test_the_draft_s_logits_reach_the_engine(served: RestartingServer) -> None:
     before = count(served)
     assert bls(served, streaming=False, num_draft_tokens=3, use_draft_logits=True).text == SAID
     rounds = seen(served, "tensorrt_llm", before)
     assert len(rounds[0]["draft_input_ids"][0]) == len(rounds[0]["draft_logits"][0]) == 3
 
 
-def test_a_stop_word_in_the_text_ends_the_rounds(served: TritonServer) -> None:
+def test_a_stop_word_in_the_text_ends_the_rounds(served: RestartingServer) -> None:
     before = count(served)
     assert bls(served, streaming=False, stop_words=["said"]).text == SAID[: SAID.index("said") + 4]
     asked = len(seen(served, "tensorrt_llm", before))
@@ -154,7 +154,7 @@ def test_a_stop_word_in_the_text_ends_the_rounds(served: TritonServer) -> None:
     assert asked < len(seen(served, "tensorrt_llm", before))
 
 
-def test_requests_that_cannot_be_met_are_refused(served: TritonServer) -> None:
+def test_requests_that_cannot_be_met_are_refused(served: RestartingServer) -> None:
     for inputs, sentence in (
         ({"num_draft_tokens": 9}, "num_draft_tokens: 9 is out of range; ask for 0 to 5"),
         ({"num_draft_tokens": 2, "beam_width": 2}, "beam_width: does not go together with drafts"),
@@ -163,7 +163,7 @@ def test_requests_that_cannot_be_met_are_refused(served: TritonServer) -> None:
             bls(served, streaming=False, **inputs)
 
 
-def test_the_ensemble_asks_the_engine_alone(served: TritonServer) -> None:
+def test_the_ensemble_asks_the_engine_alone(served: RestartingServer) -> None:
     before = count(served)
     found = ask(served.http_url, "hello", model="ensemble", layout=ENSEMBLE, streaming=False, max_tokens=100)
     assert found.text == SAID
