@@ -27,14 +27,14 @@ from trtbuild.manifest import (
     write_atomic,
 )
 from trtbuild.store import Artifact, remove_tree
-from trtbuild.trtllm_build import BUILT
+from trtbuild.trtllm_build import BUILT, DRAFT
 
 SCHEMA_VERSION = 1
 RECIPE, LOCK = "recipe.yaml", "plan.lock.json"
 # What the package digest stands for; evidence holds times and lies outside it.
 DIGESTED = ("engine", "model_repository", "deploy")
 # What engine/build.sh adds to a package for TensorRT engines: the engine, and the place where it is built.
-_ADDED = (f"engine/{BUILT}", f"engine/{BUILT}.work")
+_ADDED = tuple(f"{directory}/{BUILT}{end}" for directory in ("engine", f"engine/{DRAFT}") for end in ("", ".work"))
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 

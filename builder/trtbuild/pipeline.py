@@ -11,7 +11,8 @@ from typing import Any
 
 from trtbuild import __version__, evidence, package
 from trtbuild.adapters import container, trtllm
-from trtbuild.errors import GateError, HostError, Problem, RecipeError
+from trtbuild.draft import DRAFT_ROLE, HEADS, HEADS_ROLE, Draft, other_tokens, read_draft
+from trtbuild.errors import CompatibilityError, GateError, HostError, Problem, RecipeError
 from trtbuild.gates import check_gates
 from trtbuild.manifest import canonical_json, digest_entries, digest_json, entries_json
 from trtbuild.model import read_facts
@@ -24,6 +25,7 @@ from trtbuild.source import Fetched, digest_paths, fetch, local_path, locate, mi
 from trtbuild.steps import Work, check_repository, deploy_spec, run_step
 from trtbuild.store import Artifact, Store, remove_tree
 from trtbuild.toolchain import require, tool_versions
+from trtbuild.trtllm_engine_drafts import DRAFT_TARGET
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
@@ -71,32 +73,60 @@ def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
         missing = missing_files(loaded, plan.steps)
         return [*missing, *container.check_deploy(deploy), *(() if missing else _check_adapters(loaded, plan))]
 
-    plan = make_plan(loaded, read_facts(files), source, tool_versions(), check=check)
-    _foresee_conversion(plan)
+    draft = _draft(loaded)
+    plan = make_plan(loaded, read_facts(files), source, tool_versions(), check=check, draft=draft)
+    _foresee_conversion(plan, loaded, draft)
     configured = loaded.recipe.store
     store = local_path(loaded, configured, at="store") if configured is not None else cache_dir() / "store"
     return Prepared(loaded=loaded, plan=plan, store=store)
 
 
-def _foresee_conversion(plan: Plan) -> None:
+def _draft(loaded: LoadedRecipe) -> Draft | None:
+    """What the files of ``speculative.draft`` say, for a runtime that takes them.
+
+    Raises:
+        RecipeError, ArtifactError, CompatibilityError: see `read_draft`.
+    """
+    speculative = loaded.recipe.speculative
+    takes = loaded.recipe.runtime.kind == "trtllm-engine" and speculative.method in (DRAFT_TARGET, *HEADS)
+    if speculative.draft is None or not takes:
+        return None
+    return read_draft(local_path(loaded, speculative.draft, at="speculative.draft"), speculative.method)
+
+
+def _foresee_conversion(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) -> None:
     """Refuse a local checkpoint that the engine step could not convert; one on a hub is judged once it is here.
 
     Raises:
         CompatibilityError: the conversion's own sentence.
     """
     engine = plan.step("engine").parameters
-    if engine["runtime"] != "trtllm-engine" or plan.source.repo_id is not None:
+    if engine["runtime"] != "trtllm-engine":
         return
     from trtbuild.convert.run import refuse_source
 
     spec = engine["spec"]
-    refuse_source(Path(plan.source.path), tp_size=spec["tp_size"], pp_size=spec["pp_size"])
+    sizes = {"tp_size": spec["tp_size"], "pp_size": spec["pp_size"]}
+    if plan.source.repo_id is None and "heads" not in engine:
+        refuse_source(Path(plan.source.path), **sizes)
+    if draft is None or draft.facts is None:
+        return
+    directory = local_path(loaded, loaded.recipe.speculative.draft or "", at="speculative.draft")
+    refuse_source(directory, **sizes)
+    named = plan.value("model.tokenizer")
+    if named is None and plan.source.repo_id is not None:
+        return  # the engine step compares tokenizers too
+    tokenizer = Path(plan.source.path) if named is None else local_path(loaded, named, at="model.tokenizer")
+    problem = other_tokens(tokenizer, directory)
+    if problem is not None:
+        raise CompatibilityError(str(problem))
 
 
 def _check_adapters(loaded: LoadedRecipe, plan: Plan) -> list[Problem]:
     """What is wrong with the LoRA adapters of a recipe, before anything is compressed."""
     engine = plan.step("engine")
-    places = {name: local_path(loaded, path, at="model.adapters") for name, path in engine.files.items()}
+    adapters = {role: path for role, path in engine.files.items() if role not in (DRAFT_ROLE, HEADS_ROLE)}
+    places = {name: local_path(loaded, path, at="model.adapters") for name, path in adapters.items()}
     return [
         problem
         for name, place in places.items()
@@ -240,6 +270,8 @@ def _say_what_is_left(run: _Run, out: Path) -> None:
     if engine["runtime"] == "trtllm-engine":
         gpus = f"{engine['world_size']} x SM{engine['spec']['gpu']}"
         run.reporter.note(f"the engine itself is built by {out}/engine/build.sh in {engine['image']}, on {gpus}")
+        if "draft" in engine:
+            run.reporter.note(f"the draft model's engine is built by {out}/engine/draft/build.sh, in the same way")
 
 
 def _lock(run: _Run) -> dict[str, Any]:

@@ -7,12 +7,14 @@ from typing import Any
 
 from trtbuild import trtllm_engine_settings, trtllm_settings
 from trtbuild.comparison import compare
+from trtbuild.draft import Draft
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.refusals import model_refusals, recipe_refusals
 from trtbuild.settings import Settings, is_compressed, resolve, take_embedded
+from trtbuild.trtllm_engine_drafts import draft_files
 from trtbuild.trtllm_engine_refusals import engine_mistakes, engine_warnings
 from trtbuild.trtllm_refusals import trtllm_mistakes, trtllm_warnings
 from trtbuild.trtllm_settings import adapter_names, take_trtllm
@@ -37,6 +39,7 @@ def make_plan(
     tools: Mapping[str, Mapping[str, str | None]],
     *,
     check: Callable[[Plan], Sequence[Problem]] = _no_problems,
+    draft: Draft | None = None,
 ) -> Plan:
     """The plan of one recipe for one model.
 
@@ -46,12 +49,13 @@ def make_plan(
         source: where the checkpoint lies.
         tools: for each kind of step, the versions that decide its bytes.
         check: what else is wrong with the recipe, seen from the drafted plan: its files, its deployment.
+        draft: what the files of ``speculative.draft`` say, where the runtime takes one.
 
     Raises:
         RecipeError: every mistake in the recipe, and every demand that cannot be met, together.
         CompatibilityError: without mistakes, every demand that this runtime, model or version of trtbuild cannot meet.
     """
-    settings = Settings(loaded.recipe, loaded.document, loaded.overridden)
+    settings = Settings(loaded.recipe, loaded.document, loaded.overridden, draft=draft)
     kind = loaded.recipe.runtime.kind
     resolve(settings, facts, _TAKE[kind])
     plan = _draft(settings, facts, source, tools)
@@ -98,7 +102,7 @@ def _steps(settings: Settings, facts: ModelFacts, tools: Mapping[str, Mapping[st
     return (
         Step("fetch", {}, (), {}),
         Step("compress", compress, ("fetch",), tools["compress" if compressed else "copy"], _compress_files(settings)),
-        Step("engine", engine, ("compress",), tools[_engine_tools(settings)], _adapter_files(settings)),
+        Step("engine", engine, ("compress",), tools[_engine_tools(settings)], _engine_files(settings)),
         Step("repository", _repository_parameters(settings), (), tools["repository"]),
         Step("deploy", _deploy_parameters(settings), ("engine",), tools["deploy"]),
         # Limits of the engine do not change a logit: the evaluation follows the checkpoint and the numerics alone.
@@ -132,6 +136,11 @@ def _evaluate_files(settings: Settings) -> dict[str, str]:
 def _adapter_files(settings: Settings) -> dict[str, str]:
     """The directories of LoRA adapters, by the name that clients send."""
     return adapter_names(settings.recipe) if _kind(settings) == _TRTLLM else {}
+
+
+def _engine_files(settings: Settings) -> dict[str, str]:
+    """What the engine step reads of the user's besides the checkpoint."""
+    return _adapter_files(settings) | (draft_files(settings) if _kind(settings) == _ENGINE else {})
 
 
 def _kind(settings: Settings) -> str:
@@ -194,6 +203,7 @@ def _repository_parameters(settings: Settings) -> dict[str, Any]:
     }
     if _kind(settings) == _ENGINE:
         parameters["engine"] = trtllm_engine_settings.server_parameters(settings)
+        parameters |= trtllm_engine_settings.draft_server_parameters(settings)
     if settings["serving.layout"] == "ensemble":
         parameters["max_batch_size"] = settings["runtime.max_batch_size"]
     if _kind(settings) == _TRTLLM:
@@ -206,6 +216,8 @@ def _deploy_parameters(settings: Settings) -> dict[str, Any]:
     engine: dict[str, Any] = {}
     if _kind(settings) == _ENGINE:
         engine["engine"] = trtllm_engine_settings.launch_parameters(settings)
+        drafted = trtllm_engine_settings.draft_server_parameters(settings)
+        engine |= {"draft": drafted["draft"]} if drafted else {}
     return engine | {
         "image": settings["deploy.image"],
         "labels": dict(settings["deploy.labels"]),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trtbuild.draft import Draft
 from trtbuild.errors import Problem
 from trtbuild.gates import default_max_perplexity_ratio
 from trtbuild.model import ModelFacts
@@ -31,13 +32,17 @@ GROUP_SIZES = (128, 64, 32, 16)
 
 @dataclass(slots=True)
 class Settings:
-    """All settings of one recipe by dotted path, collected in order, and the problems met on the way."""
+    """All settings of one recipe by dotted path, collected in order, and the problems met on the way.
+
+    `draft` is what the files of ``speculative.draft`` say, for runtimes that take one.
+    """
 
     recipe: Recipe
     document: Mapping[str, Any]
     overridden: frozenset[str]
     values: list[Value] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    draft: Draft | None = None
 
     def __getitem__(self, path: str) -> Any:
         return next(value.value for value in self.values if value.path == path)

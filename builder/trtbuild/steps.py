@@ -20,6 +20,7 @@ from trtbuild.adapters import (
     trtllm_engine,
 )
 from trtbuild.checkpoint_files import LocalFiles
+from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE, other_tokens
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.linking import place_tree
 from trtbuild.manifest import canonical_json, write_atomic
@@ -27,6 +28,7 @@ from trtbuild.plan import Plan, Step
 from trtbuild.process import run_worker
 from trtbuild.report import Reporter
 from trtbuild.store import Artifact, Staging
+from trtbuild.trtllm_build import DRAFT
 
 ENGINE_FILE = "engine.json"
 QUALITY_FILE = "quality.json"
@@ -115,15 +117,26 @@ def _converted_engine(work: Work) -> dict[str, Any]:
         "pp_size": parameters["spec"]["pp_size"],
         "dtype": parameters["dtype"],
     }
-    record = _in_child("trtbuild.convert", request, work)
+    if HEADS_ROLE in work.files:
+        record = trtllm_engine.copy_checkpoint(parameters, work.files[HEADS_ROLE], work.staging.content)
+    else:
+        record = _in_child("trtbuild.convert", request, work)
     trtllm_engine.write_engine(parameters, checkpoint, work.staging.content)
+    if "draft" in parameters:
+        out, draft = work.staging.content / DRAFT, work.files[DRAFT_ROLE]
+        problem = other_tokens(checkpoint, draft)
+        if problem is not None:
+            raise CompatibilityError(str(problem))
+        request |= {"source": str(draft), "output": str(out / trtllm_engine.CHECKPOINT)}
+        record["draft"] = _in_child("trtbuild.convert", request, work)
+        trtllm_engine.write_engine(parameters["draft"], None, out)
     return record
 
 
 def _repository(work: Work) -> dict[str, Any]:
     parameters = dict(work.step.parameters)
     if "engine" in parameters:
-        parameters["engine"] = _server_parameters(parameters["engine"])
+        parameters |= {name: _server_parameters(parameters[name]) for name in ("engine", "draft") if name in parameters}
     if "llm_args" in parameters:
         parameters["llm_args"] = trtllm.llm_arguments(parameters["llm_args"])
     spec = triton.RepositorySpec(**parameters)
@@ -132,8 +145,12 @@ def _repository(work: Work) -> dict[str, Any]:
 
 
 def _server_parameters(engine: Mapping[str, Any]) -> triton_parameters.EngineParameters:
-    more = {name: tuple(value) if isinstance(value, list) else value for name, value in engine["more"].items()}
+    more = {name: _tuples(value) for name, value in engine["more"].items()}
     return triton_parameters.from_runtime(engine["runtime"], engine["gpt_model_path"], **more)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _deploy(work: Work) -> dict[str, Any]:
@@ -145,10 +162,13 @@ def _deploy(work: Work) -> dict[str, Any]:
 
 def _launch(work: Work) -> dict[str, Any]:
     """The script that starts the server of a TensorRT engine in its container."""
-    engine = work.step.parameters["engine"]
+    engine, draft = work.step.parameters["engine"], work.step.parameters.get("draft")
     spec = triton_launch.LaunchSpec(
-        engine=_server_parameters(engine), world_size=engine["world_size"], container=engine["image"]
-    )
+        engine=_server_parameters(engine), world_size=engine["world_size"], container=engine["image"],
+        # Two engines with several ranks each are more than a leader can start.
+        mode="orchestrator" if draft and engine["world_size"] > 1 else "leader",
+        draft=_server_parameters(draft) if draft else None,
+    )  # fmt: skip
     work.staging.content.mkdir(parents=True, exist_ok=True)
     if "launch" in work.step.parameters["files"]:
         script = work.staging.content / "launch.sh"
@@ -159,7 +179,7 @@ def _launch(work: Work) -> dict[str, Any]:
 
 def deploy_spec(step: Step, engine_digest: str) -> container.DeploySpec:
     """What the deployment files are made from."""
-    parameters = {name: value for name, value in step.parameters.items() if name != "engine"}
+    parameters = {name: value for name, value in step.parameters.items() if name not in ("engine", "draft")}
     return container.DeploySpec(**parameters, engine_digest=engine_digest)
 
 

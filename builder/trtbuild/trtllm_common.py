@@ -14,6 +14,17 @@ from trtbuild.settings import Settings, fitting_group_sizes
 from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version, unknown_gpu
 
 _EMBEDDED_ONLY = "only the embedded runtime has it"
+# What each speculative method reads of its section.
+_SPECULATIVE: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "ngram": ("max_draft_len",),
+    "draft_target": ("draft", "max_draft_len", "draft_kv_cache_share"),
+    "eagle3": ("draft", "max_draft_len"),
+    "medusa": ("draft", "choices"),
+    "eagle": ("draft", "choices"),
+    "redrafter": ("draft",),
+    "lookahead": ("max_window_size", "max_ngram_size", "max_verification_set_size"),
+}
 _JOINED = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
@@ -29,6 +40,17 @@ def embedded_only(recipe: Recipe) -> Iterable[Problem]:
     if recipe.compress.max_memory is not None:
         message = f"{recipe.compress.max_memory}: this version of trtbuild holds the model in memory"
         yield Problem("compress.max_memory", message, "remove it")
+
+
+def unread_speculative(recipe: Recipe) -> Iterable[Problem]:
+    """Fields of the section that say nothing about its method."""
+    section, silent = recipe.speculative, type(recipe.speculative)()
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if name == "method" or value == getattr(silent, name) or name in _SPECULATIVE[section.method]:
+            continue
+        why = "of no use without a speculative.method" if section.method == "none" else f"{section.method} has none"
+        yield Problem(f"speculative.{name}", f"{value}: {why}", "remove it")
 
 
 def group_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:

@@ -11,10 +11,17 @@ from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.settings import Settings
-from trtbuild.support import refused_architecture, speculative_method
+from trtbuild.support import refused_architecture
 from trtbuild.trtllm_build import choose, release_line
 from trtbuild.trtllm_build_extra import extra_problems
-from trtbuild.trtllm_common import embedded_only, excluded_in_part, gpu_refusals, group_refusals
+from trtbuild.trtllm_common import (
+    embedded_only,
+    excluded_in_part,
+    gpu_refusals,
+    group_refusals,
+    unread_speculative,
+)
+from trtbuild.trtllm_engine_drafts import draft_spec, speculative_refusals, speculative_warnings
 from trtbuild.trtllm_engine_settings import (
     FLOW,
     KIND,
@@ -71,7 +78,8 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += parallel_refusals(settings, facts)
     problems += _pipeline(recipe, facts)
     problems += _stages(settings, facts)
-    problems += _speculation(recipe)
+    problems += unread_speculative(recipe)
+    problems += speculative_refusals(settings, facts)
     return problems or _arguments(settings, facts)
 
 
@@ -89,7 +97,7 @@ def engine_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
             f"the model has an attention window of {facts.sliding_window} tokens, which the server must be told: if it "
             "applies, set runtime.kv_cache.max_attention_window, one number a layer, repeated over the layers"
         )
-    return warnings
+    return [*warnings, *speculative_warnings(settings, facts)]
 
 
 def _package(settings: Settings) -> Iterable[Problem]:
@@ -163,29 +171,14 @@ def _stages(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
         yield Problem("compress.exclude", message, "name the same places of every stage, or use one stage")
 
 
-def _speculation(recipe: Recipe) -> Iterable[Problem]:
-    name, at = recipe.speculative.method, "speculative.method"
-    if name == "none":
-        if recipe.speculative.draft is not None:
-            message = f"{recipe.speculative.draft}: of no use without a speculative.method"
-            yield Problem("speculative.draft", message, "remove it")
-        return
-    mode = speculative_method(name).engine
-    if mode is None:
-        yield Problem(at, f"{name}: trtllm-build has no such mode", "use none, or runtime.kind: trtllm")
-    else:
-        message = f"{name}: this version of trtbuild cannot build an engine with drafts (trtllm-build calls it {mode})"
-        yield Problem(at, message, "use none")
-    if recipe.runtime.pipeline_parallel_size > 1:
-        stages = recipe.runtime.pipeline_parallel_size
-        message = f"speculative decoding does not run with pipeline_parallel_size {stages}"
-        yield Problem(at, message, "use tensor_parallel_size instead, or no speculation")
-
-
 def _arguments(settings: Settings, facts: ModelFacts) -> list[Problem]:
     """What the choice of the arguments itself finds; asked last, since it needs a sound recipe."""
-    try:
-        choose(engine_spec(settings, facts))
-    except CompatibilityError as error:
-        return [Problem("runtime", error.message, error.hint)]
-    return []
+    spec = engine_spec(settings, facts)
+    problems = []
+    for at, one in (("runtime", spec), ("speculative.draft", draft_spec(spec, settings))):
+        try:
+            if one is not None:
+                choose(one)
+        except CompatibilityError as error:
+            problems.append(Problem(at, error.message, error.hint))
+    return problems

@@ -12,8 +12,16 @@ from trtbuild.recipe import Recipe
 from trtbuild.releases import Container, Flow, Release, containers, find_release, newest
 from trtbuild.settings import FROM_GPU_MEMORY, Settings, check_capacity, take_limits
 from trtbuild.support import QUANT_ALGO, sm_version
-from trtbuild.trtllm_build import BUILT, EngineSpec, Limits, arguments, choose, release_line
+from trtbuild.trtllm_build import BUILT, DRAFT, EngineSpec, Limits, arguments, choose, release_line
 from trtbuild.trtllm_build_extra import extra_flags
+from trtbuild.trtllm_engine_drafts import (
+    DRAFT_TARGET,
+    decoding_parameters,
+    draft_parameters,
+    shared_fraction,
+    take_speculative,
+    with_drafts,
+)
 
 KIND = "trtllm-engine"
 FLOW: Flow = "engine"
@@ -76,6 +84,7 @@ def take_engine(settings: Settings, facts: ModelFacts) -> None:
     _kv_cache(settings, facts)
     if settings.given("runtime.cuda_graph_config.enabled"):
         settings.take("runtime.cuda_graph_config.enabled")
+    take_speculative(settings, facts)
     settings.take("runtime.extra")
 
 
@@ -105,7 +114,7 @@ def short_window(settings: Settings, facts: ModelFacts) -> bool:
 def engine_spec(settings: Settings, facts: ModelFacts) -> EngineSpec:
     """What the engine is built for."""
     recipe, kv_cache = settings.recipe, settings["compress.kv_cache"]
-    return EngineSpec(
+    spec = EngineSpec(
         version=settings["runtime.version"],
         architecture=facts.architecture,
         format=QUANT_ALGO[settings["compress.format"]],
@@ -124,12 +133,13 @@ def engine_spec(settings: Settings, facts: ModelFacts) -> EngineSpec:
         sparse=settings["compress.sparsity"] == "2:4",
         extra=extra_flags(recipe.runtime.extra),
     )
+    return with_drafts(spec, settings)
 
 
 def engine_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     """What decides the engine directory: the release, its container, and everything that the engine is built for."""
     spec, container = engine_spec(settings, facts), _container(planned_release(settings.recipe))
-    return {
+    engine = {
         "runtime": KIND,
         "version": spec.version,
         "container": container.tag,
@@ -140,6 +150,7 @@ def engine_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
         "spec": asdict(spec) | {"extra": {flag: list(values) for flag, values in spec.extra.items()}},
         "arguments": list(arguments(_choices(spec), "CHECKPOINT", "ENGINE")),
     }
+    return engine | draft_parameters(engine, spec, settings)
 
 
 def _choices(spec: EngineSpec) -> tuple[Choice, ...]:
@@ -163,19 +174,39 @@ def launch_parameters(settings: Settings) -> dict[str, Any]:
 
 def server_parameters(settings: Settings) -> dict[str, Any]:
     """What the C++ backend reads, in the recipe's words; `more` has its own names."""
-    cache = {
-        name: settings[f"runtime.kv_cache.{name}"]
-        for name in ("max_tokens", "free_gpu_memory_fraction", "enable_block_reuse")
-    }
+    cache = {name: settings[f"runtime.kv_cache.{name}"] for name in ("max_tokens", "enable_block_reuse")}
+    cache["free_gpu_memory_fraction"] = shared_fraction(settings)[0]
     optional = {
         "runtime.kv_cache.host_cache_size": "kv_cache_host_memory_bytes",
         "runtime.kv_cache.max_attention_window": "max_attention_window_size",
         "runtime.cuda_graph_config.enabled": "cuda_graph_mode",
     }
     more = {theirs: settings[ours] for ours, theirs in optional.items() if settings.has(ours)}
+    more |= decoding_parameters(settings)
     names = ("tensor_parallel_size", "pipeline_parallel_size", "capacity_scheduler_policy", "enable_chunked_prefill")
     return {
         "gpt_model_path": f"{_PACKAGE}/engine/{BUILT}",
         "runtime": {name: settings[f"runtime.{name}"] for name in names} | {"kv_cache": cache},
-        "more": {name: list(value) if isinstance(value, tuple) else value for name, value in more.items()},
+        "more": {name: _lists(value) for name, value in more.items()},
     }
+
+
+def draft_server_parameters(settings: Settings) -> dict[str, Any]:
+    """What the repository and the start script have besides, where a draft model proposes tokens."""
+    if settings.recipe.speculative.method != DRAFT_TARGET:
+        return {}
+    engine = server_parameters(settings)
+    cache = engine["runtime"]["kv_cache"] | {"free_gpu_memory_fraction": shared_fraction(settings)[1]}
+    return {
+        "draft": engine
+        | {
+            "gpt_model_path": f"{_PACKAGE}/engine/{DRAFT}/{BUILT}",
+            "runtime": engine["runtime"] | {"kv_cache": cache},
+        },
+        "draft_tokens": settings["speculative.max_draft_len"],
+    }
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as a plan writes them."""
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -16,7 +16,13 @@ from trtbuild.recipe import Recipe
 from trtbuild.releases import Release
 from trtbuild.settings import Settings
 from trtbuild.support import refused_architecture, speculative_method
-from trtbuild.trtllm_common import embedded_only, excluded_in_part, gpu_refusals, group_refusals
+from trtbuild.trtllm_common import (
+    embedded_only,
+    excluded_in_part,
+    gpu_refusals,
+    group_refusals,
+    unread_speculative,
+)
 from trtbuild.trtllm_parallel import parallel_refusals
 from trtbuild.trtllm_settings import FLOW, planned_release, release_schema, wanted_release, world_size
 
@@ -184,9 +190,7 @@ def _speculation(recipe: Recipe, release: Release, schema: Schema) -> Iterable[P
     given: Mapping[str, Any] = runtime.extra.get("speculative_config") or {}
     if method != "none":
         yield _no_checkpoint(method, release, schema)
-    elif recipe.speculative.draft is not None:
-        message = f"{recipe.speculative.draft}: of no use without a speculative.method"
-        yield Problem("speculative.draft", message, "remove it")
+    yield from unread_speculative(recipe)
     if not given and method == "none":
         return
     where = "runtime.extra.speculative_config" if given else "speculative.method"

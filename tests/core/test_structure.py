@@ -22,6 +22,7 @@ LAYERS = [
     {
         "checkpoint_checks",
         "checkpoint_files",
+        "draft",
         "safetensors_header",
         "recipe",
         "recipe_file",
@@ -46,6 +47,7 @@ LAYERS = [
         "trtllm_common",
         "trtllm_build",
         "trtllm_build_extra",
+        "trtllm_engine_drafts",
         "trtllm_engine_settings",
         "trtllm_engine_refusals",
         "refusals",

@@ -164,7 +164,7 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
         (["runtime.pipeline_parallel_size=9"], "9 is more than the model's 3 layers; use at most 3"),
         (["runtime.pipeline_parallel_size=2"], "2 does not divide the model's 3 layers; use one of 1, 3"),
         (["speculative.method=ngram"], "speculative.method: ngram: trtllm-build has no such mode; use none, or runtim"),
-        (["speculative.method=medusa"], "medusa: this version of trtbuild cannot build an engine with drafts (trtllm-"),
+        (["speculative.method=eagle3"], "speculative.method: eagle3: trtllm-build has no such mode; use none, or runt"),
         (
             ["speculative.method=medusa", "runtime.pipeline_parallel_size=3"],
             "speculative decoding does not run with pipeline_parallel_size 3; use tensor_parallel_size instead",

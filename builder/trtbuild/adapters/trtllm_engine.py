@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trtbuild.errors import Problem
+from trtbuild.draft import HEADS, rank_files, read_draft
+from trtbuild.errors import ArtifactError, Problem
 from trtbuild.manifest import canonical_json, write_atomic
 from trtbuild.render import render
 from trtbuild.trtllm_build import BUILT, EngineSpec, arguments, built_limits, choose, spec_from_json
@@ -22,15 +24,36 @@ _CONVERTED = ("*.safetensors", "*.safetensors.index.json", "hf_quant_config.json
 RECORD = "trtbuild.json"  # what the script leaves in the engine directory: TensorRT-LLM's config names no GPU
 
 
-def write_engine(parameters: Mapping[str, Any], source: Path, out: Path) -> None:
+def copy_checkpoint(parameters: Mapping[str, Any], source: Path, out: Path) -> dict[str, Any]:
+    """Take a checkpoint that TensorRT-LLM's own scripts converted, a model with heads, as ``checkpoint/``.
+
+    Raises:
+        ArtifactError: it changed since the plan was made.
+    """
+    target = out / CHECKPOINT
+    target.mkdir(parents=True)
+    for name in ("config.json", *rank_files(parameters["world_size"])):
+        shutil.copyfile(source / name, target / name)
+    heads = read_draft(target, _method(parameters)).heads
+    if heads is None or asdict(heads) != parameters["heads"]:
+        raise ArtifactError(f"{source} changed while it was being built from", "start the build again")
+    return {"result": {"architecture": parameters["heads"]["architecture"], "notes": []}}
+
+
+def _method(parameters: Mapping[str, Any]) -> str:
+    architecture = parameters["heads"]["architecture"]
+    return next(method for method, classes in HEADS.items() if architecture in classes)
+
+
+def write_engine(parameters: Mapping[str, Any], source: Path | None, out: Path) -> None:
     """Write what stands beside ``checkpoint/`` in an engine directory.
 
     Args:
         parameters: of the planned step.
-        source: the compressed checkpoint, for its tokenizer and config.
+        source: the compressed checkpoint, for its tokenizer and config; None for a draft model, which needs none.
         out: the engine directory, whose ``checkpoint/`` is finished.
     """
-    for path in sorted(source.iterdir()):
+    for path in sorted(source.iterdir()) if source else ():
         if path.is_file() and not any(path.match(pattern) for pattern in _CONVERTED):
             shutil.copyfile(path, out / path.name)
     spec = spec_from_json(parameters["spec"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import ArtifactError
 from trtbuild.manifest import read_json
 from trtbuild.safetensors_header import HeaderError, TensorInfo, read_header
-from trtbuild.trtllm_build import BUILT, EngineSpec, spec_from_json
+from trtbuild.trtllm_build import BUILT, DRAFT, EngineSpec, spec_from_json
 
 _AGAIN = "build the package again"
 
@@ -39,12 +39,15 @@ def check(directory: Path, planned: Mapping[str, Any]) -> list[EngineCheck]:
     """
     engine = read_json(directory / ENGINE_FILE)
     spec = spec_from_json(planned["spec"])
-    return [
+    checks = [
         EngineCheck("engine.json", tuple(_against_plan(engine, planned)), f"TensorRT-LLM {engine['version']}"),
         _checkpoint(directory / CHECKPOINT, spec, str(planned["dtype"])),
         _ranks(directory / CHECKPOINT, spec),
         _built(directory, spec, engine["image"]),
     ]
+    if "draft" not in planned:
+        return checks
+    return checks + [replace(one, name=f"draft: {one.name}") for one in check(directory / DRAFT, planned["draft"])]
 
 
 def _against_plan(engine: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:

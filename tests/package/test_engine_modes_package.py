@@ -1,0 +1,184 @@
+"""Packages for TensorRT engines with a draft model, with a checkpoint that has heads, and with adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def write_recipe(place: Path, checkpoint: Path, store: Path, more: str) -> Path:
+    path = place / "recipe.yaml"
+    path.write_text(
+        f"schema_version: 1\nmodel: {{path: {checkpoint}}}\ntarget: {{gpu: H100}}\nstore: {store}\n{more}",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, store: Path, cli: Cli) -> tuple[Path, str]:
+    """A package of a model and its draft model, and what the build said."""
+    from tiny import save_checkpoint
+
+    root = tmp_path_factory.mktemp("pair")
+    save_checkpoint(root / "draft", seed=1, overrides={"num_hidden_layers": 1})
+    recipe = write_recipe(
+        root, tiny_llama, store,
+        "runtime: {kind: trtllm-engine, tensor_parallel_size: 2, max_batch_size: 4, max_seq_len: 256}\n"
+        "speculative: {method: draft_target, draft: draft, max_draft_len: 3}\n",
+    )  # fmt: skip
+    done = cli("build", recipe, "-o", root / "package")
+    return root / "package", done.stderr
+
+
+def checks(cli: Cli, package: Path, code: int) -> dict[str, dict[str, Any]]:
+    done = cli("verify", package, "--json", check=code)
+    return {check["name"]: check for check in json.loads(done.stdout)}
+
+
+def run_script(directory: Path, tools: Path, *, gpu: str = "9.0") -> subprocess.CompletedProcess[str]:
+    """Run an engine directory's script with stand-ins for nvidia-smi and docker, which leave what was planned."""
+    tools.mkdir(exist_ok=True)
+    planned = json.loads((directory / "engine.json").read_text())
+    limits = dict(planned["limits"])
+    speculation = planned["spec"]["speculation"] or {"mode": "none"}
+    config = {
+        "version": planned["version"],
+        "pretrained_config": json.loads((directory / "checkpoint" / "config.json").read_text()),
+        "build_config": limits
+        | {
+            "plugin_config": {"tokens_per_block": limits.pop("tokens_per_block"), "use_paged_context_fmha": True},
+            "speculative_decoding_mode": speculation["mode"].upper(),
+        },
+    }
+    (tools / "config.json").write_text(json.dumps(config))
+    part = "$(printf '%s\\n' \"$@\" | sed -n 's|^\\(.*\\):/build$|\\1|p')/engine.part"
+    ranks = " ".join(f'"{part}/rank{rank}.engine"' for rank in range(planned["world_size"]))
+    for name, body in {
+        "nvidia-smi": f"printf '%s\\n' {gpu} {gpu}",
+        "docker": f'printf "%s\\n" "$@" >{tools}/arguments; mkdir -p "{part}"; '
+        f'cp {tools}/config.json "{part}/"; touch {ranks}',
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / name).chmod(0o755)
+    environment = {"PATH": f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin"}
+    return subprocess.run([str(directory / "build.sh")], env=environment, capture_output=True, text=True, check=False)
+
+
+def parameter(package: Path, model: str, name: str) -> str | None:
+    text = (package / "model_repository" / model / "config.pbtxt").read_text()
+    line = next((line for line in text.splitlines() if f'key: "{name}"' in line), None)
+    return None if line is None else line.split('string_value: "')[1].split('"')[0]
+
+
+def test_the_package_has_two_engines(pair: tuple[Path, str], cli: Cli) -> None:
+    package, said = pair
+    assert f"the draft model's engine is built by {package}/engine/draft/build.sh" in said
+    files = {path.relative_to(package / "engine/draft").as_posix() for path in (package / "engine/draft").rglob("*")}
+    assert files == {
+        "build.sh", "engine.json", "checkpoint", "checkpoint/config.json", "checkpoint/rank0.safetensors",
+        "checkpoint/rank1.safetensors",
+    }  # fmt: skip
+    config = json.loads((package / "engine/draft/checkpoint/config.json").read_text())
+    assert (config["num_hidden_layers"], config["mapping"]["tp_size"]) == (1, 2)
+    script = (package / "engine/build.sh").read_text()
+    assert "--speculative_decoding_mode draft_tokens_external --max_draft_len 3" in script
+    assert "speculative" not in (package / "engine/draft/build.sh").read_text()
+    found = checks(cli, package, 0)
+    assert found["draft: TensorRT engine"]["detail"].startswith("not built yet")
+    assert "draft: TensorRT-LLM checkpoint: ranks" in found
+
+
+def test_the_repository_asks_both(pair: tuple[Path, str]) -> None:
+    package, _ = pair
+    assert parameter(package, "tensorrt_llm_bls", "tensorrt_llm_draft_model_name") == "tensorrt_llm_draft"
+    assert parameter(package, "tensorrt_llm_bls", "num_draft_tokens") == "3"
+    assert parameter(package, "tensorrt_llm", "gpt_model_path") == "/package/engine/built"
+    assert parameter(package, "tensorrt_llm_draft", "gpt_model_path") == "/package/engine/draft/built"
+    shares = [
+        float(parameter(package, model, "kv_cache_free_gpu_mem_fraction") or 0)
+        for model in ("tensorrt_llm", "tensorrt_llm_draft")
+    ]
+    assert sum(shares) == pytest.approx(0.9)
+    assert shares[0] > shares[1] > 0
+    launch = (package / "deploy/launch.sh").read_text()
+    assert "TRTLLM_ORCHESTRATOR=1" in launch, "two engines on two GPUs each"
+    assert "draft=/package/engine/draft/built" in launch
+
+
+def test_both_engines_are_built_and_read_back(pair: tuple[Path, str], tmp_path: Path, cli: Cli) -> None:
+    package = Path(shutil.copytree(pair[0], tmp_path / "package"))
+    for directory in (package / "engine", package / "engine/draft"):
+        done = run_script(directory, tmp_path / "tools")
+        assert (done.returncode, done.stdout.strip()) == (0, str(directory / "built")), done.stderr
+    found = checks(cli, package, 0)
+    for prefix in ("", "draft: "):
+        assert found[f"{prefix}TensorRT engine"]["detail"] == "TensorRT-LLM 1.2.1, 2 ranks, SM90"
+    config = package / "engine/draft/built/config.json"
+    config.write_text(config.read_text().replace('"max_batch_size": 4', '"max_batch_size": 2'))
+    found = checks(cli, package, 5)
+    assert "max_batch_size: is 2, the plan says 4" in found["draft: TensorRT engine"]["problems"][0]
+    assert found["TensorRT engine"]["problems"] == []
+    assert any("tensorrt_llm_draft" in problem for problem in found["model repository"]["problems"])
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (("tensorrt_llm_draft", 'enable_kv_cache_reuse" value { string_value: "true"',
+          'enable_kv_cache_reuse" value { string_value: "false"'), "every round of drafts would compute the whole"),
+        (("tensorrt_llm_draft", 'fraction" value { string_value: "0.', 'fraction" value { string_value: "0.9'),
+         "together more than there is; let them add up to less than 1"),
+        (("tensorrt_llm_bls", '"tensorrt_llm_draft" }', '"" }'), "nothing asks it: tensorrt_llm_bls has the parameter"),
+        (("tensorrt_llm_draft", 'backend: "tensorrtllm"', 'backend: "python"'), "its backend is 'python', and tensor"),
+        (("tensorrt_llm_bls", 'key: "num_draft_tokens"', 'key: "x"'), "parameter num_draft_tokens is missing"),
+    ],
+)  # fmt: skip
+def test_a_repository_edited_into_inconsistency(
+    pair: tuple[Path, str], tmp_path: Path, cli: Cli, edit: tuple[str, str, str], sentence: str
+) -> None:
+    package = Path(shutil.copytree(pair[0], tmp_path / "package"))
+    path = package / "model_repository" / edit[0] / "config.pbtxt"
+    text = path.read_text()
+    assert edit[1] in text
+    path.write_text(text.replace(edit[1], edit[2]))
+    problems = checks(cli, package, 5)["model repository"]["problems"]
+    assert any(sentence in problem for problem in problems), problems
+
+
+def test_a_draft_that_is_gone(pair: tuple[Path, str], tmp_path: Path, cli: Cli) -> None:
+    package = Path(shutil.copytree(pair[0], tmp_path / "package"))
+    shutil.rmtree(package / "model_repository" / "tensorrt_llm_draft")
+    problems = checks(cli, package, 5)["model repository"]["problems"]
+    assert any("is 'tensorrt_llm_draft', which is not in this repository" in problem for problem in problems)
+    shutil.rmtree(package / "engine" / "draft")
+    assert any(check["problems"] and name != "bytes" for name, check in checks(cli, package, 5).items())
+
+
+def test_a_checkpoint_with_heads_is_taken_as_it_is(tmp_path: Path, tiny_llama: Path, store: Path, cli: Cli) -> None:
+    from core.test_engine_drafts import heads
+
+    heads(tmp_path / "heads", "MedusaForCausalLM", max_draft_len=4)
+    recipe = write_recipe(
+        tmp_path, tiny_llama, store,
+        "runtime: {kind: trtllm-engine, max_batch_size: 4, max_seq_len: 256}\n"
+        "speculative: {method: medusa, draft: heads, choices: [[0], [0, 0], [1]]}\n",
+    )  # fmt: skip
+    package = tmp_path / "package"
+    cli("build", recipe, "-o", package)
+    checkpoint = package / "engine" / "checkpoint"
+    assert {path.name for path in checkpoint.iterdir()} == {"config.json", "rank0.safetensors"}
+    assert (checkpoint / "rank0.safetensors").read_bytes() == b"weights"
+    assert parameter(package, "tensorrt_llm", "decoding_mode") == "medusa"
+    assert parameter(package, "tensorrt_llm", "medusa_choices") == "{0}, {0, 0}, {1}"
+    assert "--speculative_decoding_mode medusa --max_draft_len 4" in (package / "engine/build.sh").read_text()
+    assert (package / "engine" / "tokenizer.json").is_file()
