@@ -127,6 +127,12 @@ def _check_adapters(loaded: LoadedRecipe, plan: Plan) -> list[Problem]:
     engine = plan.step("engine")
     adapters = {role: path for role, path in engine.files.items() if role not in (DRAFT_ROLE, HEADS_ROLE)}
     places = {name: local_path(loaded, path, at="model.adapters") for name, path in adapters.items()}
+    if "lora" in engine.parameters:
+        from trtbuild.convert.lora.adapter import Limits, read_adapter
+
+        limits = Limits.of(engine.parameters["lora"])
+        read = (read_adapter(name, place, limits) for name, place in places.items())
+        return [problem for found in read if isinstance(found, list) for problem in found]
     return [
         problem
         for name, place in places.items()

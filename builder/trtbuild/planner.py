@@ -14,10 +14,12 @@ from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.refusals import model_refusals, recipe_refusals
 from trtbuild.settings import Settings, is_compressed, resolve, take_embedded
+from trtbuild.trtllm_common import adapter_names
 from trtbuild.trtllm_engine_drafts import draft_files
+from trtbuild.trtllm_engine_lora import ADAPTERS
 from trtbuild.trtllm_engine_refusals import engine_mistakes, engine_warnings
 from trtbuild.trtllm_refusals import trtllm_mistakes, trtllm_warnings
-from trtbuild.trtllm_settings import adapter_names, take_trtllm
+from trtbuild.trtllm_settings import take_trtllm
 
 _FORMAT_BITS = {"none": 16.0, "fp8": 8.0, "int4_awq": 4.0}
 _SCALE_BITS = 16
@@ -103,8 +105,8 @@ def _steps(settings: Settings, facts: ModelFacts, tools: Mapping[str, Mapping[st
         Step("fetch", {}, (), {}),
         Step("compress", compress, ("fetch",), tools["compress" if compressed else "copy"], _compress_files(settings)),
         Step("engine", engine, ("compress",), tools[_engine_tools(settings)], _engine_files(settings)),
-        Step("repository", _repository_parameters(settings), (), tools["repository"]),
-        Step("deploy", _deploy_parameters(settings), ("engine",), tools["deploy"]),
+        Step("repository", _repository_parameters(settings, facts), (), tools["repository"]),
+        Step("deploy", _deploy_parameters(settings, facts), ("engine",), tools["deploy"]),
         # Limits of the engine do not change a logit: the evaluation follows the checkpoint and the numerics alone.
         Step("evaluate", evaluate, ("fetch", "compress"), tools["evaluate"], _evaluate_files(settings)),
     )
@@ -135,7 +137,7 @@ def _evaluate_files(settings: Settings) -> dict[str, str]:
 
 def _adapter_files(settings: Settings) -> dict[str, str]:
     """The directories of LoRA adapters, by the name that clients send."""
-    return adapter_names(settings.recipe) if _kind(settings) == _TRTLLM else {}
+    return {} if _kind(settings) == _EMBEDDED else adapter_names(settings.recipe)
 
 
 def _engine_files(settings: Settings) -> dict[str, str]:
@@ -194,7 +196,7 @@ def _embedded_parameters(settings: Settings) -> dict[str, Any]:
     } | {name: settings[f"runtime.{name}"] for name in names}
 
 
-def _repository_parameters(settings: Settings) -> dict[str, Any]:
+def _repository_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     names = ("layout", "model_name", "streaming", "max_input_tokens", "max_output_tokens", "default_max_tokens")
     parameters = {name: settings[f"serving.{name}"] for name in names} | {
         "runtime": settings["runtime.kind"],
@@ -202,21 +204,22 @@ def _repository_parameters(settings: Settings) -> dict[str, Any]:
         "trust_remote_code": settings["model.trust_remote_code"],
     }
     if _kind(settings) == _ENGINE:
-        parameters["engine"] = trtllm_engine_settings.server_parameters(settings)
-        parameters |= trtllm_engine_settings.draft_server_parameters(settings)
+        parameters["engine"] = trtllm_engine_settings.server_parameters(settings, facts)
+        parameters |= trtllm_engine_settings.draft_server_parameters(settings, facts)
+        parameters |= {"lora_adapters_dir": ADAPTERS} if settings.recipe.model.adapters else {}
     if settings["serving.layout"] == "ensemble":
         parameters["max_batch_size"] = settings["runtime.max_batch_size"]
     if _kind(settings) == _TRTLLM:
         parameters |= trtllm_settings.server_parameters(settings)
-    adapters = _adapter_files(settings)
+    adapters = _adapter_files(settings) if _kind(settings) == _TRTLLM else {}
     return parameters | ({"lora_adapters": {name: f"adapters/{name}" for name in adapters}} if adapters else {})
 
 
-def _deploy_parameters(settings: Settings) -> dict[str, Any]:
+def _deploy_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     engine: dict[str, Any] = {}
     if _kind(settings) == _ENGINE:
-        engine["engine"] = trtllm_engine_settings.launch_parameters(settings)
-        drafted = trtllm_engine_settings.draft_server_parameters(settings)
+        engine["engine"] = trtllm_engine_settings.launch_parameters(settings, facts)
+        drafted = trtllm_engine_settings.draft_server_parameters(settings, facts)
         engine |= {"draft": drafted["draft"]} if drafted else {}
     return engine | {
         "image": settings["deploy.image"],

@@ -29,6 +29,7 @@ from trtbuild.process import run_worker
 from trtbuild.report import Reporter
 from trtbuild.store import Artifact, Staging
 from trtbuild.trtllm_build import DRAFT
+from trtbuild.trtllm_engine_lora import ADAPTERS
 
 ENGINE_FILE = "engine.json"
 QUALITY_FILE = "quality.json"
@@ -122,6 +123,14 @@ def _converted_engine(work: Work) -> dict[str, Any]:
     else:
         record = _in_child("trtbuild.convert", request, work)
     trtllm_engine.write_engine(parameters, checkpoint, work.staging.content)
+    adapters = parameters.get("lora", {}).get("adapters", {})
+    if adapters:
+        request = {
+            "lora": parameters["lora"],
+            "adapters": {task: str(work.files[name]) for task, name in adapters.items()},
+            "output": str(work.staging.content / ADAPTERS),
+        }
+        record["adapters"] = _in_child("trtbuild.convert.lora", request, work)
     if "draft" in parameters:
         out, draft = work.staging.content / DRAFT, work.files[DRAFT_ROLE]
         problem = other_tokens(checkpoint, draft)

@@ -277,7 +277,7 @@ def _feature_rows(spec: EngineSpec) -> list[Choice]:
             made.append(Choice("lora_dir", spec.lora.directories, "the recipe's adapters; the first one configures"))
         if spec.lora.modules:
             made.append(Choice("lora_target_modules", spec.lora.modules, "the modules that the adapters change"))
-        made.append(Choice("max_lora_rank", (str(spec.lora.max_rank),), "the highest rank of the adapters"))
+        made.append(Choice("max_lora_rank", (str(spec.lora.max_rank),), "runtime.lora_config.max_lora_rank"))
     return made
 
 

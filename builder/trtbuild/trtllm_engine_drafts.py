@@ -192,9 +192,6 @@ def speculative_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Prob
         stages = recipe.runtime.pipeline_parallel_size
         message = f"speculative decoding does not run with pipeline_parallel_size {stages}"
         yield Problem(_AT, message, "use tensor_parallel_size instead, or no speculation")
-    if recipe.model.adapters:
-        message = f"{method}: upstream says of speculation with LoRA adapters that it is untested"
-        yield Problem(_AT, message, "use none, or remove model.adapters")
     if recipe.runtime.guided_decoding_backend is not None and method != DRAFT_TARGET:
         message = f"{method}: drafts do not follow a grammar"
         yield Problem(_AT, message, "use none, or remove runtime.guided_decoding_backend")

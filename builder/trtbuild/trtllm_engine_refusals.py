@@ -22,6 +22,7 @@ from trtbuild.trtllm_common import (
     unread_speculative,
 )
 from trtbuild.trtllm_engine_drafts import draft_spec, speculative_refusals, speculative_warnings
+from trtbuild.trtllm_engine_lora import lora_refusals, lora_warnings
 from trtbuild.trtllm_engine_settings import (
     FLOW,
     KIND,
@@ -43,8 +44,6 @@ NOT_WRITTEN = {
     "runtime.context_parallel_size": "the conversion divides models over tensor and pipeline ranks only",
     "runtime.moe_expert_parallel_size": "the conversion divides experts by tensor ranks only",
     "runtime.guided_decoding_backend": "the C++ backend wants a file on the tokenizer that trtbuild does not write",
-    "runtime.lora_config.max_lora_rank": "this version of trtbuild packages no adapters for engines",
-    "runtime.lora_config.lora_target_modules": "this version of trtbuild packages no adapters for engines",
 }
 
 
@@ -78,6 +77,7 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += parallel_refusals(settings, facts)
     problems += _pipeline(recipe, facts)
     problems += _stages(settings, facts)
+    problems += lora_refusals(settings, facts)
     problems += unread_speculative(recipe)
     problems += speculative_refusals(settings, facts)
     return problems or _arguments(settings, facts)
@@ -97,7 +97,7 @@ def engine_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
             f"the model has an attention window of {facts.sliding_window} tokens, which the server must be told: if it "
             "applies, set runtime.kv_cache.max_attention_window, one number a layer, repeated over the layers"
         )
-    return [*warnings, *speculative_warnings(settings, facts)]
+    return [*warnings, *speculative_warnings(settings, facts), *lora_warnings(settings, facts)]
 
 
 def _package(settings: Settings) -> Iterable[Problem]:
@@ -110,9 +110,6 @@ def _package(settings: Settings) -> Iterable[Problem]:
     if settings.given("deploy.files") and others:
         message = f"{', '.join(others)}: this version of trtbuild writes a launch script alone for {KIND}"
         yield Problem("deploy.files", message, "use [launch], or remove it")
-    if recipe.model.adapters:
-        message = "this version of trtbuild packages no adapters for engines"
-        yield Problem("model.adapters", message, "remove them, or use runtime.kind: trtllm")
 
 
 def _fields(settings: Settings) -> Iterable[Problem]:

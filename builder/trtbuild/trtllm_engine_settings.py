@@ -22,6 +22,7 @@ from trtbuild.trtllm_engine_drafts import (
     take_speculative,
     with_drafts,
 )
+from trtbuild.trtllm_engine_lora import cache_parameters, lora, lora_parameters, take_lora
 
 KIND = "trtllm-engine"
 FLOW: Flow = "engine"
@@ -85,6 +86,7 @@ def take_engine(settings: Settings, facts: ModelFacts) -> None:
     if settings.given("runtime.cuda_graph_config.enabled"):
         settings.take("runtime.cuda_graph_config.enabled")
     take_speculative(settings, facts)
+    take_lora(settings)
     settings.take("runtime.extra")
 
 
@@ -131,6 +133,7 @@ def engine_spec(settings: Settings, facts: ModelFacts) -> EngineSpec:
         ),
         experts=bool(facts.num_experts),
         sparse=settings["compress.sparsity"] == "2:4",
+        lora=lora(settings),
         extra=extra_flags(recipe.runtime.extra),
     )
     return with_drafts(spec, settings)
@@ -150,6 +153,7 @@ def engine_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
         "spec": asdict(spec) | {"extra": {flag: list(values) for flag, values in spec.extra.items()}},
         "arguments": list(arguments(_choices(spec), "CHECKPOINT", "ENGINE")),
     }
+    engine |= lora_parameters(settings, facts)
     return engine | draft_parameters(engine, spec, settings)
 
 
@@ -166,13 +170,13 @@ def build_choices(settings: Settings, facts: ModelFacts) -> tuple[Choice, ...]:
     return _choices(engine_spec(settings, facts))
 
 
-def launch_parameters(settings: Settings) -> dict[str, Any]:
+def launch_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     """What decides the script that starts the server."""
     container = _container(planned_release(settings.recipe))
-    return server_parameters(settings) | {"world_size": ranks(settings.recipe), "image": container.image}
+    return server_parameters(settings, facts) | {"world_size": ranks(settings.recipe), "image": container.image}
 
 
-def server_parameters(settings: Settings) -> dict[str, Any]:
+def server_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     """What the C++ backend reads, in the recipe's words; `more` has its own names."""
     cache = {name: settings[f"runtime.kv_cache.{name}"] for name in ("max_tokens", "enable_block_reuse")}
     cache["free_gpu_memory_fraction"] = shared_fraction(settings)[0]
@@ -182,7 +186,7 @@ def server_parameters(settings: Settings) -> dict[str, Any]:
         "runtime.cuda_graph_config.enabled": "cuda_graph_mode",
     }
     more = {theirs: settings[ours] for ours, theirs in optional.items() if settings.has(ours)}
-    more |= decoding_parameters(settings)
+    more |= decoding_parameters(settings) | cache_parameters(settings, facts, _PACKAGE)
     names = ("tensor_parallel_size", "pipeline_parallel_size", "capacity_scheduler_policy", "enable_chunked_prefill")
     return {
         "gpt_model_path": f"{_PACKAGE}/engine/{BUILT}",
@@ -191,11 +195,11 @@ def server_parameters(settings: Settings) -> dict[str, Any]:
     }
 
 
-def draft_server_parameters(settings: Settings) -> dict[str, Any]:
+def draft_server_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     """What the repository and the start script have besides, where a draft model proposes tokens."""
     if settings.recipe.speculative.method != DRAFT_TARGET:
         return {}
-    engine = server_parameters(settings)
+    engine = server_parameters(settings, facts)
     cache = engine["runtime"]["kv_cache"] | {"free_gpu_memory_fraction": shared_fraction(settings)[1]}
     return {
         "draft": engine

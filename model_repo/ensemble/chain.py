@@ -13,12 +13,14 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from model_repo.ensemble.answer import Answer, Piece
 from model_repo.ensemble.drafting import Rounds
+from model_repo.ensemble.lora import arrays_for
 from model_repo.ensemble.question import PREPARED, Question
 from model_repo.llm.text import StopScanner
 from model_repo.llm.wire import Array, BadRequestError
@@ -37,6 +39,7 @@ class Models:
     preprocessing: str = "preprocessing"
     postprocessing: str = "postprocessing"
     draft: str = ""
+    adapters: Path | None = None
 
 
 class CancelledError(Exception):
@@ -144,6 +147,18 @@ class Chain:
             yield from self._rounds(inputs).run()
             return
         inputs["streaming"] = np.array([[self._models.decoupled]], dtype=np.bool_)
+        began = False
+        try:
+            for found in self._stream(inputs):
+                began = True
+                yield found
+        except RuntimeError as error:
+            arrays = {} if began else arrays_for(self._models.adapters, inputs, str(error))
+            if not arrays:
+                raise
+            yield from self._stream(inputs | arrays)
+
+    def _stream(self, inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
         outputs = self._question.engine_outputs + (("finished",) if self._models.says_finished else ())
         request = _request(self._models.engine, inputs, outputs, self._engine_id)
         self._asked = True

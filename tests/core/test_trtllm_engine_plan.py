@@ -144,7 +144,7 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
         ),
         (["serving.layout=llm"], "serving.layout: llm: TensorRT engines are served by the five models of layout ensem"),
         (["deploy.files=[compose, launch]"], "deploy.files: compose: this version of trtbuild writes a launch script"),
-        (["model.adapters=[a]"], "model.adapters: this version of trtbuild packages no adapters for engines"),
+        (["model.adapters=[a]"], "runtime.lora_config.max_lora_rank: is not set; an adapter of a higher rank than"),
         (["runtime.device=cpu"], "runtime.device: cpu: only the embedded runtime has it; use auto"),
         (["compress.max_memory=8GiB"], "compress.max_memory: 8GiB: this version of trtbuild holds the model in memory"),
         (["runtime.attn_backend=FLASHINFER"], "runtime.attn_backend: TensorRT engines have no counterpart of it; remo"),

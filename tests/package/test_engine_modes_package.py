@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -182,3 +184,106 @@ def test_a_checkpoint_with_heads_is_taken_as_it_is(tmp_path: Path, tiny_llama: P
     assert parameter(package, "tensorrt_llm", "medusa_choices") == "{0}, {0, 0}, {1}"
     assert "--speculative_decoding_mode medusa --max_draft_len 4" in (package / "engine/build.sh").read_text()
     assert (package / "engine" / "tokenizer.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, store: Path, cli: Cli) -> Path:
+    """A package with two adapters."""
+    import torch
+    from safetensors.torch import save_file
+
+    root = tmp_path_factory.mktemp("adapted")
+    for name, rank in (("polite", 2), ("terse", 4)):
+        (root / name).mkdir()
+        tensors = {}
+        for layer, part in itertools.product(range(3), ("q", "v")):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{part}_proj"
+            tensors[f"{prefix}.lora_A.weight"] = torch.full((rank, 64), 0.25)
+            tensors[f"{prefix}.lora_B.weight"] = torch.full((64 if part == "q" else 32, rank), 0.5)
+        save_file(tensors, root / name / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "bias": "none"}
+        (root / name / "adapter_config.json").write_text(json.dumps(config))
+    write_recipe(
+        root, tiny_llama, store,
+        "runtime:\n  kind: trtllm-engine\n  max_batch_size: 4\n  max_seq_len: 256\n"
+        "  lora_config: {max_lora_rank: 4, lora_target_modules: [attn_q, attn_k, attn_v]}\n",
+    )  # fmt: skip
+    cli("build", root / "recipe.yaml", "-o", root / "package", "--set", "model.adapters=[polite, terse]")
+    return root
+
+
+def test_adapters_are_packaged_for_the_server(adapted: Path, cli: Cli) -> None:
+    package = adapted / "package"
+    engine = json.loads((package / "engine/engine.json").read_text())
+    assert (engine["adapters"], engine["dtype"]) == ({"1": "polite", "2": "terse"}, "float16")
+    assert json.loads((package / "engine/checkpoint/config.json").read_text())["dtype"] == "float16"
+    script = (package / "engine/build.sh").read_text()
+    assert "--lora_plugin auto --lora_target_modules attn_q attn_k attn_v --max_lora_rank 4" in script
+    assert "--lora_dir" not in script
+    weights = np.load(package / "engine/adapters/2/model.lora_weights.npy")
+    assert weights.shape == (6, 4 * (64 + 64))
+    assert weights[0].tolist() == [0.25] * 4 * 64 + [0.5 * 8 / 4] * 4 * 64
+    assert np.load(package / "engine/adapters/1/model.lora_config.npy").tolist()[:3] == [
+        [1, 0, 2],
+        [3, 0, 2],
+        [1, 1, 2],
+    ]
+    assert parameter(package, "tensorrt_llm", "lora_prefetch_dir") == "/package/engine/adapters"
+    assert parameter(package, "tensorrt_llm", "lora_cache_max_adapter_size") == "4"
+    assert parameter(package, "tensorrt_llm_bls", "lora_adapters_dir") == "../../engine/adapters"
+    found = checks(cli, package, 0)
+    assert found["LoRA adapters"]["detail"] == "1: polite, 2: terse"
+
+
+def test_adapters_that_were_changed_by_hand(adapted: Path, tmp_path: Path, cli: Cli) -> None:
+    package = Path(shutil.copytree(adapted / "package", tmp_path / "package"))
+    (package / "engine/adapters/2/model.lora_config.npy").unlink()
+    assert "adapter terse: " in checks(cli, package, 5)["LoRA adapters"]["problems"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence", "code"),
+    [
+        (
+            ["runtime.lora_config.max_lora_rank=2"],
+            "model.adapters terse: layers.0.self_attn.q_proj has rank 4, more",
+            2,
+        ),
+        (
+            ["runtime.lora_config.lora_target_modules=[attn_q]"],
+            "adapts self_attn.v_proj, which runtime.lora_config.l",
+            2,
+        ),
+        (
+            ["runtime.lora_config.lora_target_modules=[attn_q, attn_v, moe_gate]"],
+            "moe_gate: adapters of engines chan",
+            3,
+        ),
+        (
+            ["runtime.tensor_parallel_size=4"],
+            "attn_v: 4 ranks repeat the model's 2 key-value heads, and adapters ar",
+            3,
+        ),
+        (
+            ["speculative.method=lookahead"],
+            "upstream says of speculation with LoRA adapters that it is untested; use",
+            3,
+        ),
+        (["runtime.lora_config.max_loras=2"], "runtime.lora_config.max_loras: TensorRT engines have no counterpart", 3),
+    ],
+)
+def test_adapters_that_the_recipe_does_not_fit(
+    adapted: Path, cli: Cli, changes: list[str], sentence: str, code: int
+) -> None:
+    overrides = [word for change in ["model.adapters=[polite, terse]", *changes] for word in ("--set", change)]
+    assert sentence in cli("check", adapted / "recipe.yaml", *overrides, check=code).stderr
+
+
+def test_an_engine_for_adapters_that_clients_send(adapted: Path, cli: Cli) -> None:
+    plan = json.loads(cli("plan", adapted / "recipe.yaml", "--json").stdout)
+    flags = {row["flag"]: row["values"] for row in plan["arguments"]}
+    assert flags["lora_target_modules"] == ["attn_q", "attn_k", "attn_v"]
+    repository = next(step for step in plan["steps"] if step["kind"] == "repository")["parameters"]
+    assert "lora_prefetch_dir" not in repository["engine"]["more"]
+    assert "lora_adapters_dir" not in repository
+    assert any("everything that is not quantized is float16" in warning for warning in plan["warnings"])

@@ -1,4 +1,4 @@
-"""A repository with a draft model in the real Triton: stand-ins for both engines, everything around them as it is.
+"""A repository with a draft model and an adapter in the real Triton: stand-ins for both engines, all else as it is.
 
 The stand-in for `tensorrt_llm` continues a prompt with a fixed text and verifies ``draft_input_ids`` as an engine built
 for ``draft_tokens_external`` does (the drafted tokens that are its own, and one more); an end token is no part of its
@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from llm_helpers import spec
 from restarting import RestartingServer
@@ -48,6 +49,11 @@ class TritonPythonModel:
             with self.seen.open("a") as file:
                 shown = {name: array.tolist() for name, array in inputs.items() if array.dtype != object}
                 file.write(json.dumps({"model": self.name} | shown) + "\\n")
+            if "lora_task_id" in inputs and "lora_weights" not in inputs:
+                task = inputs["lora_task_id"].item()
+                message = f"LoRA task {task} not found in cache. Please send LoRA weights with request"
+                sender.send(pb.InferenceResponse(error=pb.TritonError(message)), flags=FINAL)
+                continue
             if "stop" in inputs:
                 sender.send(pb.InferenceResponse([]), flags=FINAL)
                 continue
@@ -87,6 +93,7 @@ def served(package: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: A
         spec(layout="ensemble", max_batch_size=8), runtime="trtllm-engine",
         engine=EngineParameters(gpt_model_path="/package/engine/built", **share),
         draft=EngineParameters(gpt_model_path="/package/engine/draft/built", **share), draft_tokens=DRAFT_TOKENS,
+        lora_adapters_dir="adapters",
     )  # fmt: skip
     repository = root / "model_repository"
     render_repository(made, repository)
@@ -97,6 +104,10 @@ def served(package: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: A
         config.write_text(config.read_text().replace('backend: "tensorrtllm"', 'backend: "python"'))
         (repository / name / "1" / "model.py").write_text(STAND_IN)
         (repository / name / "tokens.json").write_text(json.dumps(tokens))
+    adapter = root / "engine" / "adapters" / "1"
+    adapter.mkdir(parents=True)
+    np.save(adapter / "model.lora_weights.npy", np.full((2, 3), 0.5, np.float16))
+    np.save(adapter / "model.lora_config.npy", np.array([[1, 0, 1], [1, 1, 1]], np.int32))
     with RestartingServer(repository, root / "log") as running:
         yield running
 
@@ -168,3 +179,15 @@ def test_the_ensemble_asks_the_engine_alone(served: RestartingServer) -> None:
     found = ask(served.http_url, "hello", model="ensemble", layout=ENSEMBLE, streaming=False, max_tokens=100)
     assert found.text == SAID
     assert not seen(served, "tensorrt_llm_draft", before)
+
+
+def test_an_engine_that_has_lost_an_adapter_gets_its_arrays(served: RestartingServer) -> None:
+    before = count(served)
+    assert bls(served, streaming=True, lora_task_id=1).text == SAID
+    first, second = seen(served, "tensorrt_llm", before)
+    assert "lora_weights" not in first
+    assert second["lora_task_id"] == first["lora_task_id"] == [1]
+    assert (second["lora_weights"], second["lora_config"]) == ([[[0.5] * 3] * 2], [[[1, 0, 1], [1, 1, 1]]])
+    assert not seen(served, "tensorrt_llm_draft", before), "rounds of drafts take no adapter"
+    with pytest.raises((RequestError, ToolError), match="LoRA task 9 not found in cache"):
+        bls(served, streaming=False, lora_task_id=9)

@@ -208,6 +208,8 @@ def _models(spec: RepositorySpec) -> dict[str, _Written]:
     }
     if spec.draft is not None:
         bls["num_draft_tokens"] = spec.draft_tokens
+    if spec.lora_adapters_dir is not None:
+        bls["lora_adapters_dir"] = f"{spec.engine_dir}/{spec.lora_adapters_dir}"
     parameters = {
         "preprocessing": base | tokenizer | {"add_special_tokens": "true"} | no_images | limits,
         "postprocessing": base | tokenizer | {"skip_special_tokens": "true"},

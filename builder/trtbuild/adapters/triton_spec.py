@@ -19,7 +19,8 @@ class RepositorySpec:
     and, beside it, `draft` (the same of a draft model, which proposes `draft_tokens` at a time). Only for the runtime
     `trtllm`: `model_py` takes the container's own model files with ``upstream``, which then reads `llm_args` and finds
     the engine at `model_path`; `instance_count` instances each get a group of `gpu_device_ids`, such as ``0,1;2,3``;
-    `lora_adapters` are directories in the engine directory, by the name that clients send.
+    `lora_adapters` are directories in the engine directory, by the name that clients send. For `trtllm-engine`,
+    `lora_adapters_dir` is where the engine directory has its adapters, by task id.
     """
 
     model_name: str
@@ -40,6 +41,7 @@ class RepositorySpec:
     model_py: str = OWN_MODEL_FILES
     instance_count: int = 1
     gpu_device_ids: str = ""
+    lora_adapters_dir: str | None = None
     lora_adapters: Mapping[str, str] = field(default_factory=dict)
     llm_args: Mapping[str, Any] = field(default_factory=dict)
     model_path: str = "/package/engine"

@@ -74,6 +74,8 @@ def engine_json(parameters: Mapping[str, Any]) -> dict[str, Any]:
         "spec": parameters["spec"],
         "checkpoint": CHECKPOINT,
         "built": BUILT,
+        # The number that a client sends as lora_task_id, and whose adapter it is.
+        **({"adapters": parameters["lora"]["adapters"]} if "lora" in parameters else {}),
     }
 
 

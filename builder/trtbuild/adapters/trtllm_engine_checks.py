@@ -13,6 +13,7 @@ from trtbuild.errors import ArtifactError
 from trtbuild.manifest import read_json
 from trtbuild.safetensors_header import HeaderError, TensorInfo, read_header
 from trtbuild.trtllm_build import BUILT, DRAFT, EngineSpec, spec_from_json
+from trtbuild.trtllm_engine_lora import ADAPTERS
 
 _AGAIN = "build the package again"
 
@@ -45,9 +46,19 @@ def check(directory: Path, planned: Mapping[str, Any]) -> list[EngineCheck]:
         _ranks(directory / CHECKPOINT, spec),
         _built(directory, spec, engine["image"]),
     ]
+    if planned.get("lora", {}).get("adapters"):
+        checks.append(_adapters(directory / ADAPTERS, planned["lora"]))
     if "draft" not in planned:
         return checks
     return checks + [replace(one, name=f"draft: {one.name}") for one in check(directory / DRAFT, planned["draft"])]
+
+
+def _adapters(directory: Path, lora: Mapping[str, Any]) -> EngineCheck:
+    from trtbuild.convert.lora.write import check_arrays  # numpy, which only this check needs
+
+    problems = tuple(f"{problem}; {_AGAIN}" for problem in check_arrays(directory, lora))
+    shown = ", ".join(f"{task}: {name}" for task, name in lora["adapters"].items())
+    return EngineCheck("LoRA adapters", problems, shown)
 
 
 def _against_plan(engine: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:

@@ -42,6 +42,7 @@ class TritonPythonModel:
             decoupled=settings.decoupled,
             says_finished=settings.text("runtime") == "embedded",
             draft=draft,
+            adapters=settings.optional_directory("lora_adapters_dir"),
         )
         period_s = settings.count("cancellation_check_period_ms") / 1000
         self._sender = Sender(None, model_name=settings.name, check_period_s=period_s, outputs=CLIENT_OUTPUTS)
