@@ -17,8 +17,9 @@ from trtbuild.checkpoint_files import open_directory
 from trtbuild.errors import ArtifactError, Problem, RecipeError
 from trtbuild.manifest import read_json
 from trtbuild.model import ModelFacts, read_facts
+from trtbuild.tokenizer_file import TOKENIZER_FILE, vocabulary
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG = "config.json"
 # Roles in the engine step; no adapter can have such a name.
 DRAFT_ROLE, HEADS_ROLE = "speculative/draft", "speculative/heads"
 AT = "speculative.draft"
@@ -87,7 +88,7 @@ def other_tokens(model: Path, draft: Path) -> Problem | None:
 
     Tokenizers in other files than ``tokenizer.json`` are not compared.
     """
-    ours, theirs = (_tokens(directory / TOKENIZER) for directory in (model, draft))
+    ours, theirs = (_tokens(directory / TOKENIZER_FILE) for directory in (model, draft))
     if ours is None or theirs is None or ours == theirs:
         return None
     differing = sum(theirs.get(token) != number for token, number in ours.items()) or len(theirs) - len(ours)
@@ -98,11 +99,7 @@ def other_tokens(model: Path, draft: Path) -> Problem | None:
 def _tokens(path: Path) -> dict[str, int] | None:
     """Every token's number, or None where the file does not say it."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = data["model"]["vocab"]
-        if isinstance(vocabulary, list):  # unigram: pairs of token and score
-            vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
-        return dict(vocabulary) | {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
+        return vocabulary(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild import __version__, evidence, package
-from trtbuild.adapters import container, trtllm
+from trtbuild.adapters import container, trtllm, trtllm_tokenizer
 from trtbuild.draft import DRAFT_ROLE, HEADS, HEADS_ROLE, Draft, other_tokens, read_draft
 from trtbuild.errors import CompatibilityError, GateError, HostError, Problem, RecipeError
 from trtbuild.gates import check_gates
@@ -109,17 +109,24 @@ def _foresee_conversion(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) -
     sizes = {"tp_size": spec["tp_size"], "pp_size": spec["pp_size"]}
     if plan.source.repo_id is None and "heads" not in engine:
         refuse_source(Path(plan.source.path), **sizes)
+    tokenizer = _tokenizer(plan, loaded)
+    if "tokenizer_info" in engine and tokenizer is not None:
+        trtllm_tokenizer.tokenizer_info(tokenizer)
     if draft is None or draft.facts is None:
         return
     directory = local_path(loaded, loaded.recipe.speculative.draft or "", at="speculative.draft")
     refuse_source(directory, **sizes)
-    named = plan.value("model.tokenizer")
-    if named is None and plan.source.repo_id is not None:
-        return  # the engine step compares tokenizers too
-    tokenizer = Path(plan.source.path) if named is None else local_path(loaded, named, at="model.tokenizer")
-    problem = other_tokens(tokenizer, directory)
+    problem = None if tokenizer is None else other_tokens(tokenizer, directory)
     if problem is not None:
         raise CompatibilityError(str(problem))
+
+
+def _tokenizer(plan: Plan, loaded: LoadedRecipe) -> Path | None:
+    """The directory with the tokenizer, or None while it is on a hub: the engine step looks again."""
+    named = plan.value("model.tokenizer")
+    if named is not None:
+        return local_path(loaded, named, at="model.tokenizer")
+    return Path(plan.source.path) if plan.source.repo_id is None else None
 
 
 def _check_adapters(loaded: LoadedRecipe, plan: Plan) -> list[Problem]:

@@ -18,6 +18,7 @@ from trtbuild.adapters import (
     trtllm,
     trtllm_checkpoint,
     trtllm_engine,
+    trtllm_tokenizer,
 )
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE, other_tokens
@@ -123,6 +124,9 @@ def _converted_engine(work: Work) -> dict[str, Any]:
     else:
         record = _in_child("trtbuild.convert", request, work)
     trtllm_engine.write_engine(parameters, checkpoint, work.staging.content)
+    if "tokenizer_info" in parameters:
+        info = trtllm_tokenizer.tokenizer_info(checkpoint)
+        write_atomic(work.staging.content / parameters["tokenizer_info"], canonical_json(info))
     adapters = parameters.get("lora", {}).get("adapters", {})
     if adapters:
         request = {

@@ -43,7 +43,6 @@ _DEPLOY_FILES = ("launch",)
 NOT_WRITTEN = {
     "runtime.context_parallel_size": "the conversion divides models over tensor and pipeline ranks only",
     "runtime.moe_expert_parallel_size": "the conversion divides experts by tensor ranks only",
-    "runtime.guided_decoding_backend": "the C++ backend wants a file on the tokenizer that trtbuild does not write",
 }
 
 
@@ -70,6 +69,7 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += embedded_only(recipe)
     problems += _package(settings)
     problems += _fields(settings)
+    problems += _guide(recipe)
     problems += _model(facts)
     problems += group_refusals(settings, facts)
     problems += excluded_in_part(settings["compress.exclude"], facts)
@@ -123,6 +123,13 @@ def _fields(settings: Settings) -> Iterable[Problem]:
             yield Problem(path, "TensorRT engines have no counterpart of it", "remove it, or use runtime.kind: trtllm")
         elif path in NOT_WRITTEN:
             yield Problem(path, NOT_WRITTEN[path], "remove it, or use runtime.kind: trtllm")
+
+
+def _guide(recipe: Recipe) -> Iterable[Problem]:
+    backend = recipe.runtime.guided_decoding_backend
+    if backend not in (None, "xgrammar"):
+        message = f"{backend}: the backends of TensorRT engines know xgrammar alone"
+        yield Problem("runtime.guided_decoding_backend", message, "use xgrammar, or runtime.kind: trtllm")
 
 
 def _model(facts: ModelFacts) -> Iterable[Problem]:

@@ -27,6 +27,7 @@ from trtbuild.trtllm_engine_lora import cache_parameters, lora, lora_parameters,
 KIND = "trtllm-engine"
 FLOW: Flow = "engine"
 DTYPE = "bfloat16"  # of what is not quantized: the compress step casts to it
+TOKENIZER_INFO = "xgrammar_tokenizer_info.json"  # in the engine directory, for guided decoding
 _PACKAGE = "/package"  # where the server sees the package
 _USUAL_TOKENS = 8192  # trtllm_build.toml: the default of --max_num_tokens
 # A window of all layers alike, which TensorRT-LLM's own converters leave to the server as well.
@@ -85,6 +86,8 @@ def take_engine(settings: Settings, facts: ModelFacts) -> None:
     _kv_cache(settings, facts)
     if settings.given("runtime.cuda_graph_config.enabled"):
         settings.take("runtime.cuda_graph_config.enabled")
+    if settings.given("runtime.guided_decoding_backend"):
+        settings.take("runtime.guided_decoding_backend")
     take_speculative(settings, facts)
     take_lora(settings)
     settings.take("runtime.extra")
@@ -153,6 +156,8 @@ def engine_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
         "spec": asdict(spec) | {"extra": {flag: list(values) for flag, values in spec.extra.items()}},
         "arguments": list(arguments(_choices(spec), "CHECKPOINT", "ENGINE")),
     }
+    if settings.has("runtime.guided_decoding_backend"):
+        engine["tokenizer_info"] = TOKENIZER_INFO
     engine |= lora_parameters(settings, facts)
     return engine | draft_parameters(engine, spec, settings)
 
@@ -186,6 +191,13 @@ def server_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
         "runtime.cuda_graph_config.enabled": "cuda_graph_mode",
     }
     more = {theirs: settings[ours] for ours, theirs in optional.items() if settings.has(ours)}
+    if settings.has("runtime.guided_decoding_backend"):
+        more |= {
+            "guided_decoding_backend": settings["runtime.guided_decoding_backend"],
+            # The C++ backend reads the file, the container's python model the tokenizer itself.
+            "xgrammar_tokenizer_info_path": f"{_PACKAGE}/engine/{TOKENIZER_INFO}",
+            "tokenizer_dir": f"{_PACKAGE}/engine",
+        }
     more |= decoding_parameters(settings) | cache_parameters(settings, facts, _PACKAGE)
     names = ("tensor_parallel_size", "pipeline_parallel_size", "capacity_scheduler_policy", "enable_chunked_prefill")
     return {

@@ -36,6 +36,9 @@ TO_ENGINE = {name: name for name in _SAME_NAME} | {
     "top_p": "runtime_top_p",
     "length_penalty": "len_penalty",
 }
+# NVIDIA/TensorRT-LLM triton_backend/inflight_batcher_llm/src/utils.cc @c8c6df08: what a guide may be.
+_ANY_JSON = "json"
+_GUIDES = (_ANY_JSON, "json_schema", "regex", "ebnf_grammar")
 _COUNTS = ("beam_width", "num_return_sequences")
 # Every round of drafts is a request of its own to the engine: what belongs to a whole answer is lost between them.
 _NOT_WITH_DRAFTS = (
@@ -93,6 +96,7 @@ def parse(inputs: Inputs, *, streaming: bool, draft_tokens: int = 0) -> Question
         BadRequestError: an input is malformed, or asks for what this model does not do.
     """
     one_prompt(inputs)
+    _guide(inputs)
     drafted = _draft_tokens(inputs, draft_tokens)
     if filled(inputs.get("image_input")):
         raise BadRequestError("image_input: this model reads text only; send the request without it")
@@ -112,6 +116,20 @@ def parse(inputs: Inputs, *, streaming: bool, draft_tokens: int = 0) -> Question
         draft_tokens=drafted,
         use_draft_logits=_draft_logits(inputs, drafted),
     )
+
+
+def _guide(inputs: Inputs) -> None:
+    """Refuse a guide that the engine would pass over in silence (`getGuidedDecodingParamsFromTensors`)."""
+    kind, guide = (
+        text(inputs, name) if _asks(inputs, name) else None
+        for name in ("guided_decoding_guide_type", "guided_decoding_guide")
+    )
+    if kind is None and guide is not None:
+        raise BadRequestError(f"guided_decoding_guide: comes without a type; send one of {', '.join(_GUIDES)}")
+    if kind is not None and kind not in _GUIDES:
+        raise BadRequestError(f"guided_decoding_guide_type: {kind!r} is unknown; send one of {', '.join(_GUIDES)}")
+    if kind is not None and kind != _ANY_JSON and guide is None:
+        raise BadRequestError(f"guided_decoding_guide: {kind} needs one; send it, or the type {_ANY_JSON}")
 
 
 def _draft_tokens(inputs: Inputs, most: int) -> int:

@@ -23,6 +23,7 @@ LAYERS = [
         "checkpoint_checks",
         "checkpoint_files",
         "draft",
+        "tokenizer_file",
         "safetensors_header",
         "recipe",
         "recipe_file",

@@ -150,7 +150,7 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
         (["runtime.attn_backend=FLASHINFER"], "runtime.attn_backend: TensorRT engines have no counterpart of it; remo"),
         (["runtime.enable_attention_dp=true"], "runtime.enable_attention_dp: TensorRT engines have no counterpart"),
         (["runtime.context_parallel_size=2"], "the conversion divides models over tensor and pipeline ranks only"),
-        (["runtime.guided_decoding_backend=xgrammar"], "the C++ backend wants a file on the tokenizer that trtbuild"),
+        (["runtime.guided_decoding_backend=llguidance"], "llguidance: the backends of TensorRT engines know xgrammar"),
         (["target.gpu=H1000"], "target.gpu: 'H1000' is no known GPU; did you mean H100"),
         (["target.gpu=A100", "compress.format=fp8"], "compress.format: fp8 does not run on A100 (SM80): TensorRT-LLM"),
         (["target.gpu=A100", "compress.kv_cache=fp8"], "an FP8 KV cache needs compute capability 8.9, the target has"),

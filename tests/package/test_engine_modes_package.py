@@ -287,3 +287,27 @@ def test_an_engine_for_adapters_that_clients_send(adapted: Path, cli: Cli) -> No
     assert "lora_prefetch_dir" not in repository["engine"]["more"]
     assert "lora_adapters_dir" not in repository
     assert any("everything that is not quantized is float16" in warning for warning in plan["warnings"])
+
+
+def test_the_tokenizer_as_xgrammar_reads_it(adapted: Path, tmp_path: Path, cli: Cli) -> None:
+    """Against what upstream's script takes from the same tokenizer, loaded by Transformers."""
+    from transformers import AutoTokenizer
+
+    package = tmp_path / "package"
+    guided = ("--set", "runtime.guided_decoding_backend=xgrammar")
+    cli("build", adapted / "recipe.yaml", "-o", package, *guided)
+    info = json.loads((package / "engine/xgrammar_tokenizer_info.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(package / "engine")
+    assert info["encoded_vocab"] == sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    assert info["stop_token_ids"] == [tokenizer.eos_token_id]
+    ours, theirs = json.loads(info["tokenizer_str"]), json.loads(tokenizer.backend_tokenizer.to_str())
+    for part in ("model", "decoder", "pre_tokenizer", "normalizer"):
+        assert ours[part] == theirs[part], part
+    assert parameter(package, "tensorrt_llm", "guided_decoding_backend") == "xgrammar"
+    place = parameter(package, "tensorrt_llm", "xgrammar_tokenizer_info_path")
+    assert place == "/package/engine/xgrammar_tokenizer_info.json"
+    assert checks(cli, package, 0)["guided decoding"]["detail"] == "320 tokens"
+    path = package / "engine/xgrammar_tokenizer_info.json"
+    path.chmod(0o644)
+    path.write_text(json.dumps(info | {"stop_token_ids": [0]}))
+    assert "stop_token_ids is not that of the tokenizer" in checks(cli, package, 5)["guided decoding"]["problems"][0]

@@ -227,3 +227,29 @@ def test_what_does_not_go_with_drafts_is_answered_without_them_or_refused(agains
 def test_bad_wishes(inputs: dict[str, Any], sentence: str) -> None:
     with pytest.raises(BadRequestError, match=sentence):
         parse(asked(**inputs), streaming=True, draft_tokens=5)
+
+
+GUIDE = {"guided_decoding_guide_type": b"json_schema", "guided_decoding_guide": b"{}"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, None),
+        ({"guided_decoding_guide_type": b"json", "guided_decoding_guide": b""}, None),
+        ({"guided_decoding_guide_type": b"", "guided_decoding_guide": b""}, None),
+        (
+            {"guided_decoding_guide_type": b"schema"},
+            "guided_decoding_guide_type: 'schema' is unknown; send one of json",
+        ),
+        ({"guided_decoding_guide_type": b""}, "guided_decoding_guide: comes without a type"),
+        ({"guided_decoding_guide": b""}, "guided_decoding_guide: json_schema needs one"),
+    ],
+)
+def test_a_guide_that_the_engine_would_pass_over_is_refused(changes: dict[str, bytes], sentence: str | None) -> None:
+    inputs = asked(**{name: np.array([[value]], dtype=object) for name, value in (GUIDE | changes).items()})
+    if sentence is None:
+        assert parse(inputs, streaming=True).to_engine
+        return
+    with pytest.raises(BadRequestError, match=sentence):
+        parse(inputs, streaming=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.adapters.trtllm_engine import CHECKPOINT, ENGINE_FILE, RECORD, SCRIPT, check_engine
+from trtbuild.adapters.trtllm_tokenizer import tokenizer_info
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import ArtifactError
 from trtbuild.manifest import read_json
@@ -46,6 +47,8 @@ def check(directory: Path, planned: Mapping[str, Any]) -> list[EngineCheck]:
         _ranks(directory / CHECKPOINT, spec),
         _built(directory, spec, engine["image"]),
     ]
+    if "tokenizer_info" in planned:
+        checks.append(_tokenizer(directory, planned["tokenizer_info"]))
     if planned.get("lora", {}).get("adapters"):
         checks.append(_adapters(directory / ADAPTERS, planned["lora"]))
     if "draft" not in planned:
@@ -59,6 +62,16 @@ def _adapters(directory: Path, lora: Mapping[str, Any]) -> EngineCheck:
     problems = tuple(f"{problem}; {_AGAIN}" for problem in check_arrays(directory, lora))
     shown = ", ".join(f"{task}: {name}" for task, name in lora["adapters"].items())
     return EngineCheck("LoRA adapters", problems, shown)
+
+
+def _tokenizer(directory: Path, name: str) -> EngineCheck:
+    found, wanted = read_json(directory / name), tokenizer_info(directory)
+    wrong = tuple(
+        f"{name}: {key} is not that of the tokenizer beside it; {_AGAIN}"
+        for key in wanted
+        if found.get(key) != wanted[key]
+    )
+    return EngineCheck("guided decoding", wrong, f"{len(wanted['encoded_vocab'])} tokens")
 
 
 def _against_plan(engine: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
