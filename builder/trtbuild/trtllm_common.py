@@ -17,7 +17,7 @@ from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version
 
 _EMBEDDED_ONLY = "only the embedded runtime has it"
 # What each speculative method reads of its section.
-_SPECULATIVE: dict[str, tuple[str, ...]] = {
+SPECULATIVE_FIELDS: dict[str, tuple[str, ...]] = {
     "none": (),
     "ngram": ("max_draft_len",),
     "draft_target": ("draft", "max_draft_len", "draft_kv_cache_share"),
@@ -50,7 +50,7 @@ def unread_speculative(recipe: Recipe) -> Iterable[Problem]:
     section, silent = recipe.speculative, type(recipe.speculative)()
     for name in type(section).model_fields:
         value = getattr(section, name)
-        if name == "method" or value == getattr(silent, name) or name in _SPECULATIVE[section.method]:
+        if name == "method" or value == getattr(silent, name) or name in SPECULATIVE_FIELDS[section.method]:
             continue
         why = "of no use without a speculative.method" if section.method == "none" else f"{section.method} has none"
         yield Problem(f"speculative.{name}", f"{value}: {why}", "remove it")
