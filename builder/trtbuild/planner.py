@@ -87,6 +87,7 @@ def _draft(
         warnings=_warnings(settings, facts),
         comparison=None if _kind(settings) == _EMBEDDED else compare(settings, facts),
         arguments=trtllm_engine_settings.build_choices(settings, facts) if _kind(settings) == _ENGINE else (),
+        draft_arguments=trtllm_engine_settings.draft_choices(settings, facts) if _kind(settings) == _ENGINE else (),
     )
 
 

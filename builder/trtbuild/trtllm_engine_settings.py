@@ -18,6 +18,7 @@ from trtbuild.trtllm_engine_drafts import (
     DRAFT_TARGET,
     decoding_parameters,
     draft_parameters,
+    draft_spec,
     shared_fraction,
     take_speculative,
     with_drafts,
@@ -173,6 +174,12 @@ def _choices(spec: EngineSpec) -> tuple[Choice, ...]:
 def build_choices(settings: Settings, facts: ModelFacts) -> tuple[Choice, ...]:
     """Every argument of trtllm-build with its reason, for the plan."""
     return _choices(engine_spec(settings, facts))
+
+
+def draft_choices(settings: Settings, facts: ModelFacts) -> tuple[Choice, ...]:
+    """The same for the engine of a draft model; none without one."""
+    spec = draft_spec(engine_spec(settings, facts), settings)
+    return () if spec is None else _choices(spec)
 
 
 def launch_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:

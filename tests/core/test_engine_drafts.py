@@ -11,6 +11,7 @@ import pytest
 
 from core.test_model import edit_config
 from core.test_trtllm_engine_plan import RUNTIME, flags
+from trtbuild.console import plan_text
 from trtbuild.draft import other_tokens, read_draft
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, TrtbuildError
 from trtbuild.pipeline import prepare
@@ -50,6 +51,12 @@ def test_two_engines_are_planned(tiny_llama: Path, draft: Path, tmp_path: Path) 
     arguments = engine["draft"]["arguments"]
     assert "--speculative_decoding_mode" not in arguments
     assert arguments[arguments.index("--use_paged_context_fmha") + 1] == "enable"
+    shown = plan_text(plan).partition("trtllm-build of the draft model")[2].partition("what runs where")[0]
+    assert "--max_input_len" in shown
+    assert "speculative" not in shown
+    assert [row["flag"] for row in plan.to_json()["draft_arguments"]] == [row.flag for row in plan.draft_arguments]
+    table = {row.what: [str(cell) for cell in row.cells] for row in plan.comparison.rows}  # type: ignore[union-attr]
+    assert table["speculation draft_target"][0] == "available: draft_tokens_external"
 
 
 def test_the_memory_is_divided_by_bytes_a_token(tiny_llama: Path, draft: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,15 @@ def test_a_host_that_does_not_fit_is_named(tmp_path: Path, ranks: int, gpus: int
     done = run(tmp_path, here(tmp_path, 2), ranks=ranks, gpus=gpus)
     assert done.returncode == 6
     assert sentence in done.stderr
+
+
+def test_a_draft_model_beside_the_engine() -> None:
+    draft = EngineParameters("/package/engine/draft/built", tensor_parallel_size=2)
+    problems = launch_problems(replace(launch(2), draft=draft))
+    assert [str(one) for one in problems] == [
+        "speculative.draft: a draft model's engine beside this one, with 2 ranks each; use orchestrator mode"
+    ]
+    text = render_launch(replace(launch(2, mode="orchestrator"), draft=draft))
+    assert "draft=/package/engine/draft/built" in text
+    assert '[ -f "$draft/rank1.engine" ] || fail "$draft/rank1.engine is not here; build the draft model' in text
+    assert launch_problems(replace(launch(1), draft=draft)) == []
