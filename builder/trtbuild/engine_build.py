@@ -20,14 +20,14 @@ from trtbuild.adapters.trtllm_runner import EngineRun, find_runner, run_script
 from trtbuild.errors import ArtifactError, HostError
 from trtbuild.linking import place_tree
 from trtbuild.manifest import compare_tree, digest_json, read_json
-from trtbuild.package import PLACE, entries_below, read_manifest, refuse_loss
+from trtbuild.package import DRAFT_PLACE, PLACE, entries_below, read_manifest, refuse_loss
 from trtbuild.plan import Plan
 from trtbuild.report import Reporter
 from trtbuild.store import Artifact, Store
-from trtbuild.trtllm_build import BUILT, spec_from_json
+from trtbuild.trtllm_build import BUILT, DRAFT, spec_from_json
 
 KIND = "built"
-STEP = "trtllm-build"  # what the reporter and the evidence call it
+STEPS = {PLACE: "trtllm-build", DRAFT_PLACE: "trtllm-build-draft"}  # what the reporter and the evidence call them
 _AUTO, _SCRIPT_ONLY = "auto", "script"
 
 
@@ -41,6 +41,7 @@ class EngineJob:
         reporter: is told what happens.
         engine: the artifact of the engine step.
         out: the package that will be replaced; None where none is written.
+        place: which engine of the package: the model's, or the draft model's.
     """
 
     plan: Plan
@@ -48,11 +49,18 @@ class EngineJob:
     reporter: Reporter
     engine: Artifact
     out: Path | None
+    place: str = PLACE
 
     @property
     def parameters(self) -> Mapping[str, Any]:
-        """Of the planned engine step."""
-        return self.plan.step("engine").parameters
+        """Of the planned engine step, or of its part that plans the draft model's engine."""
+        engine: Mapping[str, Any] = self.plan.step("engine").parameters
+        return engine if self.place == PLACE else engine[DRAFT]
+
+    @property
+    def directory(self) -> Path:
+        """The engine directory, which holds checkpoint and script."""
+        return self.engine.content if self.place == PLACE else self.engine.content / DRAFT
 
 
 def refuse_runner(plan: Plan, store: Store, out: Path | None, checkpoint: str | None) -> None:
@@ -85,7 +93,7 @@ def have_engine(job: EngineJob) -> Artifact | None:
         HostError: the recipe names a runner that is of no use here.
         ToolError: the build failed.
     """
-    key = str(read_json(job.engine.content / ENGINE_FILE)["key"])
+    key = str(read_json(job.directory / ENGINE_FILE)["key"])
     started = time.monotonic()
 
     def waiting() -> None:
@@ -98,17 +106,17 @@ def have_engine(job: EngineJob) -> Artifact | None:
         if artifact is None:
             artifact, status = _build(job, key), "built"
     if artifact is not None:
-        job.reporter.finished(STEP, status, time.monotonic() - started)
+        job.reporter.finished(STEPS[job.place], status, time.monotonic() - started)
     return artifact
 
 
 def _adopt(job: EngineJob, key: str) -> Artifact | None:
     """The engine that the script has built in the package, where it is the one of this plan."""
-    record = None if job.out is None else read_record(job.out / PLACE)
+    record = None if job.out is None else read_record(job.out / job.place)
     if job.out is None or record is None or record.get("key") != key:
         return None
-    place, remedy = job.out / PLACE, f"move {job.out / PLACE} away, and build again"
-    recorded = entries_below(read_manifest(job.out), PLACE)  # none where the script has added it
+    place, remedy = job.out / job.place, f"move {job.out / job.place} away, and build again"
+    recorded = entries_below(read_manifest(job.out), job.place)  # none where the script has added it
     damage = compare_tree(place, recorded, job.store.digests) if recorded else []
     if damage:
         raise ArtifactError(f"{place} is damaged: {', '.join(damage)}", remedy)
@@ -121,7 +129,7 @@ def _adopt(job: EngineJob, key: str) -> Artifact | None:
 
 def _build(job: EngineJob, key: str) -> Artifact | None:
     """Build the engine now, if something here can."""
-    script, wanted = job.engine.content / SCRIPT, job.plan.value("runtime.build_in")
+    script, wanted = job.directory / SCRIPT, job.plan.value("runtime.build_in")
     if wanted == _SCRIPT_ONLY:
         _say_script(job, "runtime.build_in is script")
         return None
@@ -134,14 +142,14 @@ def _build(job: EngineJob, key: str) -> Artifact | None:
         return None
     if job.out is not None:  # now, and not after hours: a package with this engine will replace what is there
         refuse_loss(job.out, lambda other: other == key or is_kept(job.store, other))
-    job.reporter.started(STEP)
+    job.reporter.started(STEPS[job.place])
     # Beside the staging directory, not in it: what a killed build has finished is used by the next one.
     place = job.store.root / "work" / f"{KIND}-{key}"
     built, work = place / BUILT, place / f"{BUILT}.work"
     work.mkdir(parents=True, exist_ok=True)
     _use_timing(job, work)
     staging, started = job.store.stage(KIND, key), time.monotonic()
-    run = EngineRun(script, runner, job.engine.content / CHECKPOINT, built, job.parameters["world_size"], staging.log)
+    run = EngineRun(script, runner, job.directory / CHECKPOINT, built, job.parameters["world_size"], staging.log)
     run_script(run, job.reporter.progress)
     _keep_timing(job, work)
     try:
@@ -176,9 +184,11 @@ def _find(script: str, wanted: str) -> str:
 def _say_script(job: EngineJob, why: str) -> None:
     parameters = job.parameters
     gpus = f"{parameters['world_size']} x SM{parameters['spec']['gpu']}"
-    folder = "the package's engine" if job.out is None else f"{job.out}/engine"
+    package = "the package's " if job.out is None else f"{job.out}/"
+    folder = f"{package}{Path(job.place).parent}"
+    whose = "the engine" if job.place == PLACE else "the draft model's engine"
     job.reporter.note(
-        f"the engine was not built here ({why}): run {folder}/{SCRIPT} in reach of {parameters['image']}, on {gpus}, "
+        f"{whose} was not built here ({why}): run {folder}/{SCRIPT} in reach of {parameters['image']}, on {gpus}, "
         "then this build again"
     )
 

@@ -28,7 +28,7 @@ from trtbuild.manifest import (
     write_atomic,
 )
 from trtbuild.store import Artifact, remove_tree
-from trtbuild.trtllm_build import BUILT
+from trtbuild.trtllm_build import BUILT, DRAFT
 
 SCHEMA_VERSION = 1
 RECIPE, LOCK = "recipe.yaml", "plan.lock.json"
@@ -36,9 +36,9 @@ RECIPE, LOCK = "recipe.yaml", "plan.lock.json"
 DIGESTED = ("engine", "model_repository", "deploy")
 # What engine/build.sh adds to a package for TensorRT engines: the engine, and the place where it is built. An engine
 # that the build itself put there is listed in the manifest like evidence: two builds of one differ in bytes.
-PLACE = f"engine/{BUILT}"
-_WORK = f"{PLACE}.work"
-_ADDED = (PLACE, _WORK)
+PLACE, DRAFT_PLACE = f"engine/{BUILT}", f"engine/{DRAFT}/{BUILT}"
+PLACES = (PLACE, DRAFT_PLACE)
+_ADDED = (*PLACES, *(f"{place}.work" for place in PLACES))
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -130,13 +130,15 @@ def refuse_loss(out: Path, saved: Callable[[str], bool]) -> None:
     Raises:
         RecipeError: engine/build.sh runs there, or has left an engine or a part of one.
     """
-    if _is_running(out / _WORK):
-        message = f"engine/build.sh builds an engine in {out} right now, and the package would be replaced by another"
-        raise RecipeError([Problem("-o", message, "wait for it, or name a new directory")])
-    for name, key in ((PLACE, _record_key(out / PLACE)), (_WORK, _text(out / _WORK / "key"))):
-        if (out / name).exists() and not saved(key):
-            message = f"{out} holds {name}, which engine/build.sh made, and the package would be replaced by another"
-            raise RecipeError([Problem("-o", message, "name a new directory, or move that one away")])
+    for place in PLACES:
+        script, work = f"{place.rpartition('/')[0]}/build.sh", f"{place}.work"
+        if _is_running(out / work):
+            message = f"{script} builds an engine in {out} right now, and the package would be replaced by another"
+            raise RecipeError([Problem("-o", message, "wait for it, or name a new directory")])
+        for name, key in ((place, _record_key(out / place)), (work, _text(out / work / "key"))):
+            if (out / name).exists() and not saved(key):
+                message = f"{out} holds {name}, which {script} made, and the package would be replaced by another"
+                raise RecipeError([Problem("-o", message, "name a new directory, or move that one away")])
 
 
 def _is_running(work: Path) -> bool:
@@ -244,9 +246,11 @@ def _manifest(entries: tuple[FileEntry, ...]) -> dict[str, Any]:
 
 
 def _package_digest(entries: tuple[FileEntry, ...]) -> str:
-    return digest_entries(
-        entry for entry in entries if entry.path.split("/", 1)[0] in DIGESTED and not entry.path.startswith(f"{PLACE}/")
-    )
+    return digest_entries(entry for entry in entries if entry.path.split("/", 1)[0] in DIGESTED and not _built(entry))
+
+
+def _built(entry: FileEntry) -> bool:
+    return any(entry.path.startswith(f"{place}/") for place in PLACES)
 
 
 def _is_package(path: Path) -> bool:

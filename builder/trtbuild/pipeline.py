@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild import __version__, evidence, package
-from trtbuild.adapters import container, trtllm
+from trtbuild.adapters import container
 from trtbuild.engine_build import KIND as BUILT
-from trtbuild.engine_build import STEP, EngineJob, have_engine, is_kept, refuse_runner
+from trtbuild.engine_build import STEPS, EngineJob, have_engine, is_kept, refuse_runner
 from trtbuild.errors import GateError, HostError, Problem, RecipeError
+from trtbuild.foresight import adapter_problems, draft_of, refuse_unconvertible
 from trtbuild.gates import check_gates
 from trtbuild.manifest import canonical_json, digest_entries, digest_json, entries_json
 from trtbuild.model import read_facts
@@ -58,7 +59,7 @@ class _Run:
     foresee: Callable[[str | None], None]  # told of the compressed checkpoint's digest before a step works
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     files: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
-    built: Artifact | None = None  # of a TensorRT engine
+    built: dict[str, Artifact] = field(default_factory=dict)  # TensorRT engines, by their place in the package
 
 
 def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
@@ -73,39 +74,14 @@ def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
     def check(plan: Plan) -> list[Problem]:
         deploy = deploy_spec(plan.step("deploy"), engine_digest="")
         missing = missing_files(loaded, plan.steps)
-        return [*missing, *container.check_deploy(deploy), *(() if missing else _check_adapters(loaded, plan))]
+        return [*missing, *container.check_deploy(deploy), *(() if missing else adapter_problems(loaded, plan))]
 
-    plan = make_plan(loaded, read_facts(files), source, tool_versions(), check=check)
-    _foresee_conversion(plan)
+    draft = draft_of(loaded)
+    plan = make_plan(loaded, read_facts(files), source, tool_versions(), check=check, draft=draft)
+    refuse_unconvertible(plan, loaded, draft)
     configured = loaded.recipe.store
     store = local_path(loaded, configured, at="store") if configured is not None else cache_dir() / "store"
     return Prepared(loaded=loaded, plan=plan, store=store)
-
-
-def _foresee_conversion(plan: Plan) -> None:
-    """Refuse a local checkpoint that the engine step could not convert; one on a hub is judged once it is here.
-
-    Raises:
-        CompatibilityError: the conversion's own sentence.
-    """
-    engine = plan.step("engine").parameters
-    if engine["runtime"] != "trtllm-engine" or plan.source.repo_id is not None:
-        return
-    from trtbuild.convert.run import refuse_source
-
-    spec = engine["spec"]
-    refuse_source(Path(plan.source.path), tp_size=spec["tp_size"], pp_size=spec["pp_size"])
-
-
-def _check_adapters(loaded: LoadedRecipe, plan: Plan) -> list[Problem]:
-    """What is wrong with the LoRA adapters of a recipe, before anything is compressed."""
-    engine = plan.step("engine")
-    places = {name: local_path(loaded, path, at="model.adapters") for name, path in engine.files.items()}
-    return [
-        problem
-        for name, place in places.items()
-        for problem in trtllm.check_adapter(name, place, engine.parameters["values"])
-    ]
 
 
 def build(prepared: Prepared, out: Path, reporter: Reporter, *, last: str | None = None) -> Built:
@@ -157,15 +133,22 @@ def _build(prepared: Prepared, out: Path, reporter: Reporter, last: str | None) 
     if "evaluate" in run.artifacts:
         _gate(run)
     if with_engine:
-        engine = run.artifacts["engine"]
-        run.built = have_engine(EngineJob(prepared.plan, store, reporter, engine, replaced))
+        run.built |= _engines(run, replaced)
     if last is not None:
         return Built(_stopped(run, last), None)
     check_repository(run.artifacts["repository"].content, run.artifacts["engine"].content)
     digest = _package(run, out)
-    if run.built is not None:  # once more, against the limits that the built engine itself has
+    if run.built:  # once more, against the limits that the built engine itself has
         check_repository(out / "model_repository", out / "engine")
     return Built(out, digest)
+
+
+def _engines(run: _Run, replaced: Path | None) -> dict[str, Artifact]:
+    """The built engines of the model and, where there is one, of its draft model; see `have_engine`."""
+    plan = run.prepared.plan
+    places = package.PLACES if "draft" in plan.step("engine").parameters else (package.PLACE,)
+    jobs = [EngineJob(plan, run.store, run.reporter, run.artifacts["engine"], replaced, place) for place in places]
+    return {job.place: built for job in jobs if (built := have_engine(job)) is not None}
 
 
 def _builds_engine(plan: Plan, last: str | None) -> bool:
@@ -175,8 +158,8 @@ def _builds_engine(plan: Plan, last: str | None) -> bool:
 
 def _stopped(run: _Run, last: str) -> Path:
     """What the last step of a build in part has left."""
-    if last == "engine" and run.built is not None:
-        return run.built.content
+    if last == "engine" and package.PLACE in run.built:
+        return run.built[package.PLACE].content
     return run.fetched.directory if last == "fetch" else run.artifacts[last].content
 
 
@@ -217,6 +200,7 @@ def _execute(run: _Run, step: Step, key: str, files: Mapping[str, Path]) -> Arti
         source=run.fetched.directory,
         inputs=dict(run.artifacts),
         files=files,
+        file_digests={role: described["digest"] for role, described in run.files[step.kind].items()},
         staging=staging,
         reporter=run.reporter,
     )
@@ -247,16 +231,14 @@ def _gate(run: _Run) -> None:
 def _package(run: _Run, out: Path) -> str:
     loaded, plan = run.prepared.loaded, run.prepared.plan
     trees = {"engine": "engine", "model_repository": "repository", "deploy": "deploy"}
-    steps = run.artifacts if run.built is None else run.artifacts | {STEP: run.built}
+    steps = run.artifacts | {STEPS[place]: built for place, built in run.built.items()}
     texts = {
         package.RECIPE: loaded.effective_text(),
         package.LOCK: canonical_json(_lock(run)),
         "evidence/quality.json": canonical_json(evidence.quality(run.artifacts["evaluate"].record, plan.gates)),
         "evidence/build.json": canonical_json(evidence.build(steps, plan)),
     }
-    artifacts = {name: run.artifacts[kind] for name, kind in trees.items()}
-    if run.built is not None:
-        artifacts[package.PLACE] = run.built
+    artifacts = {name: run.artifacts[kind] for name, kind in trees.items()} | run.built
     parts = package.Parts(artifacts, texts)
     started = time.monotonic()
     target = out.resolve()  # a link to a package stays a link

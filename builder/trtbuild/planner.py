@@ -8,6 +8,7 @@ from typing import Any
 from trtbuild import trtllm_deploy, trtllm_engine_settings, trtllm_settings
 from trtbuild.comparison import compare
 from trtbuild.compress_memory import Demand, parse_bytes, show_bytes
+from trtbuild.draft import Draft
 from trtbuild.embedded_settings import embedded_files, take_embedded
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.model import ModelFacts
@@ -15,9 +16,12 @@ from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.refusals import model_refusals, recipe_refusals
 from trtbuild.settings import Settings, is_compressed, resolve
+from trtbuild.trtllm_common import adapter_names
+from trtbuild.trtllm_engine_drafts import draft_files
+from trtbuild.trtllm_engine_lora import ADAPTERS
 from trtbuild.trtllm_engine_refusals import engine_mistakes, engine_warnings
 from trtbuild.trtllm_refusals import trtllm_mistakes, trtllm_warnings
-from trtbuild.trtllm_settings import adapter_names, take_trtllm
+from trtbuild.trtllm_settings import take_trtllm
 
 _FORMAT_BITS = {"none": 16.0, "fp8": 8.0, "int4_awq": 4.0}
 _SCALE_BITS = 16
@@ -40,6 +44,7 @@ def make_plan(
     tools: Mapping[str, Mapping[str, str | None]],
     *,
     check: Callable[[Plan], Sequence[Problem]] = _no_problems,
+    draft: Draft | None = None,
 ) -> Plan:
     """The plan of one recipe for one model.
 
@@ -49,12 +54,13 @@ def make_plan(
         source: where the checkpoint lies.
         tools: for each kind of step, the versions that decide its bytes.
         check: what else is wrong with the recipe, seen from the drafted plan: its files, its deployment.
+        draft: what the files of ``speculative.draft`` say, where the runtime takes one.
 
     Raises:
         RecipeError: every mistake in the recipe, and every demand that cannot be met, together.
         CompatibilityError: without mistakes, every demand that this runtime, model or version of trtbuild cannot meet.
     """
-    settings = Settings(loaded.recipe, loaded.document, loaded.overridden)
+    settings = Settings(loaded.recipe, loaded.document, loaded.overridden, draft=draft)
     kind = loaded.recipe.runtime.kind
     resolve(settings, facts, _TAKE[kind], _FILES[kind])
     plan = _draft(settings, facts, source, tools)
@@ -89,6 +95,7 @@ def _draft(
         warnings=_warnings(settings, facts),
         comparison=None if _kind(settings) == _EMBEDDED else compare(settings, facts),
         arguments=trtllm_engine_settings.build_choices(settings, facts) if _kind(settings) == _ENGINE else (),
+        draft_arguments=trtllm_engine_settings.draft_choices(settings, facts) if _kind(settings) == _ENGINE else (),
     )
 
 
@@ -107,9 +114,9 @@ def _steps(settings: Settings, facts: ModelFacts, tools: Mapping[str, Mapping[st
     return (
         Step("fetch", {}, (), {}),
         Step("compress", compress, ("fetch",), tools["compress" if compressed else "copy"], _compress_files(settings)),
-        Step("engine", engine, ("compress",), tools[_engine_tools(settings)], _adapter_files(settings)),
-        Step("repository", _repository_parameters(settings), (), tools["repository"]),
-        Step("deploy", _deploy_parameters(settings), ("engine",), tools["deploy"]),
+        Step("engine", engine, ("compress",), tools[_engine_tools(settings)], _engine_files(settings)),
+        Step("repository", _repository_parameters(settings, facts), (), tools["repository"]),
+        Step("deploy", _deploy_parameters(settings, facts), ("engine",), tools["deploy"]),
         # Limits of the engine do not change a logit: the evaluation follows the checkpoint and the numerics alone.
         Step("evaluate", evaluate, ("fetch", "compress"), tools["evaluate"], _evaluate_files(settings)),
     )
@@ -156,7 +163,12 @@ def _evaluate_files(settings: Settings) -> dict[str, str]:
 
 def _adapter_files(settings: Settings) -> dict[str, str]:
     """The directories of LoRA adapters, by the name that clients send."""
-    return adapter_names(settings.recipe) if _kind(settings) == _TRTLLM else {}
+    return {} if _kind(settings) == _EMBEDDED else adapter_names(settings.recipe)
+
+
+def _engine_files(settings: Settings) -> dict[str, str]:
+    """What the engine step reads of the user's besides the checkpoint."""
+    return _adapter_files(settings) | (draft_files(settings) if _kind(settings) == _ENGINE else {})
 
 
 def _kind(settings: Settings) -> str:
@@ -210,7 +222,7 @@ def _embedded_parameters(settings: Settings) -> dict[str, Any]:
     } | {name: settings[f"runtime.{name}"] for name in names}
 
 
-def _repository_parameters(settings: Settings) -> dict[str, Any]:
+def _repository_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     names = ("layout", "model_name", "streaming", "max_input_tokens", "max_output_tokens", "default_max_tokens")
     parameters = {name: settings[f"serving.{name}"] for name in names} | {
         "runtime": settings["runtime.kind"],
@@ -218,17 +230,19 @@ def _repository_parameters(settings: Settings) -> dict[str, Any]:
         "trust_remote_code": settings["model.trust_remote_code"],
     }
     if _kind(settings) == _ENGINE:
-        parameters["engine"] = trtllm_engine_settings.server_parameters(settings)
+        parameters["engine"] = trtllm_engine_settings.server_parameters(settings, facts)
+        parameters |= trtllm_engine_settings.draft_server_parameters(settings, facts)
+        parameters |= {"lora_adapters_dir": ADAPTERS} if settings.recipe.model.adapters else {}
     if settings["serving.layout"] != "llm":
         parameters["max_batch_size"] = settings["runtime.max_batch_size"]
     if _kind(settings) == _TRTLLM:
         parameters |= trtllm_settings.server_parameters(settings)
-    adapters = _adapter_files(settings)
+    adapters = _adapter_files(settings) if _kind(settings) == _TRTLLM else {}
     return parameters | ({"lora_adapters": {name: f"adapters/{name}" for name in adapters}} if adapters else {})
 
 
-def _deploy_parameters(settings: Settings) -> dict[str, Any]:
-    more = {} if _kind(settings) == _EMBEDDED else trtllm_deploy.deploy_parameters(settings)
+def _deploy_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
+    more = {} if _kind(settings) == _EMBEDDED else trtllm_deploy.deploy_parameters(settings, facts)
     return more | {
         "image": settings["deploy.image"],
         "labels": dict(settings["deploy.labels"]),

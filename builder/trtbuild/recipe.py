@@ -21,6 +21,7 @@ Format = Literal["none", "fp8", "int4_awq"]
 KvCacheFormat = Literal["none", "fp8"]
 Sparsity = Literal["none", "2:4"]
 RuntimeKind = Literal["embedded", "trtllm", "trtllm-engine"]
+SpeculativeMethod = Literal["none", "ngram", "draft_target", "medusa", "eagle", "eagle3", "lookahead", "redrafter"]
 CapacityPolicy = Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]
 BuildIn = Literal["auto", "docker", "podman", "enroot", "slurm", "script"]
 DeployFile = Literal["dockerfile", "compose", "launch"]
@@ -88,8 +89,29 @@ class Compress(_Section):
 class Speculative(_Section):
     """Speculative decoding."""
 
-    method: Literal["none", "ngram", "draft_target", "medusa", "eagle3"] = "none"
-    draft: NonEmpty | None = Field(default=None, description="Checkpoint of the draft model.")
+    method: SpeculativeMethod = Field(
+        default="none",
+        description="How tokens are drafted; medusa, eagle, lookahead and redrafter: trtllm-engine only.",
+    )
+    draft: NonEmpty | None = Field(
+        default=None,
+        description="Checkpoint of the draft model; of medusa, eagle and redrafter TensorRT-LLM's own, with the heads.",
+    )
+    max_draft_len: PositiveInt | None = Field(
+        default=None, description="draft_target: tokens that are drafted at a time; by default 5."
+    )
+    draft_kv_cache_share: Fraction | None = Field(
+        default=None,
+        description="draft_target: the draft's share of the KV cache's memory; by default by bytes a token.",
+    )
+    choices: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] | None = Field(
+        default=None, description="medusa, eagle: paths through the tree of drafts, for example [[0], [0, 0], [1]]."
+    )
+    max_window_size: PositiveInt | None = Field(default=None, description="lookahead: n-grams that are looked for.")
+    max_ngram_size: PositiveInt | None = Field(default=None, description="lookahead: tokens of an n-gram.")
+    max_verification_set_size: PositiveInt | None = Field(
+        default=None, description="lookahead: n-grams that are verified."
+    )
 
 
 class KvCache(_Section):

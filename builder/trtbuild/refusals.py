@@ -8,6 +8,7 @@ from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.settings import Settings, recipe_value
+from trtbuild.trtllm_common import unread_speculative
 from trtbuild.trtllm_engine_refusals import engine_refusals
 from trtbuild.trtllm_refusals import trtllm_refusals
 
@@ -83,11 +84,12 @@ def _embedded(recipe: Recipe) -> list[Problem]:
         for path in ("runtime.allow_unknown_version", *LLM_ARGUMENT)
         if path not in _OWN
     ]
-    return [
+    refused = [
         Problem(path, f"{_show(value)}: {why}", f"use {_show(only)}" if only else "remove it")
         for path, value, only, why in demands
         if value != only
     ]
+    return [*refused, *unread_speculative(recipe)]
 
 
 def _show(value: object) -> str:

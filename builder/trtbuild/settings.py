@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trtbuild.draft import Draft
 from trtbuild.errors import Problem
 from trtbuild.gates import default_max_perplexity_ratio
 from trtbuild.model import ModelFacts
@@ -34,13 +35,17 @@ GROUP_SIZES = (128, 64, 32, 16)
 
 @dataclass(slots=True)
 class Settings:
-    """All settings of one recipe by dotted path, collected in order, and the problems met on the way."""
+    """All settings of one recipe by dotted path, collected in order, and the problems met on the way.
+
+    `draft` is what the files of ``speculative.draft`` say, for runtimes that take one.
+    """
 
     recipe: Recipe
     document: Mapping[str, Any]
     overridden: frozenset[str]
     values: list[Value] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    draft: Draft | None = None
 
     def __getitem__(self, path: str) -> Any:
         return next(value.value for value in self.values if value.path == path)
@@ -272,9 +277,19 @@ def _instances(settings: Settings) -> None:
         settings.take("serving.gpu_device_ids")
     if kind == "trtllm-engine":
         settings.take("serving.backend", "tensorrtllm")
-        several = len(settings["serving.gpu_device_ids"]) > 1
-        mode, origin = ("orchestrator", "several instances need it") if several else ("leader", "default")
-        settings.take("serving.communication_mode", mode, origin)
+        settings.take("serving.communication_mode", *_communication_mode(settings))
+
+
+def _communication_mode(settings: Settings) -> tuple[str, str]:
+    """How the server of an engine reaches its ranks: a leader serves one instance of one engine."""
+    runtime = settings.recipe.runtime
+    if len(settings["serving.gpu_device_ids"]) > 1:
+        return "orchestrator", "several instances need it"
+    if settings.recipe.speculative.method == "draft_target" and (
+        runtime.tensor_parallel_size * runtime.pipeline_parallel_size > 1
+    ):
+        return "orchestrator", "two engines with several ranks need it"
+    return "leader", "default"
 
 
 def _deploy(settings: Settings, files: tuple[tuple[str, ...], str]) -> None:

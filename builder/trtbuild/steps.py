@@ -6,7 +6,7 @@ Every function takes a `Work` and returns the record that the manifest and the e
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from trtbuild.adapters import (
     trtllm,
     trtllm_checkpoint,
     trtllm_engine,
+    trtllm_tokenizer,
 )
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.compress_memory import parse_bytes
+from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE, other_tokens
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.linking import place_tree
 from trtbuild.manifest import canonical_json, write_atomic
@@ -31,6 +33,8 @@ from trtbuild.plan import Plan, Step
 from trtbuild.process import run_worker
 from trtbuild.report import Reporter
 from trtbuild.store import Artifact, Staging
+from trtbuild.trtllm_build import BUILT, DRAFT
+from trtbuild.trtllm_engine_lora import ADAPTERS
 
 ENGINE_FILE = "engine.json"
 QUALITY_FILE = "quality.json"
@@ -46,6 +50,7 @@ class Work:
         source: the original checkpoint.
         inputs: every finished artifact, by kind.
         files: the user's files of this step, by role.
+        file_digests: the digest of each of them.
         staging: where to write.
     """
 
@@ -54,6 +59,7 @@ class Work:
     source: Path
     inputs: Mapping[str, Artifact]
     files: Mapping[str, Path]
+    file_digests: Mapping[str, str]
     staging: Staging
     reporter: Reporter
 
@@ -128,16 +134,41 @@ def _converted_engine(work: Work) -> dict[str, Any]:
         "pp_size": parameters["spec"]["pp_size"],
         "dtype": parameters["dtype"],
     }
-    record = _in_child("trtbuild.convert", request, work)
-    key = trtllm_engine.build_key(parameters, work.inputs["compress"].digest, str(work.step.tools["revision"]))
+    checkpoint_digest = work.file_digests.get(HEADS_ROLE, work.inputs["compress"].digest)
+    if HEADS_ROLE in work.files:
+        record = trtllm_engine.copy_checkpoint(parameters, work.files[HEADS_ROLE], work.staging.content)
+    else:
+        record = _in_child("trtbuild.convert", request, work)
+    revision = str(work.step.tools["revision"])
+    key = trtllm_engine.build_key(parameters, checkpoint_digest, revision)
     trtllm_engine.write_engine(parameters, checkpoint, work.staging.content, key)
+    if "tokenizer_info" in parameters:
+        info = trtllm_tokenizer.tokenizer_info(checkpoint)
+        write_atomic(work.staging.content / parameters["tokenizer_info"], canonical_json(info))
+    adapters = parameters.get("lora", {}).get("adapters", {})
+    if adapters:
+        request = {
+            "lora": parameters["lora"],
+            "adapters": {task: str(work.files[name]) for task, name in adapters.items()},
+            "output": str(work.staging.content / ADAPTERS),
+        }
+        record["adapters"] = _in_child("trtbuild.convert.lora", request, work)
+    if "draft" in parameters:
+        out, draft = work.staging.content / DRAFT, work.files[DRAFT_ROLE]
+        problem = other_tokens(checkpoint, draft)
+        if problem is not None:
+            raise CompatibilityError(str(problem))
+        request |= {"source": str(draft), "output": str(out / trtllm_engine.CHECKPOINT)}
+        record["draft"] = _in_child("trtbuild.convert", request, work)
+        key = trtllm_engine.build_key(parameters["draft"], work.file_digests[DRAFT_ROLE], revision)
+        trtllm_engine.write_engine(parameters["draft"], None, out, key)
     return record
 
 
 def _repository(work: Work) -> dict[str, Any]:
     parameters = dict(work.step.parameters)
     if "engine" in parameters:
-        parameters["engine"] = _server_parameters(parameters["engine"])
+        parameters |= {name: _server_parameters(parameters[name]) for name in ("engine", "draft") if name in parameters}
     if "llm_args" in parameters:
         parameters["llm_args"] = trtllm.llm_arguments(parameters["llm_args"])
     spec = triton.RepositorySpec(**parameters)
@@ -158,10 +189,17 @@ def _deploy(work: Work) -> dict[str, Any]:
     engine = work.inputs["engine"]
     spec = replace(deploy_spec(work.step, engine.digest), launch=_launch_text(work.step.parameters.get("launch")))
     if spec.runtime == "trtllm-engine":
-        files = (entry.path for entry in engine.files)
-        spec = replace(spec, engine_files=[path for path in files if "/" not in path and path != trtllm_engine.SCRIPT])
+        paths = [entry.path for entry in engine.files]
+        top = [path for path in paths if "/" not in path and path != trtllm_engine.SCRIPT]
+        spec = replace(spec, engine_files=top, engine_trees=_served_trees(work.step, paths))
     container.write_deploy(spec, work.staging.content)
     return {}
+
+
+def _served_trees(step: Step, paths: Sequence[str]) -> list[str]:
+    """The directories of an engine directory that a server reads; built engines come into it later."""
+    drafts = [f"{DRAFT}/{BUILT}"] if "draft" in step.parameters.get("launch", {}) else []
+    return [BUILT, *drafts, *([ADAPTERS] if any(path.startswith(f"{ADAPTERS}/") for path in paths) else [])]
 
 
 def deploy_spec(step: Step, engine_digest: str) -> container.DeploySpec:
@@ -189,6 +227,7 @@ def _launch_text(launch: Mapping[str, Any] | None) -> str:
         return triton_launch_llm.render_launch(triton_launch_llm.LaunchSpec(**launch))
     spec = triton_launch.LaunchSpec(
         engine=_server_parameters(launch),
+        draft=_server_parameters(launch["draft"]) if "draft" in launch else None,
         **{name: launch[name] for name in ("world_size", "container", "mode")},
     )
     return triton_launch.render_launch(spec)

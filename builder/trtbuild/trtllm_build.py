@@ -14,6 +14,7 @@ from trtbuild.errors import CompatibilityError
 from trtbuild.plan import Choice
 
 BUILT = "built"  # in the engine directory: where the build script puts what trtllm-build makes
+DRAFT = "draft"  # in the engine directory: the engine directory of a draft model
 
 # Lowest compute capability, times ten: docs/source/legacy/reference/support-matrix.md @17552a44.
 _LOWEST = {"FP8": 89, "W4A8_AWQ": 89, "NVFP4": 100, "W4A16_AWQ": 80, "W8A8_SQ_PER_CHANNEL": 80}
@@ -38,10 +39,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speculation:
-    """A mode of ``--speculative_decoding_mode`` and the longest draft in tokens."""
+    """A mode of ``--speculative_decoding_mode``, the longest draft, and what EAGLE's layers add; lengths in tokens."""
 
     mode: str
     max_draft_len: int
+    more_len: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +159,7 @@ def built_limits(spec: EngineSpec) -> dict[str, int]:
     longest = {} if limits.max_input_len is None else {"max_input_len": limits.max_input_len}
     return longest | {
         "max_batch_size": limits.max_batch_size,
-        "max_seq_len": limits.max_seq_len + draft,
+        "max_seq_len": limits.max_seq_len + draft + (spec.speculation.more_len if spec.speculation else 0),
         "max_num_tokens": max(tokens, limits.max_batch_size * (draft + 1) if draft else 0),
         "max_beam_width": limits.max_beam_width,
         "tokens_per_block": limits.tokens_per_block,
@@ -235,15 +237,15 @@ def _feature_rows(spec: EngineSpec) -> list[Choice]:
     if spec.gather_generation_logits:
         made.append(Choice("gather_generation_logits", (), "the recipe's: clients may ask for logits"))
     if spec.speculation is not None:
-        made.append(Choice("speculative_decoding_mode", (spec.speculation.mode,), "the recipe's"))
-        made.append(Choice("max_draft_len", (str(spec.speculation.max_draft_len),), "the recipe's"))
+        made.append(Choice("speculative_decoding_mode", (spec.speculation.mode,), "speculative.method"))
+        made.append(Choice("max_draft_len", (str(spec.speculation.max_draft_len),), "tokens of the longest draft"))
     if spec.lora is not None:
         made.append(Choice("lora_plugin", ("auto",), "adapters at run time, in the model's type"))
         if spec.lora.directories:
             made.append(Choice("lora_dir", spec.lora.directories, "the recipe's adapters; the first one configures"))
         if spec.lora.modules:
             made.append(Choice("lora_target_modules", spec.lora.modules, "the modules that the adapters change"))
-        made.append(Choice("max_lora_rank", (str(spec.lora.max_rank),), "the highest rank of the adapters"))
+        made.append(Choice("max_lora_rank", (str(spec.lora.max_rank),), "runtime.lora_config.max_lora_rank"))
     return made
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from trtbuild import trtllm_engine_settings, trtllm_settings
 from trtbuild.errors import Problem
+from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.settings import DEPLOY_FILES, Settings
 
@@ -54,7 +55,7 @@ def _per_host(recipe: Recipe) -> int | None:
     return given if isinstance(given, int) and not isinstance(given, bool) and given > 0 else None
 
 
-def deploy_parameters(settings: Settings) -> dict[str, Any]:
+def deploy_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     """What only these runtimes have among the parameters of the step `deploy`."""
     is_engine = settings.recipe.runtime.kind == _ENGINE
     planned = trtllm_engine_settings.planned_release if is_engine else trtllm_settings.planned_release
@@ -62,7 +63,7 @@ def deploy_parameters(settings: Settings) -> dict[str, Any]:
     if container is None:
         return {}
     gpus = _gpus(settings)
-    launch = _engine_launch(settings) if is_engine else _llm_launch(settings, gpus)
+    launch = _engine_launch(settings, facts) if is_engine else _llm_launch(settings, gpus)
     return {
         "serve_image": container.image,
         "gpus": gpus,
@@ -87,11 +88,14 @@ def _gpus(settings: Settings) -> int:
     return world if per_host is None else min(world, per_host)
 
 
-def _engine_launch(settings: Settings) -> dict[str, Any]:
+def _engine_launch(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     """What decides the script that starts the server of a TensorRT engine."""
-    return trtllm_engine_settings.server_parameters(settings) | {
+    drafted = trtllm_engine_settings.draft_server_parameters(settings, facts)
+    more = {"draft": drafted["draft"]} if drafted else {}
+    return trtllm_engine_settings.server_parameters(settings, facts) | {
         "world_size": trtllm_engine_settings.ranks(settings.recipe),
         "mode": settings["serving.communication_mode"],
+        **more,
     }
 
 

@@ -12,10 +12,19 @@ from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.settings import Settings
-from trtbuild.support import QUANT_ALGO, refused_architecture, refused_in_line, speculative_method
+from trtbuild.support import QUANT_ALGO, refused_architecture, refused_in_line
 from trtbuild.trtllm_build import choose
 from trtbuild.trtllm_build_extra import extra_problems
-from trtbuild.trtllm_common import embedded_only, excluded_in_part, gpu_refusals, group_refusals, instance_mistakes
+from trtbuild.trtllm_common import (
+    embedded_only,
+    excluded_in_part,
+    gpu_refusals,
+    group_refusals,
+    instance_mistakes,
+    unread_speculative,
+)
+from trtbuild.trtllm_engine_drafts import draft_spec, speculative_refusals, speculative_warnings
+from trtbuild.trtllm_engine_lora import lora_refusals, lora_warnings
 from trtbuild.trtllm_engine_settings import (
     FLOW,
     engine_spec,
@@ -35,9 +44,6 @@ _LAYOUTS = ("ensemble", "tokens")
 NOT_WRITTEN = {
     "runtime.context_parallel_size": "the conversion divides models over tensor and pipeline ranks only",
     "runtime.moe_expert_parallel_size": "the conversion divides experts by tensor ranks only",
-    "runtime.guided_decoding_backend": "the C++ backend wants a file on the tokenizer that trtbuild does not write",
-    "runtime.lora_config.max_lora_rank": "this version of trtbuild packages no adapters for engines",
-    "runtime.lora_config.lora_target_modules": "this version of trtbuild packages no adapters for engines",
 }
 
 
@@ -62,6 +68,13 @@ def _several(recipe: Recipe) -> Iterable[Problem]:
     if count > 1 and serving.communication_mode == "leader":
         message = f"leader: {count} instances of an engine (serving.gpu_device_ids) have no common leader"
         yield Problem("serving.communication_mode", message, "use orchestrator, or remove it")
+    drafts = recipe.speculative.method == "draft_target"
+    if drafts and ranks(recipe) > 1 and serving.communication_mode == "leader":
+        message = f"leader: the engines of model and draft have {ranks(recipe)} ranks each and no common leader"
+        yield Problem("serving.communication_mode", message, "use orchestrator, or remove it")
+    if drafts and recipe.serving.layout == "tokens":
+        message = "tokens: drafts are proposed and verified by tensorrt_llm_bls, which this layout has not"
+        yield Problem("serving.layout", message, "use ensemble, or remove speculative")
     if count > 1 and serving.backend == "python":
         # NVIDIA/TensorRT-LLM triton_backend/all_models/inflight_batcher_llm/tensorrt_llm/1/model.py @0d5352f5,
         # `get_parallel_config`: one list of ids, divided at commas alone.
@@ -77,6 +90,7 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += embedded_only(recipe)
     problems += _package(settings)
     problems += _fields(settings)
+    problems += _guide(recipe)
     problems += _model(settings, facts)
     problems += group_refusals(settings, facts)
     problems += excluded_in_part(settings["compress.exclude"], facts)
@@ -84,7 +98,9 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += parallel_refusals(settings, facts)
     problems += _pipeline(recipe, facts)
     problems += _stages(settings, facts)
-    problems += _speculation(recipe)
+    problems += lora_refusals(settings, facts)
+    problems += unread_speculative(recipe)
+    problems += speculative_refusals(settings, facts)
     return problems or _arguments(settings, facts)
 
 
@@ -100,7 +116,7 @@ def engine_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
             f"the model has an attention window of {facts.sliding_window} tokens, which the server must be told: if it "
             "applies, set runtime.kv_cache.max_attention_window, one number a layer, repeated over the layers"
         )
-    return warnings
+    return [*warnings, *speculative_warnings(settings, facts), *lora_warnings(settings, facts)]
 
 
 def _package(settings: Settings) -> Iterable[Problem]:
@@ -113,9 +129,6 @@ def _package(settings: Settings) -> Iterable[Problem]:
         if recipe.serving.layout == "tokens" and settings.given(f"serving.{name}"):
             message = "nothing of layout tokens heeds it: every request says request_output_len"
             yield Problem(f"serving.{name}", message, "remove it, or use layout ensemble")
-    if recipe.model.adapters:
-        message = "this version of trtbuild packages no adapters for engines"
-        yield Problem("model.adapters", message, "remove them, or use runtime.kind: trtllm")
 
 
 def _fields(settings: Settings) -> Iterable[Problem]:
@@ -129,6 +142,13 @@ def _fields(settings: Settings) -> Iterable[Problem]:
             yield Problem(path, "TensorRT engines have no counterpart of it", "remove it, or use runtime.kind: trtllm")
         elif path in NOT_WRITTEN:
             yield Problem(path, NOT_WRITTEN[path], "remove it, or use runtime.kind: trtllm")
+
+
+def _guide(recipe: Recipe) -> Iterable[Problem]:
+    backend = recipe.runtime.guided_decoding_backend
+    if backend not in (None, "xgrammar"):
+        message = f"{backend}: the backends of TensorRT engines know xgrammar alone"
+        yield Problem("runtime.guided_decoding_backend", message, "use xgrammar, or runtime.kind: trtllm")
 
 
 def _model(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
@@ -175,29 +195,14 @@ def _stages(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
         yield Problem("compress.exclude", message, "name the same places of every stage, or use one stage")
 
 
-def _speculation(recipe: Recipe) -> Iterable[Problem]:
-    name, at = recipe.speculative.method, "speculative.method"
-    if name == "none":
-        if recipe.speculative.draft is not None:
-            message = f"{recipe.speculative.draft}: of no use without a speculative.method"
-            yield Problem("speculative.draft", message, "remove it")
-        return
-    mode = speculative_method(name).engine
-    if mode is None:
-        yield Problem(at, f"{name}: trtllm-build has no such mode", "use none, or runtime.kind: trtllm")
-    else:
-        message = f"{name}: this version of trtbuild cannot build an engine with drafts (trtllm-build calls it {mode})"
-        yield Problem(at, message, "use none")
-    if recipe.runtime.pipeline_parallel_size > 1:
-        stages = recipe.runtime.pipeline_parallel_size
-        message = f"speculative decoding does not run with pipeline_parallel_size {stages}"
-        yield Problem(at, message, "use tensor_parallel_size instead, or no speculation")
-
-
 def _arguments(settings: Settings, facts: ModelFacts) -> list[Problem]:
     """What the choice of the arguments itself finds; asked last, since it needs a sound recipe."""
-    try:
-        choose(engine_spec(settings, facts))
-    except CompatibilityError as error:
-        return [Problem("runtime", error.message, error.hint)]
-    return []
+    spec = engine_spec(settings, facts)
+    problems = []
+    for at, one in (("runtime", spec), ("speculative.draft", draft_spec(spec, settings))):
+        try:
+            if one is not None:
+                choose(one)
+        except CompatibilityError as error:
+            problems.append(Problem(at, error.message, error.hint))
+    return problems

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 from trtbuild.errors import Problem
@@ -16,12 +14,18 @@ from trtbuild.recipe import Recipe
 from trtbuild.releases import Release
 from trtbuild.settings import Settings
 from trtbuild.support import refused_architecture, speculative_method
-from trtbuild.trtllm_common import embedded_only, excluded_in_part, gpu_refusals, group_refusals, instance_mistakes
+from trtbuild.trtllm_common import (
+    adapter_refusals,
+    embedded_only,
+    excluded_in_part,
+    gpu_refusals,
+    group_refusals,
+    instance_mistakes,
+    unread_speculative,
+)
 from trtbuild.trtllm_deploy import deploy_refusals, hosts
 from trtbuild.trtllm_parallel import parallel_refusals
 from trtbuild.trtllm_settings import FLOW, planned_release, release_schema, wanted_release, world_size
-
-_ADAPTER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def trtllm_mistakes(settings: Settings) -> list[Problem]:
@@ -80,7 +84,7 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += gpu_refusals(recipe, release.line, world_size(recipe))
     problems += parallel_refusals(settings, facts)
     problems += _speculation(recipe, release, schema)
-    problems += _lora(recipe)
+    problems += adapter_refusals(recipe)
     problems += _int4(recipe, facts)
     return problems
 
@@ -192,9 +196,7 @@ def _speculation(recipe: Recipe, release: Release, schema: Schema) -> Iterable[P
     given: Mapping[str, Any] = runtime.extra.get("speculative_config") or {}
     if method != "none":
         yield _no_checkpoint(method, release, schema)
-    elif recipe.speculative.draft is not None:
-        message = f"{recipe.speculative.draft}: of no use without a speculative.method"
-        yield Problem("speculative.draft", message, "remove it")
+    yield from unread_speculative(recipe)
     if not given and method == "none":
         return
     where = "runtime.extra.speculative_config" if given else "speculative.method"
@@ -221,25 +223,3 @@ def _no_checkpoint(name: str, release: Release, schema: Schema) -> Problem:
     message = f"{name}: this version of trtbuild cannot make a package with the draft model that it needs"
     hint = f"use none (TensorRT-LLM {release.version} calls it {key})"
     return Problem(at, message, hint)
-
-
-def _lora(recipe: Recipe) -> Iterable[Problem]:
-    lora, adapters = recipe.runtime.lora_config, recipe.model.adapters
-    if not adapters:
-        return
-    names = [PurePosixPath(path).name for path in adapters]
-    for path, name in zip(adapters, names, strict=True):
-        if not _ADAPTER.fullmatch(name):
-            message = f"{path}: {name!r} is no name that clients could send"
-            yield Problem(
-                "model.adapters", message, "name the adapter's directory itself, in letters, digits, . _ and -"
-            )
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        message = f"two adapters are called {name}; clients ask for an adapter by its directory's name"
-        yield Problem("model.adapters", message, "rename one directory")
-    if not lora.lora_target_modules:
-        message = "is empty; without it TensorRT-LLM keeps room for every module"
-        yield Problem("runtime.lora_config.lora_target_modules", message, "name the adapters' modules, such as attn_q")
-    if lora.max_lora_rank is None:
-        message = "is not set; an adapter of a higher rank than the default would be refused at its first request"
-        yield Problem("runtime.lora_config.max_lora_rank", message, "set the adapters' highest rank")

@@ -12,12 +12,11 @@ from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import HostError, TrtbuildError
 from trtbuild.manifest import DigestCache, digest_entries, read_json
 from trtbuild.model import read_facts
-from trtbuild.package import LOCK, damage, entries_below, is_for_engines, read_manifest, refuse_to_serve_here
+from trtbuild.package import LOCK, PLACES, damage, entries_below, is_for_engines, read_manifest, refuse_to_serve_here
 from trtbuild.plan import Step, plan_digest
 from trtbuild.process import OnProgress
 from trtbuild.serving.verify import ServedReport, verify_served
 from trtbuild.steps import deploy_spec, launch_ranks
-from trtbuild.trtllm_build import BUILT
 
 REPOSITORY = "model_repository"
 ENGINE = "engine"
@@ -130,7 +129,8 @@ def _lock(package: Path) -> tuple[list[str], str]:
     for directory, kind in _DIRECTORIES.items():
         entries = entries_below(manifest, directory)
         if directory == ENGINE:  # a built engine is no part of the lock
-            entries = [entry for entry in entries if not entry.path.startswith(f"{BUILT}/")]
+            places = tuple(f"{place.removeprefix('engine/')}/" for place in PLACES)
+            entries = [entry for entry in entries if not entry.path.startswith(places)]
         if digest_entries(entries) != artifacts[kind]["digest"]:
             problems.append(f"{directory}/ is not the {kind} artifact that {LOCK} names")
     return problems, f"plan {plan['digest'][:16]}"
@@ -150,7 +150,7 @@ def _repository(package: Path) -> tuple[list[str], str]:
     problems = [str(one) for one in triton.check_repository(package / REPOSITORY, engine=package / ENGINE)]
     models = sorted(path.name for path in (package / REPOSITORY).iterdir() if path.is_dir())
     planned = _planned(package, "repository")
-    wanted = sorted(triton.model_names(planned["layout"], planned["model_name"]))
+    wanted = sorted(triton.model_names(planned["layout"], planned["model_name"], drafts="draft" in planned))
     if models != wanted:
         problems.append(f"{REPOSITORY}/ has {', '.join(models)}, and the plan says {', '.join(wanted)}; build it again")
     return problems, ", ".join(models)

@@ -58,10 +58,10 @@ def plan_for(checkpoint: Path, text: str, *overrides: str) -> Plan:
 def step(plan: Plan, kind: str, out: Path) -> Path:
     """What a step of the plan writes; the engine is one of two files and a directory."""
     files = tuple(FileEntry(path=path, size=1, sha256="0") for path in ENGINE_FILES)
-    staging = Staging(out)
+    staging = Staging(out, out / "unfinished")
     staging.content.mkdir(parents=True)
     work = Work(
-        plan=plan, step=plan.step(kind), source=out, files={}, staging=staging, reporter=None,  # type: ignore[arg-type]
+        plan=plan, step=plan.step(kind), source=out, files={}, file_digests={}, staging=staging, reporter=None,  # type: ignore[arg-type]
         inputs={"engine": Artifact("engine", "key", out, "sha256:12", {}, files)},
     )  # fmt: skip
     run_step(work)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,15 @@ def test_an_engine_of_other_sizes_is_named(tmp_path: Path, sizes: tuple[int, int
     assert (
         f"has the world size, tensor and pipeline parallel sizes {shown}, and this package is for 2 2 1" in done.stderr
     )
+
+
+def test_a_draft_model_beside_the_engine() -> None:
+    draft = EngineParameters("/package/engine/draft/built", tensor_parallel_size=2)
+    problems = launch_problems(replace(launch(2), draft=draft))
+    assert [str(one) for one in problems] == [
+        "speculative.draft: a draft model's engine beside this one, with 2 ranks each; use orchestrator mode"
+    ]
+    text = render_launch(replace(launch(2, mode="orchestrator"), draft=draft))
+    assert "draft=/package/engine/draft/built" in text
+    assert '[ -f "$draft/rank1.engine" ] || fail "$draft/rank1.engine is not here; build the draft model' in text
+    assert launch_problems(replace(launch(1), draft=draft)) == []

@@ -66,7 +66,8 @@ class DeploySpec:
         gpus: how many NVIDIA GPUs the compose file reserves.
         shm_size: size of /dev/shm in the notation of Docker.
         launch: text of the launch script; empty for the embedded engine's.
-        engine_files: for TensorRT engines, what a server needs of ``engine/`` beside the engine itself.
+        engine_files: for TensorRT engines, the files that a server needs of ``engine/`` itself.
+        engine_trees: and the directories below it: the built engines, adapters.
         stock_model: the served model's files are the container's own.
     """
 
@@ -82,6 +83,7 @@ class DeploySpec:
     shm_size: str = "1gb"
     launch: str = ""
     engine_files: Sequence[str] = ()
+    engine_trees: Sequence[str] = ()
     stock_model: bool = False
 
 
@@ -150,6 +152,7 @@ def _context(spec: DeploySpec) -> dict[str, Any]:
         "runtime": spec.runtime,
         "launch": spec.launch,
         "engine_files": list(spec.engine_files),
+        "engine_trees": list(spec.engine_trees),
         "stock_model": spec.stock_model,
         "stock_copy": json.dumps(["cp", *_STOCK_FILES, f"/package/model_repository/{spec.model_name}/1/"]),
         "trtbuild_version": spec.trtbuild_version,

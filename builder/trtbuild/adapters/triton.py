@@ -45,9 +45,9 @@ def render_repository(spec: RepositorySpec, out: Path) -> None:
         (version / _NO_BYTE_CODE).touch()
 
 
-def model_names(layout: str, model_name: str) -> tuple[str, ...]:
-    """The models that a repository of this layout consists of."""
-    return (model_name,) if layout == triton_llm.LAYOUT else triton_five.model_names(layout)
+def model_names(layout: str, model_name: str, *, drafts: bool = False) -> tuple[str, ...]:
+    """The models that a repository of this layout consists of, with a draft model's where it `drafts`."""
+    return (model_name,) if layout == triton_llm.LAYOUT else triton_five.model_names(layout, drafts=drafts)
 
 
 def check_repository(repo: Path, *, engine: Path | None) -> list[Problem]:

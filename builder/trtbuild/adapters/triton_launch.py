@@ -32,6 +32,7 @@ class LaunchSpec:
         mode: ``leader`` or ``orchestrator``.
         model: name of the model with the engine.
         package: where the container sees the package.
+        draft: the parameters of the draft model's engine, which has as many ranks.
     """
 
     engine: EngineParameters
@@ -39,6 +40,7 @@ class LaunchSpec:
     container: str
     mode: Literal["leader", "orchestrator"] = "leader"
     model: str = "tensorrt_llm"
+    draft: EngineParameters | None = None
     package: str = _PACKAGE
 
 
@@ -60,6 +62,9 @@ def launch_problems(spec: LaunchSpec) -> list[Problem]:
     if spec.mode == "leader" and len(groups) > 1:
         message = f"{len(groups)} instances of the engine cannot be started in leader mode"
         problems.append(Problem("gpu_device_ids", message, "use orchestrator mode"))
+    if spec.mode == "leader" and spec.draft is not None and spec.world_size > 1:
+        message = f"a draft model's engine beside this one, with {spec.world_size} ranks each"
+        problems.append(Problem("speculative.draft", message, "use orchestrator mode"))
     if spec.mode == "orchestrator" and engine.backend == "tensorrtllm" and engine.participant_ids is not None:
         message = "are for servers that do not start their workers, and orchestrator mode starts them"
         problems.append(Problem("participant_ids", message, "leave them out"))
@@ -90,6 +95,7 @@ def render_launch(spec: LaunchSpec) -> str:
         "package": spec.package,
         "engine_dir": spec.engine.gpt_model_path,
         "mapping": f"{spec.world_size} {spec.engine.tensor_parallel_size} {spec.engine.pipeline_parallel_size}",
+        "draft_dir": spec.draft.gpt_model_path if spec.draft else None,
         "model": spec.model,
     }
     return render("deploy/launch-engine.sh.j2", context)

@@ -15,10 +15,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trtbuild.errors import Problem
+from trtbuild.draft import HEADS, rank_files, read_draft
+from trtbuild.errors import ArtifactError, Problem
 from trtbuild.manifest import canonical_json, digest_json, write_atomic
 from trtbuild.render import data_dir, render
 from trtbuild.trtllm_build import BUILT, EngineSpec, arguments, built_limits, choose, spec_from_json
@@ -41,16 +43,37 @@ def build_key(parameters: Mapping[str, Any], checkpoint: str, revision: str) -> 
     return digest_json({"parameters": dict(parameters), "checkpoint": checkpoint, "convert": revision})
 
 
-def write_engine(parameters: Mapping[str, Any], source: Path, out: Path, key: str) -> None:
+def copy_checkpoint(parameters: Mapping[str, Any], source: Path, out: Path) -> dict[str, Any]:
+    """Take a checkpoint that TensorRT-LLM's own scripts converted, a model with heads, as ``checkpoint/``.
+
+    Raises:
+        ArtifactError: it changed since the plan was made.
+    """
+    target = out / CHECKPOINT
+    target.mkdir(parents=True)
+    for name in ("config.json", *rank_files(parameters["world_size"])):
+        shutil.copyfile(source / name, target / name)
+    heads = read_draft(target, _method(parameters)).heads
+    if heads is None or asdict(heads) != parameters["heads"]:
+        raise ArtifactError(f"{source} changed while it was being built from", "start the build again")
+    return {"result": {"architecture": parameters["heads"]["architecture"], "notes": []}}
+
+
+def _method(parameters: Mapping[str, Any]) -> str:
+    architecture = parameters["heads"]["architecture"]
+    return next(method for method, classes in HEADS.items() if architecture in classes)
+
+
+def write_engine(parameters: Mapping[str, Any], source: Path | None, out: Path, key: str) -> None:
     """Write what stands beside ``checkpoint/`` in an engine directory.
 
     Args:
         parameters: of the planned step.
-        source: the compressed checkpoint, for its tokenizer and config.
+        source: the compressed checkpoint, for its tokenizer and config; None for a draft model, which needs none.
         out: the engine directory, whose ``checkpoint/`` is finished.
         key: of the engine that is built from it, see `build_key`.
     """
-    for path in sorted(source.iterdir()):
+    for path in sorted(source.iterdir()) if source else ():
         if path.is_file() and not any(path.match(pattern) for pattern in _CONVERTED):
             shutil.copyfile(path, out / path.name)
     write_atomic(out / ENGINE_FILE, canonical_json(engine_json(parameters, key)))
@@ -71,6 +94,8 @@ def engine_json(parameters: Mapping[str, Any], key: str) -> dict[str, Any]:
         "checkpoint": CHECKPOINT,
         "built": BUILT,
         "key": key,
+        # The number that a client sends as lora_task_id, and whose adapter it is.
+        **({"adapters": parameters["lora"]["adapters"]} if "lora" in parameters else {}),
     }
 
 

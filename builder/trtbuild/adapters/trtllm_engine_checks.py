@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trtbuild.adapters.trtllm_engine import CHECKPOINT, ENGINE_FILE, RECORD, SCRIPT, check_engine
+from trtbuild.adapters.trtllm_tokenizer import tokenizer_info
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import ArtifactError
 from trtbuild.manifest import read_json
 from trtbuild.safetensors_header import HeaderError, TensorInfo, read_header
-from trtbuild.trtllm_build import BUILT, EngineSpec, spec_from_json
+from trtbuild.trtllm_build import BUILT, DRAFT, EngineSpec, spec_from_json
+from trtbuild.trtllm_engine_lora import ADAPTERS
 
 _AGAIN = "build the package again"
 
@@ -39,12 +41,37 @@ def check(directory: Path, planned: Mapping[str, Any]) -> list[EngineCheck]:
     """
     engine = read_json(directory / ENGINE_FILE)
     spec = spec_from_json(planned["spec"])
-    return [
+    checks = [
         EngineCheck("engine.json", tuple(_against_plan(engine, planned)), f"TensorRT-LLM {engine['version']}"),
         _checkpoint(directory / CHECKPOINT, spec, str(planned["dtype"])),
         _ranks(directory / CHECKPOINT, spec),
         _built(directory, spec, engine),
     ]
+    if "tokenizer_info" in planned:
+        checks.append(_tokenizer(directory, planned["tokenizer_info"]))
+    if planned.get("lora", {}).get("adapters"):
+        checks.append(_adapters(directory / ADAPTERS, planned["lora"]))
+    if "draft" not in planned:
+        return checks
+    return checks + [replace(one, name=f"draft: {one.name}") for one in check(directory / DRAFT, planned["draft"])]
+
+
+def _adapters(directory: Path, lora: Mapping[str, Any]) -> EngineCheck:
+    from trtbuild.convert.lora.write import check_arrays  # numpy, which only this check needs
+
+    problems = tuple(f"{problem}; {_AGAIN}" for problem in check_arrays(directory, lora))
+    shown = ", ".join(f"{task}: {name}" for task, name in lora["adapters"].items())
+    return EngineCheck("LoRA adapters", problems, shown)
+
+
+def _tokenizer(directory: Path, name: str) -> EngineCheck:
+    found, wanted = read_json(directory / name), tokenizer_info(directory)
+    wrong = tuple(
+        f"{name}: {key} is not that of the tokenizer beside it; {_AGAIN}"
+        for key in wanted
+        if found.get(key) != wanted[key]
+    )
+    return EngineCheck("guided decoding", wrong, f"{len(wanted['encoded_vocab'])} tokens")
 
 
 def _against_plan(engine: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:

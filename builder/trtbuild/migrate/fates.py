@@ -31,6 +31,7 @@ class Fate:
     values: Mapping[str, str] = dataclasses.field(default_factory=dict)
     engine: tuple[str, ...] = ()
     flag: str | None = None
+    engines: Mapping[str, Any] | None = None
 
 
 @cache
@@ -50,6 +51,14 @@ def fate_of(setting: Setting) -> Fate | None:
         "recipe": lambda: _field(setting.name),
     }
     return names[setting.section]()
+
+
+def fate_for(setting: Setting, kind: str) -> Fate | None:
+    """What becomes of a setting where the new runtime is of this kind."""
+    fate = fate_of(setting)
+    if fate is None or fate.engines is None or kind != "trtllm-engine":
+        return fate
+    return dataclasses.replace(fate, **{"field": None, "extra": None, "via": "", "values": {}} | dict(fate.engines))
 
 
 def _row(section: str, name: str) -> Fate | None:

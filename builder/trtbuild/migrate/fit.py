@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from trtbuild.migrate.drafts import fit_drafts, fit_lora
 from trtbuild.migrate.legacy import Legacy
 from trtbuild.migrate.translate import Draft
 from trtbuild.model import ModelFacts
@@ -28,6 +29,8 @@ def fit(draft: Draft, legacy: Legacy, facts: ModelFacts | None) -> None:
     _formats(draft, facts)
     _serving(draft, legacy)
     _ranks(draft)
+    fit_drafts(draft)
+    fit_lora(draft)
     if {_GRAPHS + "batch_sizes", _GRAPHS + "max_batch_size"} <= set(draft.values):
         draft.leave_out(_GRAPHS + "max_batch_size", "batch_sizes says it", is_loss=False)
     target = draft.target

@@ -14,6 +14,7 @@ from trtbuild.errors import Problem, RecipeError, TrtbuildError
 from trtbuild.manifest import write_atomic
 from trtbuild.migrate.checkpoint_directory import check_original, described
 from trtbuild.migrate.document import recipe_text, recipe_values
+from trtbuild.migrate.drafts import FILL_IN
 from trtbuild.migrate.fit import fit
 from trtbuild.migrate.legacy import Clients, Legacy, Unset
 from trtbuild.migrate.places import find_places
@@ -136,6 +137,8 @@ def _open_fields(migration: Migration) -> list[str]:
     fields = []
     if str(migration.document["model"]["path"]).startswith("/FILL-IN/"):
         fields.append("model.path")
+    if migration.document.get("speculative", {}).get("draft") == FILL_IN:
+        fields.append("speculative.draft")
     if migration.target.kind == "trtllm-engine" and "gpu" not in migration.document.get("target", {}):
         fields.append("target.gpu")
     return fields

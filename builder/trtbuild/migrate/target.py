@@ -126,8 +126,6 @@ def _embedded(field: str, value: Any) -> str | None:
 def _engine(field: str, value: Any) -> str | None:
     names: Mapping[str, Any] = facts("engine_names")
     known = {path for part in ("build", "checkpoint", "triton") for path in names[part]} | {"model.trust_remote_code"}
-    if field == "model.adapters":
-        return "this version of trtbuild packages no adapters for engines"
     if field in NOT_WRITTEN and value != 1:
         return NOT_WRITTEN[field]
     return None if field not in LLM_ARGUMENT or field in known else "TensorRT engines have no counterpart of it"

@@ -30,12 +30,14 @@ class TritonPythonModel:
         if not settings.flag("accumulate_tokens"):
             message = "is 'false': pieces decoded one by one lose spaces and break characters; write true"
             raise settings.fault("accumulate_tokens", message)
-        if settings.text("tensorrt_llm_draft_model_name"):
-            raise settings.fault("tensorrt_llm_draft_model_name", "is set, and this model has no draft decoding yet")
+        draft = settings.text("tensorrt_llm_draft_model_name")
+        self._draft_tokens = settings.count("num_draft_tokens") if draft else 0
         self._models = Models(
             engine=settings.text("tensorrt_llm_model_name"),
             decoupled=settings.decoupled,
             says_finished=settings.text("runtime") == "embedded",
+            draft=draft,
+            adapters=settings.optional_directory("lora_adapters_dir"),
         )
         period_s = settings.count("cancellation_check_period_ms") / 1000
         self._sender = Sender(None, model_name=settings.name, check_period_s=period_s, outputs=CLIENT_OUTPUTS)
@@ -52,7 +54,7 @@ class TritonPythonModel:
 
     def _accept(self, request: Any, sender: Any) -> None:
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        question = parse(inputs, streaming=self._models.decoupled)
+        question = parse(inputs, streaming=self._models.decoupled, draft_tokens=self._draft_tokens)
         answer = Answer(request_id=request.request_id(), streaming=question.stream)
         chain = Chain(self._models, question, answer, partial(self._sender.deliver, answer, 0))
         # In a thread of its own: that may take a moment.
