@@ -190,17 +190,22 @@ def test_exports_of_modelopt(name: str, algo: str, divisions: tuple[tuple[int, i
         assert_same_logits(Run.open(tmp_path / f"{tp}-{pp}", activations=False).logits(TOKENS), wanted)
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma2"])
 @pytest.mark.parametrize(
     "more",
-    [{}, {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.3}, {"mscale": 1.2, "mscale_all_dim": 0.7}],
-    ids=["defaults", "attention_factor", "mscale"],
+    [
+        {},
+        {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.3},
+        {"mscale": 1.2, "mscale_all_dim": 0.7},
+        {"original_max_position_embeddings": 16},
+    ],
+    ids=["defaults", "attention_factor", "mscale", "short"],
 )
 def test_yarn(name: str, more: dict[str, float], tmp_path: Path) -> None:
-    """Against Transformers, at positions beyond the trained length, with every way to give the attention factor."""
+    """Against Transformers, with every way to give the attention factor; ``short``: beyond the trained length."""
     # Transformers 5.14 does not find the head size of Mixtral for yarn by itself.
     sizes = {"head_dim": 32} if name == "mixtral" else {}
     source = plain(tmp_path / "plain", name, rope_parameters=YARN | more, **sizes)
