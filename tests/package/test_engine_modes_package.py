@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from engine_host import EngineHost
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -27,7 +28,9 @@ def write_recipe(place: Path, checkpoint: Path, store: Path, more: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, store: Path, cli: Cli) -> tuple[Path, str]:
+def pair(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, store: Path, cli: Cli, laptop: EngineHost
+) -> tuple[Path, str]:
     """A package of a model and its draft model, and what the build said."""
     from tiny import save_checkpoint
 
@@ -38,7 +41,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, store: Path
         "runtime: {kind: trtllm-engine, tensor_parallel_size: 2, max_batch_size: 4, max_seq_len: 256}\n"
         "speculative: {method: draft_target, draft: draft, max_draft_len: 3}\n",
     )  # fmt: skip
-    done = cli("build", recipe, "-o", root / "package")
+    done = cli("build", recipe, "-o", root / "package", **laptop.environment())
     return root / "package", done.stderr
 
 
@@ -47,33 +50,9 @@ def checks(cli: Cli, package: Path, code: int) -> dict[str, dict[str, Any]]:
     return {check["name"]: check for check in json.loads(done.stdout)}
 
 
-def run_script(directory: Path, tools: Path, *, gpu: str = "9.0") -> subprocess.CompletedProcess[str]:
-    """Run an engine directory's script with stand-ins for nvidia-smi and docker, which leave what was planned."""
-    tools.mkdir(exist_ok=True)
-    planned = json.loads((directory / "engine.json").read_text())
-    limits = dict(planned["limits"])
-    speculation = planned["spec"]["speculation"] or {"mode": "none"}
-    config = {
-        "version": planned["version"],
-        "pretrained_config": json.loads((directory / "checkpoint" / "config.json").read_text()),
-        "build_config": limits
-        | {
-            "plugin_config": {"tokens_per_block": limits.pop("tokens_per_block"), "use_paged_context_fmha": True},
-            "speculative_decoding_mode": speculation["mode"].upper(),
-        },
-    }
-    (tools / "config.json").write_text(json.dumps(config))
-    part = "$(printf '%s\\n' \"$@\" | sed -n 's|^\\(.*\\):/build$|\\1|p')/engine.part"
-    ranks = " ".join(f'"{part}/rank{rank}.engine"' for rank in range(planned["world_size"]))
-    for name, body in {
-        "nvidia-smi": f"printf '%s\\n' {gpu} {gpu}",
-        "docker": f'printf "%s\\n" "$@" >{tools}/arguments; mkdir -p "{part}"; '
-        f'cp {tools}/config.json "{part}/"; touch {ranks}',
-    }.items():
-        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tools / name).chmod(0o755)
-    environment = {"PATH": f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin"}
-    return subprocess.run([str(directory / "build.sh")], env=environment, capture_output=True, text=True, check=False)
+def manifest(package: Path) -> dict[str, Any]:
+    described: dict[str, Any] = json.loads((package / "manifest.json").read_text())
+    return described
 
 
 def parameter(package: Path, model: str, name: str) -> str | None:
@@ -84,7 +63,9 @@ def parameter(package: Path, model: str, name: str) -> str | None:
 
 def test_the_package_has_two_engines(pair: tuple[Path, str], cli: Cli) -> None:
     package, said = pair
-    assert f"the draft model's engine is built by {package}/engine/draft/build.sh" in said
+    assert "the engine was not built here (" in said
+    assert "the draft model's engine was not built here (" in said
+    assert f": run {package}/engine/draft/build.sh in reach of" in said
     files = {path.relative_to(package / "engine/draft").as_posix() for path in (package / "engine/draft").rglob("*")}
     assert files == {
         "build.sh", "engine.json", "checkpoint", "checkpoint/config.json", "checkpoint/rank0.safetensors",
@@ -92,7 +73,7 @@ def test_the_package_has_two_engines(pair: tuple[Path, str], cli: Cli) -> None:
     }  # fmt: skip
     config = json.loads((package / "engine/draft/checkpoint/config.json").read_text())
     assert (config["num_hidden_layers"], config["mapping"]["tp_size"]) == (1, 2)
-    script = (package / "engine/build.sh").read_text()
+    script = " ".join((package / "engine/build.sh").read_text().split())
     assert "--speculative_decoding_mode draft_tokens_external --max_draft_len 3" in script
     assert "speculative" not in (package / "engine/draft/build.sh").read_text()
     found = checks(cli, package, 0)
@@ -117,15 +98,39 @@ def test_the_repository_asks_both(pair: tuple[Path, str]) -> None:
     assert "draft=/package/engine/draft/built" in launch
 
 
-def test_both_engines_are_built_and_read_back(pair: tuple[Path, str], tmp_path: Path, cli: Cli) -> None:
+def test_both_engines_are_built_and_read_back(pair: tuple[Path, str], tmp_path: Path, store: Path, cli: Cli) -> None:
+    """By the build itself where it can, or by the two scripts; the next build takes what these have made."""
+    host, recipe, out = (
+        EngineHost(tmp_path / "host", "nvidia-smi", "docker"),
+        pair[0].parent / "recipe.yaml",
+        tmp_path / "p",
+    )
+    done = cli("build", recipe, "-o", out, **host.environment())
+    assert "trtllm-build: built (" in done.stderr
+    assert "trtllm-build-draft: built (" in done.stderr
+    assert manifest(out)["digest"] == manifest(pair[0])["digest"]
+    shutil.rmtree(store / "built")
     package = Path(shutil.copytree(pair[0], tmp_path / "package"))
     for directory in (package / "engine", package / "engine/draft"):
-        done = run_script(directory, tmp_path / "tools")
-        assert (done.returncode, done.stdout.strip()) == (0, str(directory / "built")), done.stderr
+        script = subprocess.run(
+            [str(directory / "build.sh")], env=host.environment(), capture_output=True, text=True, check=False
+        )
+        assert (script.returncode, script.stdout.strip()) == (0, str(directory / "built")), script.stderr
+    again = cli("build", recipe, "-o", package, **host.environment())
+    assert "trtllm-build-draft: taken from the package (" in again.stderr
+    shutil.rmtree(store / "built")
+    other = cli("build", recipe, "-o", package, "--set", "runtime.max_batch_size=2", check=2, **host.environment())
+    assert "holds engine/built, which engine/build.sh made" in other.stderr
+    listed = {entry["path"] for entry in manifest(package)["files"]}
+    assert {"engine/built/rank1.engine", "engine/draft/built/rank1.engine"} <= listed
     found = checks(cli, package, 0)
     for prefix in ("", "draft: "):
         assert found[f"{prefix}TensorRT engine"]["detail"] == "TensorRT-LLM 1.2.1, 2 ranks, SM90"
+    copied = (package / "deploy/Dockerfile").read_text()
+    assert "engine/built /package/engine/built" in copied
+    assert "engine/draft/built /package/engine/draft/built" in copied
     config = package / "engine/draft/built/config.json"
+    config.chmod(0o644)
     config.write_text(config.read_text().replace('"max_batch_size": 4', '"max_batch_size": 2'))
     found = checks(cli, package, 5)
     assert "max_batch_size: is 2, the plan says 4" in found["draft: TensorRT engine"]["problems"][0]
@@ -182,7 +187,8 @@ def test_a_checkpoint_with_heads_is_taken_as_it_is(tmp_path: Path, tiny_llama: P
     assert (checkpoint / "rank0.safetensors").read_bytes() == b"weights"
     assert parameter(package, "tensorrt_llm", "decoding_mode") == "medusa"
     assert parameter(package, "tensorrt_llm", "medusa_choices") == "{0}, {0, 0}, {1}"
-    assert "--speculative_decoding_mode medusa --max_draft_len 4" in (package / "engine/build.sh").read_text()
+    script = " ".join((package / "engine/build.sh").read_text().split())
+    assert "--speculative_decoding_mode medusa --max_draft_len 4" in script
     assert (package / "engine" / "tokenizer.json").is_file()
 
 
@@ -217,7 +223,7 @@ def test_adapters_are_packaged_for_the_server(adapted: Path, cli: Cli) -> None:
     engine = json.loads((package / "engine/engine.json").read_text())
     assert (engine["adapters"], engine["dtype"]) == ({"1": "polite", "2": "terse"}, "float16")
     assert json.loads((package / "engine/checkpoint/config.json").read_text())["dtype"] == "float16"
-    script = (package / "engine/build.sh").read_text()
+    script = " ".join((package / "engine/build.sh").read_text().split())
     assert "--lora_plugin auto --lora_target_modules attn_q attn_k attn_v --max_lora_rank 4" in script
     assert "--lora_dir" not in script
     weights = np.load(package / "engine/adapters/2/model.lora_weights.npy")
@@ -231,6 +237,7 @@ def test_adapters_are_packaged_for_the_server(adapted: Path, cli: Cli) -> None:
     assert parameter(package, "tensorrt_llm", "lora_prefetch_dir") == "/package/engine/adapters"
     assert parameter(package, "tensorrt_llm", "lora_cache_max_adapter_size") == "4"
     assert parameter(package, "tensorrt_llm_bls", "lora_adapters_dir") == "../../engine/adapters"
+    assert "engine/adapters /package/engine/adapters" in (package / "deploy/Dockerfile").read_text()
     found = checks(cli, package, 0)
     assert found["LoRA adapters"]["detail"] == "1: polite, 2: terse"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-_LIMITS = ("max_batch_size", "max_seq_len", "max_input_len", "max_num_tokens", "max_beam_width")
+_LIMITS = ("max_batch_size", "max_seq_len", "max_input_len", "max_num_tokens", "max_beam_width", "max_draft_len")
 
 
 def build_and_save(rank, gpu_id, ckpt_dir, build_config, output_dir, log_level, model_config, model_cls, **kwargs):
@@ -35,12 +35,14 @@ def build_and_save(rank, gpu_id, ckpt_dir, build_config, output_dir, log_level, 
         time.sleep(120)  # long past the test, and an end where a test fails
     if rank == 0:
         Path(build_config["output_timing_cache"]).write_bytes(b"timings")
-        names = {name: int(build_config[name]) for name in _LIMITS}
+        names = {name: int(build_config[name]) for name in _LIMITS if name in build_config}
+        names["max_seq_len"] += names.get("max_draft_len", 0)  # as tensorrt_llm/builder.py @14e801da
+        speculation = build_config.get("speculative_decoding_mode", "none")
         plugins = {"tokens_per_block": int(build_config["tokens_per_block"]), "use_paged_context_fmha": True}
         config = {
             "version": "1.1.0" if mode == "lies" else os.environ.get("FAKE_VERSION", "1.2.1"),
             "pretrained_config": model_config,
-            "build_config": names | {"plugin_config": plugins, "speculative_decoding_mode": "NONE"},
+            "build_config": names | {"plugin_config": plugins, "speculative_decoding_mode": speculation.upper()},
         }
         Path(output_dir, "config.json").write_text(json.dumps(config))
     engine.write_bytes(b"engine of rank %d" % rank)
