@@ -110,7 +110,7 @@ def prefill_seconds(engine: Engine) -> float:
 
 
 def profile(what: str, call: Callable[[], object]) -> None:
-    """Print where the time of `call` goes, by kernel; kernels of one chain overlap, so that their sum is more than it."""
+    """Print where the time of `call` goes, by kernel; kernels of one chain overlap, so their sum is more than it."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
