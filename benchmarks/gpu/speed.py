@@ -17,6 +17,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -108,21 +109,18 @@ def prefill_seconds(engine: Engine) -> float:
     return time.perf_counter() - started
 
 
-def profile(engine: Engine, batch: int) -> None:
-    """Print where the time of one decode step goes, by kernel."""
+def profile(what: str, call: Callable[[], object]) -> None:
+    """Print where the time of `call` goes, by kernel; kernels of one chain overlap, so their sum is more than it."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    graphs: Any = engine._runner.fast.graphs
-    size = next(size for size in graphs.sizes if size >= batch)
     with record(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(5):
-            graphs._graphs[size].replay()
+        call()
         torch.cuda.synchronize()
     rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)[:12]
-    print(f"\nBatch {batch}, microseconds a step by kernel (calls)")
+    print(f"\n{what}, microseconds by kernel (calls)")
     for row in rows:
-        print(f"  {row.self_device_time_total / 5:9.1f}  {row.count // 5:5d}  {row.key[:90]}")
+        print(f"  {row.self_device_time_total:9.1f}  {row.count:5d}  {row.key[:90]}")
 
 
 def main() -> None:
@@ -168,8 +166,11 @@ def main() -> None:
         print(f"\nPrefill {PREFILL[0]}x{PREFILL[1]}: {rate:,.0f} tok/s ({seconds * 1000:.0f} ms), ", end="")
         print(f"vLLM 0.22.1 (another day) {their_prefill:,}: ratio {rate / their_prefill:.2f}")
         if arguments.profile:
+            graphs: Any = engine._runner.fast.graphs
             for batch in batches:
-                profile(engine, batch)
+                size = next(size for size in graphs.sizes if size >= batch)
+                profile(f"A step of {batch}", graphs._graphs[size].replay)
+            profile("Prefill", lambda: prefill_seconds(engine))
 
 
 if __name__ == "__main__":

@@ -209,13 +209,14 @@ def test_decode_attention(shape: tuple[int, int, int, int, int, bool], fp8: bool
     places = positions.clamp(min=0).long()
     query = turned(raw[:, :queries], places, turn, heads.query_norm, heads.eps)
     key = turned(raw[:, queries : queries + keys], places, turn, heads.key_norm, heads.eps)
+    arrivals = torch.zeros(rows * keys, dtype=torch.int32, device=DEVICE)
     for out_codes in (False, True):
         poison()
         out = torch.full((rows, queries * size), float("nan"), device=DEVICE, dtype=torch.bfloat16)
         out = out.to(torch.float8_e4m3fn) if out_codes else out
         decode_attention(
             qkv, out, positions, table, turn, heads, cache.pool, splits=splits,
-            scale=scalar(SCALE) if out_codes else None,
+            arrivals=arrivals, scale=scalar(SCALE) if out_codes else None,
         )  # fmt: skip
         found = expanded(out, SCALE).view(rows, queries, size)
         for column, length in enumerate(lengths):
@@ -227,6 +228,7 @@ def test_decode_attention(shape: tuple[int, int, int, int, int, bool], fp8: bool
                 query[column : column + 1], stored_keys, stored_values, length - 1, heads.scaling, window
             )[0]
             assert error(found[column], expected) < (FP8_ERROR if out_codes else BF16_ERROR), (column, length)
+    assert (arrivals == 0).all()
     # Nothing but the new tokens' slots was touched.
     written = torch.stack([cache.slots(column, length)[-1] for column, length in enumerate(lengths)])
     same = before.view(torch.uint8) == cache.pool.keys.view(torch.uint8)

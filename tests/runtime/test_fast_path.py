@@ -74,7 +74,7 @@ def model(name: str, checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[P
     if name == "bf16 over fp8 kv":
         return checkpoint("llama", **SHAPE), {"dtype": "fp8"}, 0.06
     if name == "odd":
-        return checkpoint("llama", num_key_value_heads=3, vocab_size=317, num_hidden_layers=3, **LONG), {}, 0.03
+        return checkpoint("llama", num_key_value_heads=3, vocab_size=317, num_hidden_layers=3, **LONG), {}, 0.06
     return checkpoint(name, **SHAPE), {}, 0.03
 
 

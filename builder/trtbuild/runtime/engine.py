@@ -14,10 +14,11 @@ import torch
 
 from trtbuild.errors import RequestError, ToolError, TrtbuildError
 from trtbuild.runtime.config import EngineConfig
+from trtbuild.runtime.facts import engine_facts
 from trtbuild.runtime.intake import Intake
 from trtbuild.runtime.joined import JoinedScales
 from trtbuild.runtime.model import ModelRunner
-from trtbuild.runtime.outputs import Completion, EngineFacts, EngineStats, Output
+from trtbuild.runtime.outputs import Completion, EngineStats, Output
 from trtbuild.runtime.request import Request, final_output
 from trtbuild.runtime.sampling_params import SamplingParams
 from trtbuild.runtime.scheduler import Scheduler
@@ -41,11 +42,15 @@ class Engine:
     """
 
     def __init__(self, runner: ModelRunner, config: EngineConfig, intake: Intake) -> None:
-        self.facts = _facts(runner, config, intake)
+        self.facts = engine_facts(runner, config, intake.end_ids)
         self._runner = runner
         self._intake = intake
         self._scheduler = Scheduler(config, runner.num_blocks)
         self._requests: dict[int, Request] = {}
+        # Outputs that wait until the device works on the next step; without such a device none wait.
+        self._held: list[tuple[Request, Output]] = []
+        if runner.fast is not None:
+            runner.fast.while_busy = self._hand_out
         self._sequences: dict[int, EngineSequence] = {}
         self._wake = threading.Condition()
         self._arrived: deque[tuple[Request, EngineSequence]] = deque()
@@ -203,6 +208,8 @@ class Engine:
 
     def _take_orders(self) -> bool:
         """Wait for work, take in what arrived and what was cancelled; False once the engine closes."""
+        if self._cancelled or not self._scheduler.has_work:
+            self._hand_out()
         with self._wake:
             while not (self._closing or self._arrived or self._cancelled or self._scheduler.has_work):
                 self._wake.wait()
@@ -224,6 +231,7 @@ class Engine:
     def _step(self) -> None:
         chunks = self._scheduler.schedule()
         if not chunks:
+            self._hand_out()
             return
         try:
             results = finish_step(chunks, self._runner.execute(chunks))
@@ -234,15 +242,25 @@ class Engine:
         self._failures = 0
         self._steps += 1
         self._scheduler.commit(chunks)
-        for result in results:
-            self._deliver(result)
+        self._held += [self._settle(result) for result in results]
+        if self._runner.fast is None:
+            self._hand_out()
 
-    def _deliver(self, result: StepResult) -> None:
+    def _settle(self, result: StepResult) -> tuple[Request, Output]:
+        """Count a sequence's new output and free its blocks if it is the last; the output is still to be handed out."""
         self._generated += len(result.output.token_ids)
-        if result.output.finished:
-            self._finish(result.sequence, result.output)
-        else:
-            self._requests[result.sequence.request_id].deliver(result.output)
+        request_id = result.sequence.request_id
+        if not result.output.finished:
+            return self._requests[request_id], result.output
+        self._scheduler.remove(result.sequence)
+        del self._sequences[request_id]
+        return self._requests.pop(request_id), result.output
+
+    def _hand_out(self) -> None:
+        """Give the callers what was held for them."""
+        held, self._held = self._held, []
+        for request, output in held:
+            request.deliver(output)
 
     def _fail(self, sequences: list[EngineSequence], error: Exception) -> None:
         shown = error if isinstance(error, TrtbuildError) else ToolError(f"{type(error).__name__}: {error}")
@@ -254,13 +272,15 @@ class Engine:
                 self._refusal = ToolError(f"{self._failures} steps in a row failed, the last with {shown}")
 
     def _finish(self, sequence: EngineSequence, output: Output) -> None:
-        """Free a sequence's blocks, then tell its caller, who may count on that."""
+        """Free a sequence's blocks, then tell its caller, who may count on that, after all that came before."""
+        self._hand_out()
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request_id]
         self._requests.pop(sequence.request_id).deliver(output)
 
     def _end(self) -> None:
         """Give everyone who still waits a final output."""
+        self._hand_out()
         with self._wake:
             self._closing = True
             for request, sequence in self._arrived:
@@ -272,28 +292,3 @@ class Engine:
             output = final_output("error" if reason else "cancelled", error=reason, metrics=sequence.metrics())
             self._finish(sequence, output)
         self._runner.release()
-
-
-def _facts(runner: ModelRunner, config: EngineConfig, intake: Intake) -> EngineFacts:
-    return EngineFacts(
-        architecture=type(runner.model).__name__,
-        vocab_size=runner.vocab_size,
-        max_seq_len=config.max_seq_len,
-        max_batch_size=config.max_batch_size,
-        kv_cache_tokens=runner.num_blocks * runner.block_size,
-        tokens_per_block=runner.block_size,
-        kv_cache_dtype="fp8" if runner.kv_is_fp8 else str(runner.dtype).removeprefix("torch."),
-        device=str(runner.device),
-        compute_dtype=str(runner.dtype).removeprefix("torch."),
-        weights=_weights_form(config, runner),
-        path=runner.path,
-        eos_token_ids=tuple(sorted(intake.end_ids)),
-        notes=tuple(runner.notes),
-    )
-
-
-def _weights_form(config: EngineConfig, runner: ModelRunner) -> str:
-    """What `weights: auto` means on this device (checkpoint.py decides the same)."""
-    if config.weights != "auto":
-        return config.weights
-    return "expanded" if runner.device.type == "cpu" else "packed"

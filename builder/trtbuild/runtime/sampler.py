@@ -31,18 +31,20 @@ def choose(logits: torch.Tensor, sequences: list[Sequence], likeliest: list[int]
 
     `likeliest` is the likeliest token of each row where that is known already, -1 where its logit is not finite.
     """
+    if likeliest is not None and all(sequence.wants_the_likeliest for sequence in sequences):
+        return [
+            Choice(token) if token >= 0 else Choice(0, error=_no_token(logits[row]))
+            for row, token in enumerate(likeliest)
+        ]
     adjusted = logits
     changing = [row for row, sequence in enumerate(sequences) if sequence.params.changes_logits]
     if changing:
         adjusted = logits.clone()
         for row in changing:
             _adjust(adjusted[row], sequences[row])
-    if likeliest is None or changing:
-        best, greedy = adjusted.max(dim=-1)
-        finite = best.isfinite().tolist()
-        tokens: list[int] = greedy.tolist()
-    else:
-        finite, tokens = [token >= 0 for token in likeliest], list(likeliest)
+    best, greedy = adjusted.max(dim=-1)
+    finite = best.isfinite().tolist()
+    tokens: list[int] = greedy.tolist()
     for rows in _sampling_groups(sequences, finite):
         chosen = _sample(adjusted[rows], [sequences[row] for row in rows])
         for row, token_id in zip(rows, chosen, strict=True):

@@ -61,6 +61,11 @@ class SamplingParams:
             or bool(self.bad_words)
         )
 
+    @property
+    def wants_the_likeliest(self) -> bool:
+        """Whether nothing but the likeliest token of the model's own logits is asked for."""
+        return self.is_greedy and not self.changes_logits and self.logprobs is None
+
     def validate(self, vocab_size: int) -> None:
         """Check every field.
 

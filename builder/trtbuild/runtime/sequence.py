@@ -23,6 +23,8 @@ class Sequence:
     end_ids: frozenset[int]
     stop_ids: frozenset[int]
     rng: random.Random
+    # Asked once, not at every token.
+    wants_the_likeliest: bool = False
     # Every position's logits are wanted, and nothing is generated.
     logits: list[torch.Tensor] | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)

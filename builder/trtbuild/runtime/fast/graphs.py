@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import torch
 
@@ -46,10 +47,13 @@ class DecodeGraphs:
         """The most sequences of a step."""
         return self.sizes[-1]
 
-    def run(self, sequences: list[Sequence], starts: list[int]) -> tuple[torch.Tensor, list[int]]:
+    def run(
+        self, sequences: list[Sequence], starts: list[int], while_busy: Callable[[], None]
+    ) -> tuple[torch.Tensor, list[int]]:
         """The logits [B, V] after the token of each sequence at its position of `starts`, and the likeliest tokens.
 
-        The logits are overwritten by the next step. A token of -1 says that the largest logit is not finite.
+        `while_busy` is called while the device works. The logits are overwritten by the next step. A token of -1 says
+        that the largest logit is not finite.
         """
         count = len(sequences)
         size = next(size for size in self.sizes if size >= count)
@@ -64,6 +68,7 @@ class DecodeGraphs:
         self._graphs[size].replay()
         self._host_chosen.copy_(self._chosen, non_blocking=True)
         self._done.record()
+        while_busy()
         self._done.synchronize()
         return self._logits[:count], self._chosen_numbers[:count].tolist()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -24,6 +26,8 @@ class FastPath:
     def __init__(
         self, weights: Weights, caches: list[LayerCache], *, page: int, max_batch_size: int, max_seq_len: int
     ) -> None:
+        # What the host has to do meanwhile; called once a step, when all of it is queued on the device.
+        self.while_busy: Callable[[], None] = _nothing
         self.decoder = Decoder(weights, [_pool(cache, page) for cache in caches])
         with torch.inference_mode():
             self.graphs = DecodeGraphs(self.decoder, max_batch_size, -(-max_seq_len // page))
@@ -33,7 +37,7 @@ class FastPath:
         with torch.inference_mode():
             if len(chunks) <= self.graphs.largest and all(chunk.end - chunk.start == 1 for chunk in chunks):
                 logits, likeliest = self.graphs.run(
-                    [chunk.sequence for chunk in chunks], [chunk.start for chunk in chunks]
+                    [chunk.sequence for chunk in chunks], [chunk.start for chunk in chunks], self.while_busy
                 )
                 return StepLogits(logits, [slice(row, row + 1) for row in range(len(chunks))], likeliest)
             return self.execute_packed(chunks)
@@ -47,7 +51,12 @@ class FastPath:
             logits = self.decoder.run(_pack([chunks[index] for index in order], wanted, self.decoder))
             chosen = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
             argmax(logits, chosen)
+            self.while_busy()
             return StepLogits(logits, rows, chosen.tolist())
+
+
+def _nothing() -> None:
+    pass
 
 
 def _pool(cache: LayerCache, page: int) -> Pool:

@@ -68,14 +68,10 @@ def _dot(
     x_at = x + row[:, None] * K + k[None, :]
     gate_at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     w_at = gate_at + N.to(tl.int64) * K if GATED else gate_at
-    # The first tile needs nothing of the kernel before.
-    ws = _take(w_at, n_inside, 0, k, K, EVEN)
-    gs = _take(gate_at, n_inside, 0, k, K, EVEN) if GATED else ws
     wait_for_previous(CHAIN)
-    xs = _take(x_at, row_inside, 0, k, K, False)
-    total = tl.dot(xs, tl.trans(ws))
-    gate_total = tl.dot(xs, tl.trans(gs)) if GATED else total
-    for first in range(INPUTS, K, INPUTS):
+    total = tl.zeros([ROWS, OUTPUTS], dtype=tl.float32)
+    gate_total = tl.zeros([ROWS, OUTPUTS], dtype=tl.float32)
+    for first in range(0, K, INPUTS):
         xs = _take(x_at, row_inside, first, k, K, False)
         total = tl.dot(xs, tl.trans(_take(w_at, n_inside, first, k, K, EVEN)), total)
         if GATED:

@@ -11,14 +11,12 @@ from trtbuild.runtime.fast.shapes import Heads, Pool
 
 TILE_ROWS = 128  # tokens of one sequence that a program takes together
 _TILE_PLACES = 64
+_WARPS, _STAGES = 8, 3
 
 
 @triton.jit
-def _attend(
-    query, keys, values, live, top, total, seen, factor
-):  # fmt: skip
-    scores = tl.dot(query, tl.trans(keys)) * factor
-    scores = tl.where(live, scores, float("-inf"))
+def _attend(scores, values, top, total, seen):
+    """Take `scores` [ROWS, TILE], in units of log2, and their values into a running softmax."""
     higher = tl.maximum(top, tl.max(scores, axis=1))
     # A row that has seen nothing yet keeps -inf, and exp2(-inf - -inf) is no number.
     safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -56,17 +54,30 @@ def _prefill(
     first = 0
     if WINDOW:
         first = tl.maximum(position - window + 1, 0) // TILE * TILE
-    for n in range(first, length, TILE):
+    edge = first
+    if not WINDOW:
+        # Up to here every row sees every place: no masks.
+        edge = (position + 1) // TILE * TILE
+        for n in range(0, edge, TILE):
+            places = n + tl.arange(0, TILE)
+            blocks = tl.load(table + (places // PAGE) * table_stride + column).to(tl.int64)
+            offset = (base + blocks * PAGE + places % PAGE) * SIZE
+            keys = tl.load(pool_keys + offset[:, None] + whole[None, :]).to(tl.bfloat16)
+            values = tl.load(pool_values + offset[:, None] + whole[None, :]).to(tl.bfloat16)
+            scores = tl.dot(query, tl.trans(keys)) * factor
+            top, total, seen = _attend(scores, values, top, total, seen)
+    for n in range(edge, length, TILE):
         places = n + tl.arange(0, TILE)
         real = places < length
         blocks = tl.load(table + (places // PAGE) * table_stride + column, mask=real, other=0).to(tl.int64)
         offset = (base + blocks * PAGE + places % PAGE) * SIZE
-        keys = tl.load(pool_keys + offset[:, None] + whole[None, :], mask=real[:, None], other=0.0)
-        values = tl.load(pool_values + offset[:, None] + whole[None, :], mask=real[:, None], other=0.0)
+        keys = tl.load(pool_keys + offset[:, None] + whole[None, :], mask=real[:, None], other=0.0).to(tl.bfloat16)
+        values = tl.load(pool_values + offset[:, None] + whole[None, :], mask=real[:, None], other=0.0).to(tl.bfloat16)
         live = places[None, :] <= here[:, None]
         if WINDOW:
             live &= places[None, :] > here[:, None] - window
-        top, total, seen = _attend(query, keys.to(tl.bfloat16), values.to(tl.bfloat16), live, top, total, seen, factor)
+        scores = tl.where(live, tl.dot(query, tl.trans(keys)) * factor, float("-inf"))
+        top, total, seen = _attend(scores, values, top, total, seen)
     y = (seen / total[:, None] * value_scale).to(tl.bfloat16)
     to = out + (start + rows)[:, None] * (QUERIES * SIZE) + head * SIZE + whole[None, :]
     if OUT_CODES:
@@ -97,5 +108,5 @@ def prefill_attention(
         qkv, out, tiles, table, table.stride(0), pool.keys, pool.values, pool.keys.shape[1],
         pool.key_scale, pool.value_scale, heads.scaling, heads.window, scale,
         QUERIES=heads.queries, KEYS=heads.keys, SIZE=heads.size, PAGE=pool.page, ROWS=TILE_ROWS, TILE=_TILE_PLACES,
-        WINDOW=heads.window > 0, OUT_CODES=scale is not None, num_warps=8, num_stages=3,
+        WINDOW=heads.window > 0, OUT_CODES=scale is not None, num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
