@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from trtbuild.layer_size import LayerSize
+from trtbuild.weight_formats import is_searched, needs_text
 
 _IMPORTED = 700_000_000  # Python with torch, transformers and ModelOpt, and a tokenizer
 _COPYING = 450_000_000  # with torch alone
@@ -37,9 +38,11 @@ class Demand:
     @property
     def streams(self) -> int:
         """How many kinds of hidden states go from layer to layer."""
-        pruned = self.format != "none" or self.kv_cache != "none"
+        quantized = needs_text(self.format, self.kv_cache)
         return (
-            int(self.sparsity_method == "sparsegpt") + pruned + (self.format == "int4_awq" and self.kv_cache != "none")
+            int(self.sparsity_method == "sparsegpt")
+            + quantized
+            + (is_searched(self.format) and self.kv_cache != "none")
         )
 
     @property

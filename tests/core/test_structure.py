@@ -31,6 +31,7 @@ LAYERS = [
         "linking",
         "model",
         "layer_size",
+        "weight_formats",
         "releases",
         "support",
         "llm_keys",

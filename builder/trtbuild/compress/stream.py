@@ -31,6 +31,7 @@ from trtbuild.compress.skeleton import Call, NotStreamableError, Skeleton
 from trtbuild.compress.states import States
 from trtbuild.compress.whole import SPARSEGPT_PASSES
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
+from trtbuild.weight_formats import needs_text
 
 # Names of a quantized layer's tensors beside its weight and bias are at most this long; there are at most five.
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale")
@@ -160,7 +161,7 @@ class Stream:
         """
         from trtbuild.compress.quantize import passes
 
-        if not self.samples or not self.request.quantized:
+        if not self.samples or not needs_text(self.request.format, self.request.kv_cache):
             return ()
         cached = self.request.kv_cache != "none" and len(passes(self.request)) > 1
         return (_PRUNED, _CACHED) if cached else (_PRUNED,)
@@ -228,7 +229,8 @@ class Stream:
     def _quantize(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
         from trtbuild.compress.quantize import passes, quantize
 
-        loop = self._loop(index, layer, self._quantized_streams(), passes(self.request)) if self.samples else None
+        streams = self._quantized_streams()
+        loop = self._loop(index, layer, streams, passes(self.request)) if streams else None
         idle = quantize(frame, selection, self.request, loop, layers=1)
         if loop is not None:
             loop.finish()
