@@ -22,6 +22,8 @@ class WeightFormat:
         searched: AWQ looks for smoothing scales in a second pass over the text.
         weight_range: ModelOpt keeps a range for the weights, not only scales of blocks.
         input_range: ModelOpt keeps a range for the inputs.
+        scratch: Bytes for each element of a matrix that ModelOpt takes for a while, beside the float32 weights; fitted
+            to what `benchmarks/compress_stream.py` measures.
     """
 
     bits: int
@@ -31,6 +33,7 @@ class WeightFormat:
     searched: bool = False
     weight_range: bool = True
     input_range: bool = False
+    scratch: int = 10
 
     @property
     def scale_bits(self) -> float:
@@ -46,11 +49,13 @@ WEIGHT_FORMATS: Mapping[str, WeightFormat] = {
     "fp8_block": WeightFormat(8, sides=(128, 128)),
     "int8_sq": WeightFormat(8, activations=True, input_range=True),
     "int8_weight_only": WeightFormat(8),
-    "int4_awq": WeightFormat(4, sides=(2, 1), activations=True, searched=True),
-    "w4a8_awq": WeightFormat(4, sides=(2, 1), activations=True, searched=True, weight_range=False, input_range=True),
-    "nvfp4": WeightFormat(4, group=16, sides=(1, 16), activations=True, input_range=True),
-    "w4a16_nvfp4": WeightFormat(4, group=16, sides=(1, 16)),
-    "mxfp4": WeightFormat(4, group=32, sides=(1, 32), weight_range=False),
+    "int4_awq": WeightFormat(4, sides=(2, 1), activations=True, searched=True, scratch=18),
+    "w4a8_awq": WeightFormat(
+        4, sides=(2, 1), activations=True, searched=True, weight_range=False, input_range=True, scratch=24
+    ),
+    "nvfp4": WeightFormat(4, group=16, sides=(1, 16), activations=True, input_range=True, scratch=14),
+    "w4a16_nvfp4": WeightFormat(4, group=16, sides=(1, 16), scratch=14),
+    "mxfp4": WeightFormat(4, group=32, sides=(1, 32), weight_range=False, scratch=100),
     "mxfp8": WeightFormat(8, group=32, sides=(1, 32), weight_range=False),
 }
 

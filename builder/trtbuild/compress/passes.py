@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trtbuild.compress.blocks import is_finite
 from trtbuild.compress.request import Meter
 from trtbuild.compress.skeleton import Call
 from trtbuild.compress.states import States
@@ -73,7 +74,7 @@ class LayerLoop:
             if culprit is None:
                 raise
             raise _overflow(index, culprit, state.dtype) from error
-        if not bool(torch.isfinite(hidden).all()):
+        if not is_finite(hidden):
             raise _overflow(index, self._first_overflow(state) or f"the output of {self.name}", hidden.dtype)
         return hidden
 
@@ -84,7 +85,7 @@ class LayerLoop:
         def watch(what: str, name: str) -> Any:
             def hook(module: nn.Module, *values: Any) -> None:  # noqa: ARG001  the signature of both kinds of hook
                 value = values[-1][0] if isinstance(values[-1], tuple) and values[-1] else values[-1]
-                if isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
+                if isinstance(value, torch.Tensor) and not is_finite(value):
                     found.append(f"the {what} of {self.name}.{name}")
 
             return hook

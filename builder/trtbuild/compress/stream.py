@@ -113,6 +113,7 @@ class Stream:
                         self.skeleton.skip(index)
                     else:
                         self._layer(index, journal, writer)
+                        gc.collect()  # ModelOpt's modules refer to themselves
                 files = writer.seal()
             place_files(self.request.output, files, writer.written)
             self.idle += [name for part in journal.parts for name in part.get("idle", [])]
@@ -212,9 +213,6 @@ class Stream:
             self._states(stream, index).discard()
             del self._known[self._states_path(stream, index)]
         self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done")
-        del frame, layer, tensors
-        gc.collect()  # ModelOpt's modules refer to themselves
-        gc.freeze()  # what is alive now is there to stay: the next collection need not look at it
 
     def _sparsify(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
         from trtbuild.compress import sparsify
