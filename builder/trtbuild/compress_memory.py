@@ -9,10 +9,12 @@ import re
 from dataclasses import dataclass
 
 from trtbuild.layer_size import LayerSize
+from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, needs_text
 
 _IMPORTED = 700_000_000  # Python with torch, transformers and ModelOpt, and a tokenizer
 _COPYING = 450_000_000  # with torch alone
 _FLOAT = 4
+_PLAIN_SCRATCH = 12  # a matrix that is pruned, and its mask
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _KEPT_UNASKED = 2 << 30
 
@@ -37,9 +39,11 @@ class Demand:
     @property
     def streams(self) -> int:
         """How many kinds of hidden states go from layer to layer."""
-        pruned = self.format != "none" or self.kv_cache != "none"
+        quantized = needs_text(self.format, self.kv_cache)
         return (
-            int(self.sparsity_method == "sparsegpt") + pruned + (self.format == "int4_awq" and self.kv_cache != "none")
+            int(self.sparsity_method == "sparsegpt")
+            + quantized
+            + (is_searched(self.format) and self.kv_cache != "none")
         )
 
     @property
@@ -53,9 +57,9 @@ class Demand:
         if not self.compressed:
             return _COPYING
         layer = self.layer
-        coded = 1 if self.format != "none" else 2
+        coded, scratch = (1, WEIGHT_FORMATS[self.format].scratch) if self.format != "none" else (2, _PLAIN_SCRATCH)
         # The layer, its coded or bf16 form, and what is computed with the largest matrix at once.
-        weights = (_FLOAT + coded) * layer.parameters + 4 * _FLOAT * layer.matrix
+        weights = (_FLOAT + coded) * layer.parameters + scratch * layer.matrix
         hessians = 2 * _FLOAT * layer.squared_inputs if self.sparsity_method == "sparsegpt" else 0
         widest = max(layer.matrix // max(self.hidden_size, 1), self.hidden_size)
         running = _FLOAT * self.length * (8 * self.hidden_size + 4 * widest)

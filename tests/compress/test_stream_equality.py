@@ -43,15 +43,24 @@ def load(directory: Path) -> dict[str, torch.Tensor]:
 def modelopt_config(changes: dict[str, Any]) -> dict[str, Any]:
     import modelopt.torch.quantization as mtq
 
-    named = {"fp8": mtq.FP8_DEFAULT_CFG, "int4_awq": mtq.INT4_AWQ_CFG}
+    named = {
+        "fp8": mtq.FP8_DEFAULT_CFG, "int4_awq": mtq.INT4_AWQ_CFG, "w4a8_awq": mtq.W4A8_AWQ_BETA_CFG,
+        "fp8_per_channel_per_token": mtq.FP8_PER_CHANNEL_PER_TOKEN_CFG, "int8_sq": mtq.INT8_SMOOTHQUANT_CFG,
+        "fp8_block": mtq.FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG, "int8_weight_only": mtq.INT8_WEIGHT_ONLY_CFG,
+        "nvfp4": mtq.NVFP4_DEFAULT_CFG, "w4a16_nvfp4": mtq.W4A16_NVFP4_CFG, "mxfp4": mtq.MXFP4_DEFAULT_CFG,
+        "mxfp8": mtq.MXFP8_DEFAULT_CFG,
+    }  # fmt: skip
     config: dict[str, Any] = copy.deepcopy(
         named.get(changes.get("format", "none"))
         or {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
     )
-    for entry in config["quant_cfg"]:
-        if "group_size" in changes and "block_sizes" in entry.get("cfg", {}):
-            entry["cfg"]["block_sizes"][-1] = changes["group_size"]
+    for entry in config["quant_cfg"] if "group_size" in changes else []:
+        settings = entry.get("cfg") or {}
+        for part in settings if isinstance(settings, list) else [settings]:
+            if "block_sizes" in part:
+                part["block_sizes"][-1] = changes["group_size"]
     if changes.get("kv_cache") == "fp8":
+        config["algorithm"] = config["algorithm"] or "max"
         config["quant_cfg"] = [*config["quant_cfg"], *copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])]
     return config
 
@@ -64,8 +73,8 @@ def in_memory(source: Path, output: Path, changes: dict[str, Any], patch: pytest
     from modelopt.torch.export import unified_export_hf as exporter
 
     # ModelOpt 0.47 does not know the experts of most classes when it exports AWQ, and gives an INT4 expert's gate and
-    # up the larger of both scales, group by group, which no reader of INT4 asks for.
-    if changes.get("format") == "int4_awq":
+    # up the larger of both scales, group by group, which no reader of INT4 asks for; with W4A8 it fails.
+    if changes.get("format") in ("int4_awq", "w4a8_awq"):
         patch.setattr(exporter, "sync_moe_gate_up_amax", lambda model: 0)
     patch.setattr(
         exporter,
@@ -99,17 +108,68 @@ def test_the_same_as_in_memory(
     directory, result = compress(name, **changes)
     assert result["notes"] == []  # not held in memory as a whole, no expert without tokens
     in_memory(sources(name), tmp_path / "memory", changes, monkeypatch)
-    streamed, expected = load(directory), load(tmp_path / "memory")
+    check_equal(directory, tmp_path / "memory")
+
+
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    *(("qwen3", {"format": name}) for name in (
+        "fp8_per_channel_per_token", "int8_sq", "int8_weight_only", "nvfp4", "w4a16_nvfp4", "mxfp4", "mxfp8",
+    )),
+    *(("qwen3_moe", {"format": name}) for name in ("fp8_per_channel_per_token", "int8_sq", "nvfp4", "mxfp8")),
+    ("gemma3", {"format": "nvfp4", "kv_cache": "fp8", "sparsity": "2:4"}),
+    ("mixtral", {"format": "mxfp4", "kv_cache": "fp8"}),
+    ("mixtral", {"format": "int8_weight_only", "sparsity": "2:4"}),
+    ("qwen3", {"format": "w4a8_awq", "group_size": 32, "kv_cache": "fp8"}),
+    ("mixtral", {"format": "w4a8_awq", "group_size": 64}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes"), OTHERS, ids=[f"{name}-{names_of(changes)}" for name, changes in OTHERS])
+def test_other_formats(
+    name: str, changes: dict[str, Any], sources: Any, compress: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, result = compress(name, **changes)
+    assert result["notes"] == []
+    assert result["sparsity"] is None or result["sparsity"]["share"] == 1.0
+    assert (result["calibration"] is None) == (changes["format"] in DATA_FREE and len(changes) == 1)
+    in_memory(sources(name), tmp_path / "memory", changes, monkeypatch)
+    check_equal(directory, tmp_path / "memory")
+
+
+DATA_FREE = ("fp8_per_channel_per_token", "fp8_block", "int8_weight_only", "w4a16_nvfp4", "mxfp4", "mxfp8")
+
+
+def test_blocks_of_128_and_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formats of the weights alone never open the calibration text."""
+    from trtbuild.compress import textdata
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("no text is needed")
+
+    sides = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
+    source = save_checkpoint(tmp_path / "source", "qwen3", overrides=sides)
+    with monkeypatch.context() as patch:
+        patch.setattr(textdata, "load_samples", refuse)
+        for name in DATA_FREE:
+            result = run(make_request(source, tmp_path / name, format=name), silent)
+            assert (result["quantized_projections"], result["calibration"]) == (21, None)
+    in_memory(source, tmp_path / "memory", {"format": "fp8_block"}, monkeypatch)
+    check_equal(tmp_path / "fp8_block", tmp_path / "memory")
+
+
+def check_equal(directory: Path, memory: Path) -> None:
+    """Every tensor and both configs of a streamed checkpoint are those of one made in memory."""
+    streamed, expected = load(directory), load(memory)
     assert streamed.keys() == expected.keys()
     for tensor_name, tensor in expected.items():
-        uncoded = tensor.dtype == torch.float32 and not tensor_name.endswith(("weight_scale", "input_scale"))
-        uncoded = uncoded and not tensor_name.endswith((".k_scale", ".v_scale"))
+        coded = (".weight_scale", ".weight_scale_2", ".input_scale", ".k_scale", ".v_scale")
+        uncoded = tensor.dtype == torch.float32 and not tensor_name.endswith(coded)
         wanted = tensor.to(torch.bfloat16) if uncoded else tensor  # what is not coded is rounded on its way out
         found = streamed[tensor_name]
         assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape), tensor_name
         assert torch.equal(bits(found), bits(wanted)), tensor_name
     for file in ("hf_quant_config.json", "config.json"):
-        ours, theirs = (json.loads((path / file).read_text()) for path in (directory, tmp_path / "memory"))
+        ours, theirs = (json.loads((path / file).read_text()) for path in (directory, memory))
         if file == "config.json":
             ours, theirs = ours["quantization_config"], theirs["quantization_config"]
         assert without_lists(ours) == without_lists(theirs)

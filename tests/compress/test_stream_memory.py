@@ -10,6 +10,7 @@ import pytest
 from compress_requests import make_request, silent
 from test_stream_resume import digests
 
+from tiny import save_checkpoint
 from trtbuild.compress import states
 from trtbuild.compress.run import run
 from trtbuild.errors import CompatibilityError, RecipeError
@@ -60,3 +61,30 @@ def test_a_bound_is_refused_where_it_cannot_be_kept(
         run(request, silent)
     assert not list(tmp_path.glob("out/*"))
     assert not (tmp_path / "out.unfinished").exists()
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("changes", [{"format": "fp8"}, {"format": "mxfp8"}], ids=["fp8", "mxfp8"])
+def test_memory_does_not_grow_with_depth(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each layer is loaded the process is as large as before: neither files, codes nor states stay behind."""
+    from trtbuild.compress import skeleton
+
+    sides = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 128}
+    source = save_checkpoint(tmp_path / "source", "qwen3", overrides=sides)
+    codes = 4 * 512 * 512 * 3 // 4 + 3 * 512 * 2048  # bytes of one layer's weights in eight bits
+    seen: list[int] = []
+    frame = skeleton.Skeleton.frame
+
+    def watched(self: Any, index: int) -> Any:
+        seen.append(resident())
+        return frame(self, index)
+
+    monkeypatch.setattr(skeleton.Skeleton, "frame", watched)
+    run(make_request(source, tmp_path / "out", **changes), silent)
+    assert len(seen) == 8
+    assert seen[7] - seen[2] < 5 * codes / 2, [size - seen[0] for size in seen]

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 from compress_requests import make_request, silent
+from safetensors.torch import load_file
 
 from trtbuild.compress.journal import Journal
 from trtbuild.compress.run import run
+from trtbuild.compress.shards import ShardWriter, reserved_bytes
 
 # Kills a run of its own at each moment in turn: when the progress begins with a text, or at the n-th tensor written.
 KILLER = """
@@ -126,3 +128,19 @@ def test_a_journal_counts_up_to_its_first_damaged_line(tmp_path: Path) -> None:
     path.write_bytes(bytes(damaged))
     assert Journal(tmp_path, "a key").parts == [{"number": 0}]
     assert Journal(tmp_path, "another key").parts == []
+
+
+def test_a_tensor_out_of_step_begins_a_file(tmp_path: Path) -> None:
+    """PyTorch can only look at data as a type where they begin at a multiple of that type's size."""
+    tensors = {
+        "odd": torch.arange(7, dtype=torch.uint8), "wide": torch.arange(3, dtype=torch.float32),
+        "half": torch.arange(5, dtype=torch.bfloat16), "one": torch.tensor(2.5),
+    }  # fmt: skip
+    with ShardWriter(tmp_path, reserved_bytes(tensors)) as writer:
+        for name in ("odd", "wide"):
+            writer.append_all({name: tensors[name]})
+        writer.append_all({name: tensors[name] for name in ("half", "one")})
+        files = [path for path, _ in writer.seal()]
+    assert [sorted(load_file(path)) for path in files] == [["odd"], ["half", "one", "wide"]]
+    found = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

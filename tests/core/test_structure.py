@@ -33,6 +33,7 @@ LAYERS = [
         "linking",
         "model",
         "layer_size",
+        "weight_formats",
         "releases",
         "support",
         "llm_keys",

@@ -20,6 +20,7 @@ from trtbuild.compress.metadata import read_json, write_json, write_metadata
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.errors import ToolError
+from trtbuild.weight_formats import is_searched
 
 _SHARD_BYTES = 5_000_000_000
 HF_QUANT_CONFIG = "hf_quant_config.json"
@@ -130,17 +131,18 @@ def _rounded(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _experts_as_they_are(request: Request) -> Iterator[None]:
-    """Correct two habits of ModelOpt 0.47's exporter with the experts of an INT4-AWQ model, for one export.
+    """Correct two habits of ModelOpt 0.47's exporter with the experts of an AWQ model, for one export.
 
     It knows the projections of experts by the model's class name, and refuses other classes. And it gives the gate and
     up projections of an expert, row by row, the larger of both group scales (meant for NVFP4's one scale per tensor),
-    which costs up to a bit of precision and which no reader of this format asks for.
+    which costs up to a bit of precision and which no reader of this format asks for. (For W4A8 it fails; the one
+    scale per tensor that those projections must share is set by the exporter's own fusion.)
     """
     from modelopt.torch.export import unified_export_hf as exporter
 
     known, sync = exporter.get_experts_list, exporter.sync_moe_gate_up_amax
     exporter.get_experts_list = _expert_projections
-    if request.format == "int4_awq":
+    if is_searched(request.format):
         exporter.sync_moe_gate_up_amax = lambda model: 0  # noqa: ARG005  the number of pairs that it changed
     try:
         yield
@@ -170,7 +172,7 @@ def _complete_metadata(nested: dict[str, Any], flat: dict[str, Any], selection: 
     """Complete both quantization configs and write them: every unquantized layer named, both telling the same."""
     section = nested["quantization"]
     section["exclude_modules"] = sorted({*(section.get("exclude_modules") or ()), *selection.uncompressed})
-    if request.format == "int4_awq":
+    if is_searched(request.format):
         section |= {"group_size": request.group_size, "has_zero_point": False, "pre_quant_scale": True}
     flat["ignore"] = section["exclude_modules"]
     _check_producer(nested, flat)

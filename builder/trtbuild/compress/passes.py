@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from trtbuild.compress.blocks import is_finite
 from trtbuild.compress.request import Meter
 from trtbuild.compress.skeleton import Call
 from trtbuild.compress.states import States
@@ -53,8 +55,7 @@ class LayerLoop:
         with torch.no_grad():
             for index in range(self.count):
                 state = inputs.get(index).to(self.device)
-                hidden = self.call.run(self.layer, state)
-                self._check(index, state, hidden)
+                hidden = self._run(index, state)
                 if outputs is not None and self.done < len(self.states):
                     outputs.put(index, hidden)
                 self.meter.advance(cost, f"{what}: {self.where}, sample {index + 1} of {self.count}")
@@ -65,29 +66,44 @@ class LayerLoop:
         while self.done < len(self.states):
             self(self.layer)
 
-    def _check(self, index: int, state: torch.Tensor, hidden: torch.Tensor) -> None:
-        if not bool(torch.isfinite(hidden).all()):
-            culprit = self._first_overflow(state) or self.name
-            raise ToolError(
-                f"calibration sample {index + 1}: the output of {culprit} is not finite in {hidden.dtype}",
-                "the model does not compute with these weights and this text; check both",
-            )
+    def _run(self, index: int, state: torch.Tensor) -> torch.Tensor:
+        try:
+            hidden = self.call.run(self.layer, state)
+        except AssertionError as error:  # ModelOpt's answer to a range that is not finite
+            culprit = self._first_overflow(state)
+            if culprit is None:
+                raise
+            raise _overflow(index, culprit, state.dtype) from error
+        if not is_finite(hidden):
+            raise _overflow(index, self._first_overflow(state) or f"the output of {self.name}", hidden.dtype)
+        return hidden
 
     def _first_overflow(self, state: torch.Tensor) -> str | None:
-        """The first module inside the layer whose output is not finite."""
+        """The first module inside the layer that takes or gives what is not finite."""
         found: list[str] = []
 
-        def watch(name: str) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001  the signature of a hook
-                if isinstance(output, torch.Tensor) and not bool(torch.isfinite(output).all()):
-                    found.append(f"{self.name}.{name}")
+        def watch(what: str, name: str) -> Any:
+            def hook(module: nn.Module, *values: Any) -> None:  # noqa: ARG001  the signature of both kinds of hook
+                value = values[-1][0] if isinstance(values[-1], tuple) and values[-1] else values[-1]
+                if isinstance(value, torch.Tensor) and not is_finite(value):
+                    found.append(f"the {what} of {self.name}.{name}")
 
             return hook
 
-        handles = [module.register_forward_hook(watch(name)) for name, module in self.layer.named_modules() if name]
-        try:
+        handles = []
+        for name, module in self.layer.named_modules():
+            if name:
+                handles.append(module.register_forward_pre_hook(watch("input", name)))
+                handles.append(module.register_forward_hook(watch("output", name)))
+        with suppress(AssertionError):
             self.call.run(self.layer, state)
-        finally:
-            for handle in handles:
-                handle.remove()
+        for handle in handles:
+            handle.remove()
         return found[0] if found else None
+
+
+def _overflow(index: int, culprit: str, kind: torch.dtype) -> ToolError:
+    return ToolError(
+        f"calibration sample {index + 1}: {culprit} is not finite in {kind}",
+        "the model does not compute with these weights and this text; check both",
+    )

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.errors import Problem, RecipeError
+from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, needs_text
 from trtbuild.worker import Progress
 
-FORMATS = ("none", "fp8", "int4_awq")
+FORMATS = ("none", *WEIGHT_FORMATS)
 SPARSITIES = ("none", "2:4")
 SPARSITY_METHODS = ("sparsegpt", "magnitude")
 KV_CACHES = ("none", "fp8")
@@ -53,8 +54,9 @@ class Request:
 
     @property
     def calibrated(self) -> bool:
-        """Whether text goes through the model; pruning by magnitude needs none."""
-        return self.quantized or (self.sparse and self.sparsity_method == "sparsegpt")
+        """Whether text goes through the model; pruning by magnitude needs none, nor do formats of the weights alone."""
+        pruned = self.sparse and self.sparsity_method == "sparsegpt"
+        return pruned or needs_text(self.format, self.kv_cache)
 
 
 def parse_request(raw: Mapping[str, Any]) -> Request:
@@ -77,8 +79,8 @@ def parse_request(raw: Mapping[str, Any]) -> Request:
         for name, allowed in choices.items()
         if given[name] not in allowed
     ]
-    if given["format"] == "int4_awq" and not raw.get("group_size"):
-        problems.append(Problem("compress.group_size", "int4_awq needs a group size", "use 128, or 64"))
+    if given["format"] in FORMATS and is_searched(given["format"]) and not raw.get("group_size"):
+        problems.append(Problem("compress.group_size", f"{given['format']} needs a group size", "use 128, or 64"))
     if problems:
         raise RecipeError(problems)
     return Request(

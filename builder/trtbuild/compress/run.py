@@ -20,6 +20,7 @@ from trtbuild.compress_memory import Demand, show_bytes
 from trtbuild.errors import CompatibilityError, HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.safetensors_header import TensorInfo
+from trtbuild.weight_formats import WEIGHT_FORMATS
 from trtbuild.worker import Progress, peak_memory_bytes
 
 _MIN_FREE = 16 << 20  # room for config and tokenizer files beside the tensors
@@ -192,7 +193,10 @@ def _total_work(request: Request, facts: ModelFacts, samples: int) -> int:
 
 def _expected_bytes(request: Request, facts: ModelFacts) -> int:
     """A little more than the output will take."""
-    bits = {"none": 16, "fp8": 8, "int4_awq": 4 + 32 / (request.group_size or 128)}[request.format]
+    bits = 16.0
+    if request.format != "none":
+        weight_format = WEIGHT_FORMATS[request.format]
+        bits = weight_format.bits + (32 / request.group_size if request.group_size else weight_format.scale_bits)
     rest = facts.parameters - facts.linear_parameters
     return int(facts.linear_parameters * bits / 8) + rest * 2 + _MIN_FREE
 

@@ -31,6 +31,7 @@ from trtbuild.compress.skeleton import Call, NotStreamableError, Skeleton
 from trtbuild.compress.states import States
 from trtbuild.compress.whole import SPARSEGPT_PASSES
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
+from trtbuild.weight_formats import needs_text
 
 # Names of a quantized layer's tensors beside its weight and bias are at most this long; there are at most five.
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale")
@@ -112,6 +113,7 @@ class Stream:
                         self.skeleton.skip(index)
                     else:
                         self._layer(index, journal, writer)
+                        gc.collect()  # ModelOpt's modules refer to themselves
                 files = writer.seal()
             place_files(self.request.output, files, writer.written)
             self.idle += [name for part in journal.parts for name in part.get("idle", [])]
@@ -160,7 +162,7 @@ class Stream:
         """
         from trtbuild.compress.quantize import passes
 
-        if not self.samples or not self.request.quantized:
+        if not self.samples or not needs_text(self.request.format, self.request.kv_cache):
             return ()
         cached = self.request.kv_cache != "none" and len(passes(self.request)) > 1
         return (_PRUNED, _CACHED) if cached else (_PRUNED,)
@@ -211,9 +213,6 @@ class Stream:
             self._states(stream, index).discard()
             del self._known[self._states_path(stream, index)]
         self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done")
-        del frame, layer, tensors
-        gc.collect()  # ModelOpt's modules refer to themselves
-        gc.freeze()  # what is alive now is there to stay: the next collection need not look at it
 
     def _sparsify(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
         from trtbuild.compress import sparsify
@@ -228,7 +227,8 @@ class Stream:
     def _quantize(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
         from trtbuild.compress.quantize import passes, quantize
 
-        loop = self._loop(index, layer, self._quantized_streams(), passes(self.request)) if self.samples else None
+        streams = self._quantized_streams()
+        loop = self._loop(index, layer, streams, passes(self.request)) if streams else None
         idle = quantize(frame, selection, self.request, loop, layers=1)
         if loop is not None:
             loop.finish()

@@ -50,7 +50,7 @@ def compress_whole(
         from trtbuild.compress.quantize import passes, quantize
 
         with phase("quantize"):
-            run = calibration_loop(ids, meter, passes(request)) if ids else None
+            run = calibration_loop(ids, meter, passes(request)) if passes(request) else None
             idle += quantize(model, selection, request, run, layers=layers)
         with phase("export"):
             meter.advance(1, "write the checkpoint")
