@@ -222,9 +222,10 @@ def _disk_errors(request: Request, needed: int) -> Iterator[None]:
 
 
 def _disk_full(request: Request, needed: int, state: str) -> HostError:
+    goes_on = "; the next run goes on behind the last finished layer" if request.quantized or request.sparse else ""
     return HostError(
         f"{request.output}: the compressed checkpoint needs about {needed:,} bytes, {state}",
-        "free space there and start again, which goes on behind the last finished layer, or move the store",
+        f"free space there or move the store{goes_on}",
     )
 
 

@@ -189,7 +189,7 @@ def header_bytes(entries: Sequence[Written], room: int | None = None) -> bytes:
         header[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [item.begin, item.end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     if room is None:
-        room = math.ceil((LENGTH_BYTES + len(text)) / _ALIGNMENT) * _ALIGNMENT - LENGTH_BYTES
+        room = math.ceil(len(text) / LENGTH_BYTES) * LENGTH_BYTES
     if len(text) > room:
         raise ValueError(f"a header has {len(text)} bytes, {room} are reserved")
     return room.to_bytes(LENGTH_BYTES, "little") + text.ljust(room)
