@@ -118,43 +118,37 @@ def _decode(
 
     line = sequence * QUERIES + head * GROUP + group
     inside = group < GROUP
-    last = True
-    if SPLITS > 1:
-        rows = tl.arange(0, ROWS)
-        first_sum = (sequence * QUERIES + head * GROUP + rows) * SPLITS
-        tl.store(partial + (line * SPLITS + split) * SIZE + whole[None, :], seen, mask=inside)
-        tl.store(sums + (first_sum + split) * 2, top, mask=rows < GROUP)
-        tl.store(sums + (first_sum + split) * 2 + 1, total, mask=rows < GROUP)
-        # Every thread's part must be out before the count says so; the program that counts last joins all parts.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + sequence * KEYS + head, 1, sem="acq_rel", scope="gpu")
-        last = arrived == SPLITS - 1
-        if last:
-            top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-            total = tl.zeros([ROWS], dtype=tl.float32)
-            seen = tl.zeros([ROWS, SIZE], dtype=tl.float32)
-            for part in range(SPLITS):
-                # Past the first-level cache: other programs wrote these.
-                its_top = tl.load(sums + (first_sum + part) * 2, mask=rows < GROUP, other=0.0, cache_modifier=".cg")
-                its_total = tl.load(
-                    sums + (first_sum + part) * 2 + 1, mask=rows < GROUP, other=1.0, cache_modifier=".cg"
-                )
-                its_seen = tl.load(
-                    partial + (line * SPLITS + part) * SIZE + whole[None, :], mask=inside, other=0.0,
-                    cache_modifier=".cg",
-                )  # fmt: skip
-                higher = tl.maximum(top, its_top)
-                mine_now, its_now = tl.exp2(top - higher), tl.exp2(its_top - higher)
-                total = total * mine_now + its_total * its_now
-                seen = seen * mine_now[:, None] + its_seen * its_now[:, None]
-                top = higher
-            tl.store(arrivals + sequence * KEYS + head, 0)  # for the next layer
-    if last:
+    if SPLITS == 1:
         y = (seen / total[:, None] * value_scale).to(tl.bfloat16)
         if OUT_CODES:
             tl.store(out + line * SIZE + whole[None, :], to_codes(y, tl.load(out_scale)), mask=inside)
         else:
             tl.store(out + line * SIZE + whole[None, :], y, mask=inside)
+    else:
+        place = ((sequence * QUERIES + head * GROUP + tl.arange(0, ROWS)) * SPLITS + split) * 2
+        tl.store(partial + (line * SPLITS + split) * SIZE + whole[None, :], seen, mask=inside)
+        tl.store(sums + place, top, mask=tl.arange(0, ROWS) < GROUP)
+        tl.store(sums + place + 1, total, mask=tl.arange(0, ROWS) < GROUP)
+        # Every thread's part must be out before the count says so; the program that counts last joins all parts.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals + sequence * KEYS + head, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLITS - 1:
+            splits = tl.arange(0, SPLITS)
+            for query in tl.static_range(GROUP):
+                parts = (sequence * QUERIES + head * GROUP + query) * SPLITS + splits
+                # Past the first-level cache: other programs wrote these.
+                tops = tl.load(sums + parts * 2, cache_modifier=".cg")
+                totals = tl.load(sums + parts * 2 + 1, cache_modifier=".cg")
+                seens = tl.load(partial + parts[:, None] * SIZE + whole[None, :], cache_modifier=".cg")
+                shares = tl.exp2(tops - tl.max(tops, axis=0))
+                joined = tl.sum(seens * shares[:, None], axis=0) / tl.sum(shares * totals, axis=0)
+                y = (joined * value_scale).to(tl.bfloat16)
+                to_out = out + (sequence * QUERIES + head * GROUP + query) * SIZE + whole
+                if OUT_CODES:
+                    tl.store(to_out, to_codes(y, tl.load(out_scale)))
+                else:
+                    tl.store(to_out, y)
+            tl.store(arrivals + sequence * KEYS + head, 0)  # for the next layer
 
 
 def splits_for(programs: int, multiprocessors: int) -> int:
