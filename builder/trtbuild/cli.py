@@ -69,11 +69,18 @@ def main() -> None:
 @click.option(
     "--format", "weight_format", type=click.Choice(["none", "fp8", "int4_awq"]), default="fp8", show_default=True
 )
-def init(model: Path, output: Path, weight_format: str) -> None:
-    """Write a commented recipe that fits the model and builds as it is."""
-    from trtbuild.init_recipe import write_recipe
+@click.option(
+    "--runtime", type=click.Choice(["embedded", "trtllm", "trtllm-engine"]), default="embedded", show_default=True
+)
+@click.option(
+    "--version", metavar="V", help="TensorRT-LLM's version or a container's tag [default: the newest container]."
+)
+@click.option("--gpu", metavar="GPU", help="The GPU that will serve, for example H100; trtllm-engine needs one.")
+def init(model: Path, output: Path, **choices: Any) -> None:
+    """Write a commented recipe that fits the model and the runtime, and builds as it is."""
+    from trtbuild.init_recipe import Choices, write_recipe
 
-    write_recipe(model, output, weight_format)
+    write_recipe(model, output, Choices(**choices))
     click.echo(output)
 
 

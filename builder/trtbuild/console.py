@@ -91,9 +91,9 @@ def plan_text(plan: Plan) -> str:
     sizes = table((name.replace("_", " "), human_bytes(size)) for name, size in plan.estimates.items())
     gates = table((name, "off" if limit is None else f"{limit:g}") for name, limit in plan.gates.items())
     sections = [("values", values), ("steps", steps), ("expected sizes", sizes), ("gates", gates)]
-    if plan.arguments:
-        rows = ((f"--{choice.flag}", " ".join(choice.values), choice.reason) for choice in plan.arguments)
-        sections.append(("trtllm-build", table(rows)))
+    for title, choices in (("", plan.arguments), (" of the draft model", plan.draft_arguments)):
+        rows = [(f"--{choice.flag}", " ".join(choice.values), choice.reason) for choice in choices]
+        sections += [(f"trtllm-build{title}", table(rows))] if rows else []
     if plan.comparison is not None:
         sections.append(("what runs where", _comparison(plan.comparison)))
     warnings = "".join(f"\nwarning: {warning}" for warning in plan.warnings)

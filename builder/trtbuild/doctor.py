@@ -128,7 +128,6 @@ def _shared_memory() -> Finding:
 
 
 def _container() -> Finding:
-    tools = [name for name in ("docker", "podman", "buildah") if shutil.which(name)]
-    return Finding(
-        "container tool", "ok" if tools else "note", ", ".join(tools) or "none; only building images needs one"
-    )
+    tools = [name for name in ("docker", "podman", "enroot", "srun", "buildah") if shutil.which(name)]
+    why = "none; only building images and TensorRT engines needs one"
+    return Finding("container tool", "ok" if tools else "note", ", ".join(tools) or why)

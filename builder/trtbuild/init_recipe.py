@@ -1,45 +1,67 @@
-"""`trtbuild init`: a commented recipe that fits one model and builds as it is."""
+"""`trtbuild init`: a commented recipe that fits one model and one runtime, and builds as it is."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from trtbuild.checkpoint_files import open_directory
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.gates import default_max_perplexity_ratio
 from trtbuild.manifest import write_atomic
+from trtbuild.migrate.target import choose_target
 from trtbuild.model import ModelFacts, read_facts
-from trtbuild.recipe import Recipe
+from trtbuild.plan import Source
+from trtbuild.planner import make_plan
+from trtbuild.recipe import Format, Recipe, RuntimeKind
+from trtbuild.recipe_file import parse_recipe
 from trtbuild.refusals import model_refusals
+from trtbuild.releases import Release
 from trtbuild.render import render
 from trtbuild.settings import GROUP_SIZES, fitting_group_sizes
+from trtbuild.support import QUANT_ALGO, group_sizes
+from trtbuild.toolchain import tool_versions
 
 # Enough for FP8 scales and an AWQ search, and a few minutes of calibration on a CPU for a model of 1B parameters.
 _COUNT, _LENGTH = 32, 512
 _MAX_SEQ_LEN = 2048
 
 
-def write_recipe(model: Path, out: Path, weight_format: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the command line chooses: the weights' format, the runtime, its version, and the GPU that will serve."""
+
+    weight_format: Format = "fp8"
+    runtime: RuntimeKind = "embedded"
+    version: str | None = None
+    gpu: str | None = None
+
+
+def write_recipe(model: Path, out: Path, choices: Choices) -> None:
     """Write a recipe for the checkpoint in `model` to `out`.
 
     Raises:
-        RecipeError: `out` exists, or the format does not fit the model.
-        CompatibilityError: the model cannot be compressed or served.
+        RecipeError: `out` exists, or a choice does not fit the model or another choice.
+        CompatibilityError: the model cannot be compressed or served so.
     """
     if not out.absolute().parent.is_dir():
         raise RecipeError([Problem("-o", f"{out.parent} is no directory", "make it first, or name another file")])
     if out.exists():
         raise RecipeError([Problem("-o", f"{out} exists", "name another file, or remove it")])
     facts = read_facts(open_directory(model, at="MODEL_DIR"))
-    minimal = {"schema_version": 1, "model": {"path": str(model)}, "runtime": {"kind": "embedded"}}
+    minimal = {"schema_version": 1, "model": {"path": str(model)}, "runtime": {"kind": choices.runtime}}
     refused = model_refusals(facts, Recipe.model_validate(minimal))
     if refused:
         raise CompatibilityError("\n".join(str(problem) for problem in refused))
-    write_atomic(out, _text(model, out, facts, weight_format))
+    text = _text(model, out, facts, choices)
+    # What does not fit is said here, not by the next command.
+    make_plan(parse_recipe(text, out), facts, Source(str(model.resolve())), tool_versions())
+    write_atomic(out, text)
 
 
-def _text(model: Path, out: Path, facts: ModelFacts, weight_format: str) -> str:
-    group_size = _group_size(facts) if weight_format == "int4_awq" else None
+def _text(model: Path, out: Path, facts: ModelFacts, choices: Choices) -> str:
+    release = _release(choices)
+    weight_format = choices.weight_format
     context = {
         "architecture": facts.architecture,
         "parameters": human_count(facts.parameters),
@@ -47,23 +69,42 @@ def _text(model: Path, out: Path, facts: ModelFacts, weight_format: str) -> str:
         "file_name": out.name,
         "path": model.resolve(),
         "format": weight_format,
-        "group_size": group_size,
+        "group_size": _group_size(facts, choices.runtime) if weight_format == "int4_awq" else None,
         "input_sizes": ", ".join(str(size) for size in facts.linear_input_sizes),
         "calibrated": weight_format != "none",
         "count": _COUNT,
         "length": min(_LENGTH, facts.context_length),
+        "runtime": choices.runtime,
+        # A tag stays a tag: it pins the container, not only the version.
+        "version": None if release is None else choices.version or release.version,
+        "container": None if release is None or release.container is None else release.container.tag,
+        "gpu": choices.gpu,
         "max_seq_len": min(_MAX_SEQ_LEN, facts.context_length),
         "max_perplexity_ratio": default_max_perplexity_ratio(weight_format, "none"),
     }
     return render("recipe/recipe.yaml.j2", context)
 
 
-def _group_size(facts: ModelFacts) -> int:
-    fitting = fitting_group_sizes(facts)
+def _release(choices: Choices) -> Release | None:
+    """The release of TensorRT-LLM that the recipe will name, None for the embedded engine.
+
+    Raises:
+        RecipeError: a choice is missing, or belongs to another runtime.
+        CompatibilityError: that version does not have this runtime.
+    """
+    if choices.runtime == "trtllm-engine" and choices.gpu is None:
+        message = "is missing, and an engine is built for one GPU architecture"
+        raise RecipeError([Problem("--gpu", message, "name the GPU that will serve, such as H100")])
+    return choose_target(choices.runtime, choices.version, choices.gpu, option="--runtime").release
+
+
+def _group_size(facts: ModelFacts, runtime: RuntimeKind) -> int:
+    taken = GROUP_SIZES if runtime == "embedded" else group_sizes(QUANT_ALGO["int4_awq"] or "")
+    fitting = [size for size in fitting_group_sizes(facts) if size in taken]
     if fitting:
         return fitting[0]
     sizes = ", ".join(str(size) for size in facts.linear_input_sizes)
-    message = f"int4_awq: no group of {GROUP_SIZES} divides every input size ({sizes})"
+    message = f"int4_awq: no group of {', '.join(map(str, taken))} divides every input size ({sizes})"
     raise RecipeError([Problem("--format", message, "use fp8")])
 
 

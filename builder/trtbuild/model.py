@@ -15,6 +15,7 @@ from typing import Any
 from trtbuild.checkpoint_checks import QUANTIZER_FILES, Quantization, contradictions, find_quantization
 from trtbuild.checkpoint_files import CheckpointFiles
 from trtbuild.errors import ArtifactError, CompatibilityError
+from trtbuild.layer_size import LayerSize, largest_layer
 from trtbuild.safetensors_header import HeaderError, TensorInfo, read_header
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -60,6 +61,7 @@ class ModelFacts:
     quantization: Quantization | None
     linear_parameters: int
     linear_input_sizes: tuple[int, ...]
+    largest_layer: LayerSize
     files: tuple[SourceFile, ...]
 
     @property
@@ -113,6 +115,7 @@ def read_facts(files: CheckpointFiles) -> ModelFacts:
         quantization=_quantization(files, sizes, config, tensors),
         linear_parameters=sum(_parameters(tensor) for tensor in tensors if _is_linear(tensor)),
         linear_input_sizes=tuple(sorted({tensor.shape[-1] for tensor in tensors if _is_linear(tensor)})),
+        largest_layer=largest_layer(tensors),
         files=tuple(_identities(files, sizes, headers)),
         **numbers,
     )

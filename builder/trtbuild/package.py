@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,17 @@ from trtbuild.manifest import (
     write_atomic,
 )
 from trtbuild.store import Artifact, remove_tree
-from trtbuild.trtllm_build import BUILT
+from trtbuild.trtllm_build import BUILT, DRAFT
 
 SCHEMA_VERSION = 1
 RECIPE, LOCK = "recipe.yaml", "plan.lock.json"
-# What the package digest stands for; evidence holds times and lies outside it.
+# What the package digest stands for; evidence holds times and lies outside it, and so does a built engine.
 DIGESTED = ("engine", "model_repository", "deploy")
-# What engine/build.sh adds to a package for TensorRT engines: the engine, and the place where it is built.
-_ADDED = (f"engine/{BUILT}", f"engine/{BUILT}.work")
+# What engine/build.sh adds to a package for TensorRT engines: the engine, and the place where it is built. An engine
+# that the build itself put there is listed in the manifest like evidence: two builds of one differ in bytes.
+PLACE, DRAFT_PLACE = f"engine/{BUILT}", f"engine/{DRAFT}/{BUILT}"
+PLACES = (PLACE, DRAFT_PLACE)
+_ADDED = (*PLACES, *(f"{place}.work" for place in PLACES))
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -78,21 +82,27 @@ def refuse_foreign(out: Path) -> None:
         raise RecipeError([Problem("-o", message, "move it away, or name a new directory")])
 
 
-def assemble(out: Path, parts: Parts, digests: DigestCache) -> tuple[str, str]:
+def assemble(out: Path, parts: Parts, digests: DigestCache, saved: Callable[[str], bool]) -> tuple[str, str]:
     """Write the package to `out`; returns its digest and ``built`` or ``reused``.
 
     An older package there is replaced in one exchange: a reader sees the old one or the new one, whole. Call under a
     lock of this output directory; what a killed build left beside it is removed.
+
+    Args:
+        out: the package's directory.
+        parts: everything that goes into it.
+        digests: what is known of files.
+        saved: see `refuse_loss`.
+
+    Raises:
+        RecipeError: something in `out` would be lost.
     """
     staging = out.parent / f".{out.name}.trtbuild"
     remove_tree(staging)
     manifest = _manifest(parts.entries())
     if _is_package(out) and read_manifest(out) == manifest and not damage(out, digests):
         return manifest["digest"], "reused"
-    added = next((name for name in _ADDED if (out / name).exists()), None)
-    if added is not None:
-        message = f"{out} holds {added}, which engine/build.sh made, and the package would be replaced by another"
-        raise RecipeError([Problem("-o", message, "name a new directory, or move that one away")])
+    refuse_loss(out, saved)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         for name, artifact in parts.artifacts.items():
@@ -110,6 +120,53 @@ def assemble(out: Path, parts: Parts, digests: DigestCache) -> tuple[str, str]:
     return manifest["digest"], "built"
 
 
+def refuse_loss(out: Path, saved: Callable[[str], bool]) -> None:
+    """Refuse to replace a package that holds hours of a GPU which are kept nowhere else.
+
+    Args:
+        out: the package.
+        saved: whether the engine of this key needs no keeping.
+
+    Raises:
+        RecipeError: engine/build.sh runs there, or has left an engine or a part of one.
+    """
+    for place in PLACES:
+        script, work = f"{place.rpartition('/')[0]}/build.sh", f"{place}.work"
+        if _is_running(out / work):
+            message = f"{script} builds an engine in {out} right now, and the package would be replaced by another"
+            raise RecipeError([Problem("-o", message, "wait for it, or name a new directory")])
+        for name, key in ((place, _record_key(out / place)), (work, _text(out / work / "key"))):
+            if (out / name).exists() and not saved(key):
+                message = f"{out} holds {name}, which {script} made, and the package would be replaced by another"
+                raise RecipeError([Problem("-o", message, "name a new directory, or move that one away")])
+
+
+def _is_running(work: Path) -> bool:
+    """Whether the script holds its lock (flock(2), which dies with it)."""
+    try:
+        with (work / "lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _record_key(built: Path) -> str:
+    try:
+        return str(read_json(built / "trtbuild.json")["key"])
+    except (ArtifactError, KeyError, TypeError):
+        return ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
 def read_manifest(package: Path) -> dict[str, Any]:
     """The manifest of a package.
 
@@ -124,6 +181,16 @@ def read_manifest(package: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("kind") != "package" or "files" not in manifest:
         raise ArtifactError(f"{package} is no trtbuild package", "name a package that `trtbuild build` made")
     return manifest
+
+
+def entries_below(manifest: Mapping[str, Any], directory: str) -> list[FileEntry]:
+    """What a package's manifest lists below one directory, with paths from there."""
+    prefix = f"{directory}/"
+    return [
+        FileEntry(path=entry.path.removeprefix(prefix), size=entry.size, sha256=entry.sha256)
+        for entry in entries_from_json(manifest["files"])
+        if entry.path.startswith(prefix)
+    ]
 
 
 def added_by_script(package: Path) -> frozenset[str]:
@@ -151,9 +218,10 @@ def refuse_to_serve_here(package: Path) -> None:
     """
     if is_for_engines(package / "engine"):
         engine = read_json(package / "engine" / "engine.json")
+        first = "" if (package / PLACE).is_dir() else "engine/build.sh, then "
         raise HostError(
             f"{package} is for a TensorRT engine, which is built and served in {engine.get('image')}",
-            "there, run engine/build.sh, then deploy/launch.sh with the package at /package",
+            f"there, run {first}deploy/launch.sh with the package at /package",
         )
 
 
@@ -178,7 +246,11 @@ def _manifest(entries: tuple[FileEntry, ...]) -> dict[str, Any]:
 
 
 def _package_digest(entries: tuple[FileEntry, ...]) -> str:
-    return digest_entries(entry for entry in entries if entry.path.split("/", 1)[0] in DIGESTED)
+    return digest_entries(entry for entry in entries if entry.path.split("/", 1)[0] in DIGESTED and not _built(entry))
+
+
+def _built(entry: FileEntry) -> bool:
+    return any(entry.path.startswith(f"{place}/") for place in PLACES)
 
 
 def _is_package(path: Path) -> bool:

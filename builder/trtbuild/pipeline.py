@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trtbuild import __version__, evidence, package
-from trtbuild.adapters import container, trtllm
+from trtbuild.adapters import container
+from trtbuild.engine_build import KIND as BUILT
+from trtbuild.engine_build import STEPS, EngineJob, have_engine, is_kept, refuse_runner
 from trtbuild.errors import GateError, HostError, Problem, RecipeError
+from trtbuild.foresight import adapter_problems, draft_of, refuse_unconvertible
 from trtbuild.gates import check_gates
 from trtbuild.manifest import canonical_json, digest_entries, digest_json, entries_json
 from trtbuild.model import read_facts
@@ -53,8 +56,10 @@ class _Run:
     store: Store
     reporter: Reporter
     fetched: Fetched
+    foresee: Callable[[str | None], None]  # told of the compressed checkpoint's digest before a step works
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     files: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
+    built: dict[str, Artifact] = field(default_factory=dict)  # TensorRT engines, by their place in the package
 
 
 def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
@@ -69,39 +74,14 @@ def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
     def check(plan: Plan) -> list[Problem]:
         deploy = deploy_spec(plan.step("deploy"), engine_digest="")
         missing = missing_files(loaded, plan.steps)
-        return [*missing, *container.check_deploy(deploy), *(() if missing else _check_adapters(loaded, plan))]
+        return [*missing, *container.check_deploy(deploy), *(() if missing else adapter_problems(loaded, plan))]
 
-    plan = make_plan(loaded, read_facts(files), source, tool_versions(), check=check)
-    _foresee_conversion(plan)
+    draft = draft_of(loaded)
+    plan = make_plan(loaded, read_facts(files), source, tool_versions(), check=check, draft=draft)
+    refuse_unconvertible(plan, loaded, draft)
     configured = loaded.recipe.store
     store = local_path(loaded, configured, at="store") if configured is not None else cache_dir() / "store"
     return Prepared(loaded=loaded, plan=plan, store=store)
-
-
-def _foresee_conversion(plan: Plan) -> None:
-    """Refuse a local checkpoint that the engine step could not convert; one on a hub is judged once it is here.
-
-    Raises:
-        CompatibilityError: the conversion's own sentence.
-    """
-    engine = plan.step("engine").parameters
-    if engine["runtime"] != "trtllm-engine" or plan.source.repo_id is not None:
-        return
-    from trtbuild.convert.run import refuse_source
-
-    spec = engine["spec"]
-    refuse_source(Path(plan.source.path), tp_size=spec["tp_size"], pp_size=spec["pp_size"])
-
-
-def _check_adapters(loaded: LoadedRecipe, plan: Plan) -> list[Problem]:
-    """What is wrong with the LoRA adapters of a recipe, before anything is compressed."""
-    engine = plan.step("engine")
-    places = {name: local_path(loaded, path, at="model.adapters") for name, path in engine.files.items()}
-    return [
-        problem
-        for name, place in places.items()
-        for problem in trtllm.check_adapter(name, place, engine.parameters["values"])
-    ]
 
 
 def build(prepared: Prepared, out: Path, reporter: Reporter, *, last: str | None = None) -> Built:
@@ -135,22 +115,52 @@ def build(prepared: Prepared, out: Path, reporter: Reporter, *, last: str | None
 def _build(prepared: Prepared, out: Path, reporter: Reporter, last: str | None) -> Built:
     store = Store(prepared.store)
     store.sweep()
+    replaced, with_engine = out if last is None else None, _builds_engine(prepared.plan, last)
+
+    def foresee(checkpoint: str | None) -> None:
+        if with_engine:
+            refuse_runner(prepared.plan, store, replaced, checkpoint)
+
+    if not (store.root / BUILT).exists():  # else one may be there, which the checkpoint will tell
+        foresee(None)
     started = time.monotonic()
     fetched = fetch(prepared.plan, store.root / "downloads", store.digests, reporter)
     reporter.finished("fetch", "checked", time.monotonic() - started)
-    run = _Run(prepared, store, reporter, fetched)
+    run = _Run(prepared, store, reporter, fetched, foresee)
     for step in until(prepared.plan.steps, last):
         if step.kind != "fetch":
             run.artifacts[step.kind] = _have(run, step)
     if "evaluate" in run.artifacts:
         _gate(run)
+    if with_engine:
+        run.built |= _engines(run, replaced)
     if last is not None:
-        stopped = fetched.directory if last == "fetch" else run.artifacts[last].content
-        return Built(stopped, None)
+        return Built(_stopped(run, last), None)
     check_repository(run.artifacts["repository"].content, run.artifacts["engine"].content)
     digest = _package(run, out)
-    _say_what_is_left(run, out)
+    if run.built:  # once more, against the limits that the built engine itself has
+        check_repository(out / "model_repository", out / "engine")
     return Built(out, digest)
+
+
+def _engines(run: _Run, replaced: Path | None) -> dict[str, Artifact]:
+    """The built engines of the model and, where there is one, of its draft model; see `have_engine`."""
+    plan = run.prepared.plan
+    places = package.PLACES if "draft" in plan.step("engine").parameters else (package.PLACE,)
+    jobs = [EngineJob(plan, run.store, run.reporter, run.artifacts["engine"], replaced, place) for place in places]
+    return {job.place: built for job in jobs if (built := have_engine(job)) is not None}
+
+
+def _builds_engine(plan: Plan, last: str | None) -> bool:
+    """Whether a built TensorRT engine belongs to what is asked for."""
+    return plan.step("engine").parameters["runtime"] == "trtllm-engine" and last in (None, "engine")
+
+
+def _stopped(run: _Run, last: str) -> Path:
+    """What the last step of a build in part has left."""
+    if last == "engine" and package.PLACE in run.built:
+        return run.built[package.PLACE].content
+    return run.fetched.directory if last == "fetch" else run.artifacts[last].content
 
 
 def _have(run: _Run, step: Step) -> Artifact:
@@ -174,6 +184,7 @@ def _have(run: _Run, step: Step) -> Artifact:
         status = "reused"
         if artifact is None:
             require(step.kind, step.tools)
+            run.foresee(run.artifacts["compress"].digest if "compress" in run.artifacts else None)
             run.reporter.started(step.kind)
             artifact = _execute(run, step, key, files)
             status = "built"
@@ -189,6 +200,7 @@ def _execute(run: _Run, step: Step, key: str, files: Mapping[str, Path]) -> Arti
         source=run.fetched.directory,
         inputs=dict(run.artifacts),
         files=files,
+        file_digests={role: described["digest"] for role, described in run.files[step.kind].items()},
         staging=staging,
         reporter=run.reporter,
     )
@@ -219,27 +231,21 @@ def _gate(run: _Run) -> None:
 def _package(run: _Run, out: Path) -> str:
     loaded, plan = run.prepared.loaded, run.prepared.plan
     trees = {"engine": "engine", "model_repository": "repository", "deploy": "deploy"}
+    steps = run.artifacts | {STEPS[place]: built for place, built in run.built.items()}
     texts = {
         package.RECIPE: loaded.effective_text(),
         package.LOCK: canonical_json(_lock(run)),
         "evidence/quality.json": canonical_json(evidence.quality(run.artifacts["evaluate"].record, plan.gates)),
-        "evidence/build.json": canonical_json(evidence.build(run.artifacts, plan)),
+        "evidence/build.json": canonical_json(evidence.build(steps, plan)),
     }
-    parts = package.Parts({name: run.artifacts[kind] for name, kind in trees.items()}, texts)
+    artifacts = {name: run.artifacts[kind] for name, kind in trees.items()} | run.built
+    parts = package.Parts(artifacts, texts)
     started = time.monotonic()
     target = out.resolve()  # a link to a package stays a link
     with run.store.lock("package", digest_json(str(target)), waiting=lambda: None):
-        digest, status = package.assemble(target, parts, run.store.digests)
+        digest, status = package.assemble(target, parts, run.store.digests, lambda key: is_kept(run.store, key))
     run.reporter.finished("package", status, time.monotonic() - started)
     return digest
-
-
-def _say_what_is_left(run: _Run, out: Path) -> None:
-    """A TensorRT engine is built where its GPU is."""
-    engine = run.prepared.plan.step("engine").parameters
-    if engine["runtime"] == "trtllm-engine":
-        gpus = f"{engine['world_size']} x SM{engine['spec']['gpu']}"
-        run.reporter.note(f"the engine itself is built by {out}/engine/build.sh in {engine['image']}, on {gpus}")
 
 
 def _lock(run: _Run) -> dict[str, Any]:

@@ -93,7 +93,8 @@ class Comparison:
 class Plan:
     """Everything a build will do, in order.
 
-    `comparison` is for runtimes of TensorRT-LLM, `arguments` are those of ``trtllm-build`` for an engine.
+    `comparison` is for runtimes of TensorRT-LLM, `arguments` are those of ``trtllm-build`` for an engine,
+    `draft_arguments` for that of a draft model.
     """
 
     source: Source
@@ -105,6 +106,7 @@ class Plan:
     warnings: tuple[str, ...]
     comparison: Comparison | None = None
     arguments: tuple[Choice, ...] = ()
+    draft_arguments: tuple[Choice, ...] = ()
 
     def step(self, kind: str) -> Step:
         """The step of one kind."""
@@ -132,6 +134,8 @@ class Plan:
             body["comparison"] = asdict(self.comparison)
         if self.arguments:
             body["arguments"] = [asdict(choice) for choice in self.arguments]
+        if self.draft_arguments:
+            body["draft_arguments"] = [asdict(choice) for choice in self.draft_arguments]
         return body | {"digest": self.digest}
 
     @property

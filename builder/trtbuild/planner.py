@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trtbuild import trtllm_engine_settings, trtllm_settings
+from trtbuild import trtllm_deploy, trtllm_engine_settings, trtllm_settings
 from trtbuild.comparison import compare
+from trtbuild.compress_memory import Demand, parse_bytes, show_bytes
+from trtbuild.draft import Draft
+from trtbuild.embedded_settings import embedded_files, take_embedded
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.refusals import model_refusals, recipe_refusals
-from trtbuild.settings import Settings, is_compressed, resolve, take_embedded
+from trtbuild.settings import Settings, is_compressed, resolve
+from trtbuild.trtllm_common import adapter_names
+from trtbuild.trtllm_engine_drafts import draft_files
+from trtbuild.trtllm_engine_lora import ADAPTERS
 from trtbuild.trtllm_engine_refusals import engine_mistakes, engine_warnings
 from trtbuild.trtllm_refusals import trtllm_mistakes, trtllm_warnings
-from trtbuild.trtllm_settings import adapter_names, take_trtllm
+from trtbuild.trtllm_settings import take_trtllm
 
 _FORMAT_BITS = {"none": 16.0, "fp8": 8.0, "int4_awq": 4.0}
 _SCALE_BITS = 16
@@ -23,6 +29,7 @@ _EVALUATION_LENGTH = 512
 _KV_BYTES = {"embedded": 4, "trtllm": 2, "trtllm-engine": 2}  # the embedded engine computes in float32 on a CPU
 _EMBEDDED, _TRTLLM, _ENGINE = "embedded", "trtllm", "trtllm-engine"
 _TAKE = {_EMBEDDED: take_embedded, _TRTLLM: take_trtllm, _ENGINE: trtllm_engine_settings.take_engine}
+_FILES = {_EMBEDDED: embedded_files, _TRTLLM: trtllm_deploy.deploy_files, _ENGINE: trtllm_deploy.deploy_files}
 _MISTAKES = {_TRTLLM: trtllm_mistakes, _ENGINE: engine_mistakes}
 
 
@@ -37,6 +44,7 @@ def make_plan(
     tools: Mapping[str, Mapping[str, str | None]],
     *,
     check: Callable[[Plan], Sequence[Problem]] = _no_problems,
+    draft: Draft | None = None,
 ) -> Plan:
     """The plan of one recipe for one model.
 
@@ -46,16 +54,22 @@ def make_plan(
         source: where the checkpoint lies.
         tools: for each kind of step, the versions that decide its bytes.
         check: what else is wrong with the recipe, seen from the drafted plan: its files, its deployment.
+        draft: what the files of ``speculative.draft`` say, where the runtime takes one.
 
     Raises:
         RecipeError: every mistake in the recipe, and every demand that cannot be met, together.
         CompatibilityError: without mistakes, every demand that this runtime, model or version of trtbuild cannot meet.
     """
-    settings = Settings(loaded.recipe, loaded.document, loaded.overridden)
+    settings = Settings(loaded.recipe, loaded.document, loaded.overridden, draft=draft)
     kind = loaded.recipe.runtime.kind
-    resolve(settings, facts, _TAKE[kind])
+    resolve(settings, facts, _TAKE[kind], _FILES[kind])
     plan = _draft(settings, facts, source, tools)
-    mistakes = [*settings.problems, *(_MISTAKES[kind](settings) if kind in _MISTAKES else ()), *check(plan)]
+    mistakes = [
+        *settings.problems,
+        *_memory_mistakes(settings, facts),
+        *(_MISTAKES[kind](settings) if kind in _MISTAKES else ()),
+        *check(plan),
+    ]
     refused = [*recipe_refusals(settings, facts), *model_refusals(facts, loaded.recipe)]
     if mistakes:
         raise RecipeError([*mistakes, *refused])
@@ -81,6 +95,7 @@ def _draft(
         warnings=_warnings(settings, facts),
         comparison=None if _kind(settings) == _EMBEDDED else compare(settings, facts),
         arguments=trtllm_engine_settings.build_choices(settings, facts) if _kind(settings) == _ENGINE else (),
+        draft_arguments=trtllm_engine_settings.draft_choices(settings, facts) if _kind(settings) == _ENGINE else (),
     )
 
 
@@ -95,15 +110,32 @@ def _steps(settings: Settings, facts: ModelFacts, tools: Mapping[str, Mapping[st
         "trust_remote_code": settings["model.trust_remote_code"],
         "calibration_column": settings["compress.calibration.column"] if compressed else None,
     }
+    evaluate |= _joined_scales(settings, facts)
     return (
         Step("fetch", {}, (), {}),
         Step("compress", compress, ("fetch",), tools["compress" if compressed else "copy"], _compress_files(settings)),
-        Step("engine", engine, ("compress",), tools[_engine_tools(settings)], _adapter_files(settings)),
-        Step("repository", _repository_parameters(settings), (), tools["repository"]),
-        Step("deploy", _deploy_parameters(settings), ("engine",), tools["deploy"]),
+        Step("engine", engine, ("compress",), tools[_engine_tools(settings)], _engine_files(settings)),
+        Step("repository", _repository_parameters(settings, facts), (), tools["repository"]),
+        Step("deploy", _deploy_parameters(settings, facts), ("engine",), tools["deploy"]),
         # Limits of the engine do not change a logit: the evaluation follows the checkpoint and the numerics alone.
         Step("evaluate", evaluate, ("fetch", "compress"), tools["evaluate"], _evaluate_files(settings)),
     )
+
+
+def _joined_scales(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
+    """How the runtime changes FP8 scales at load, which quality is measured with; `runtime/joined.py` has the sources.
+
+    TensorRT engines leave gate and up apart where `use_fused_mlp` is off, and where the activation is Gemma's
+    (NVIDIA/TensorRT-LLM, tensorrt_llm/models/modeling_utils.py @34a267279384, fuse_gate_mlp: silu and gelu alone).
+    """
+    kind = _kind(settings)
+    if settings["compress.format"] != "fp8" or kind == _EMBEDDED:
+        return {}
+    if kind == _TRTLLM:
+        return {"joined_scales": {"gate_up": True, "kv_cache": False, "intermediate": "bfloat16"}}
+    fused = settings.recipe.runtime.extra.get("use_fused_mlp") != "disable"
+    gate_up = fused and not facts.architecture.startswith("Gemma")
+    return {"joined_scales": {"gate_up": gate_up, "kv_cache": True, "intermediate": "float32"}}
 
 
 def _compress_parameters(settings: Settings) -> dict[str, Any]:
@@ -131,7 +163,12 @@ def _evaluate_files(settings: Settings) -> dict[str, str]:
 
 def _adapter_files(settings: Settings) -> dict[str, str]:
     """The directories of LoRA adapters, by the name that clients send."""
-    return adapter_names(settings.recipe) if _kind(settings) == _TRTLLM else {}
+    return {} if _kind(settings) == _EMBEDDED else adapter_names(settings.recipe)
+
+
+def _engine_files(settings: Settings) -> dict[str, str]:
+    """What the engine step reads of the user's besides the checkpoint."""
+    return _adapter_files(settings) | (draft_files(settings) if _kind(settings) == _ENGINE else {})
 
 
 def _kind(settings: Settings) -> str:
@@ -185,7 +222,7 @@ def _embedded_parameters(settings: Settings) -> dict[str, Any]:
     } | {name: settings[f"runtime.{name}"] for name in names}
 
 
-def _repository_parameters(settings: Settings) -> dict[str, Any]:
+def _repository_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     names = ("layout", "model_name", "streaming", "max_input_tokens", "max_output_tokens", "default_max_tokens")
     parameters = {name: settings[f"serving.{name}"] for name in names} | {
         "runtime": settings["runtime.kind"],
@@ -193,20 +230,20 @@ def _repository_parameters(settings: Settings) -> dict[str, Any]:
         "trust_remote_code": settings["model.trust_remote_code"],
     }
     if _kind(settings) == _ENGINE:
-        parameters["engine"] = trtllm_engine_settings.server_parameters(settings)
-    if settings["serving.layout"] == "ensemble":
+        parameters["engine"] = trtllm_engine_settings.server_parameters(settings, facts)
+        parameters |= trtllm_engine_settings.draft_server_parameters(settings, facts)
+        parameters |= {"lora_adapters_dir": ADAPTERS} if settings.recipe.model.adapters else {}
+    if settings["serving.layout"] != "llm":
         parameters["max_batch_size"] = settings["runtime.max_batch_size"]
     if _kind(settings) == _TRTLLM:
         parameters |= trtllm_settings.server_parameters(settings)
-    adapters = _adapter_files(settings)
+    adapters = _adapter_files(settings) if _kind(settings) == _TRTLLM else {}
     return parameters | ({"lora_adapters": {name: f"adapters/{name}" for name in adapters}} if adapters else {})
 
 
-def _deploy_parameters(settings: Settings) -> dict[str, Any]:
-    engine: dict[str, Any] = {}
-    if _kind(settings) == _ENGINE:
-        engine["engine"] = trtllm_engine_settings.launch_parameters(settings)
-    return engine | {
+def _deploy_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
+    more = {} if _kind(settings) == _EMBEDDED else trtllm_deploy.deploy_parameters(settings, facts)
+    return more | {
         "image": settings["deploy.image"],
         "labels": dict(settings["deploy.labels"]),
         "files": list(settings["deploy.files"]),
@@ -215,8 +252,36 @@ def _deploy_parameters(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _demand(settings: Settings, facts: ModelFacts) -> Demand:
+    """What the compress step needs of the host's memory."""
+    sparse = settings["compress.sparsity"] != "none"
+    return Demand(
+        layer=facts.largest_layer,
+        hidden_size=facts.hidden_size,
+        format=settings["compress.format"],
+        kv_cache=settings["compress.kv_cache"],
+        sparsity_method=settings["compress.sparsity_method"] if sparse else None,
+        samples=settings["compress.calibration.count"],
+        length=settings["compress.calibration.length"],
+    )
+
+
+def _memory_mistakes(settings: Settings, facts: ModelFacts) -> Iterator[Problem]:
+    path, given, limit = "compress.max_memory", settings["compress.max_memory"], _memory_limit(settings)
+    if given is not None and limit is None:
+        yield Problem(path, f"{given!r} is no size", "write it like 8GiB or 500MB")
+    elif limit is not None and limit < _demand(settings, facts).smallest:
+        smallest = show_bytes(_demand(settings, facts).smallest)
+        yield Problem(path, f"{given}: one decoder layer of this model takes {smallest}", f"use at least {smallest}")
+
+
+def _memory_limit(settings: Settings) -> int | None:
+    given = settings["compress.max_memory"]
+    return None if given is None else parse_bytes(given)
+
+
 def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
-    """Sizes in bytes that follow from the facts: the checkpoint's file, and the KV cache."""
+    """Sizes in bytes that follow from the facts: the checkpoint's file, the memory to make it, and the KV cache."""
     bits = _FORMAT_BITS[settings["compress.format"]]
     if settings["compress.group_size"] is not None:
         bits += _SCALE_BITS * 2 / settings["compress.group_size"]  # one float32 scale a group
@@ -225,6 +290,7 @@ def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
     per_token = facts.kv_bytes_per_token(1 if settings["compress.kv_cache"] == "fp8" else plain)
     estimates = {
         "checkpoint_bytes": int(facts.linear_parameters * bits / 8) + 2 * rest,
+        "compress_peak_memory_bytes": _demand(settings, facts).peak(_memory_limit(settings)),
         "kv_bytes_per_token": per_token,
     }
     if settings["runtime.kv_cache.max_tokens"] is not None:

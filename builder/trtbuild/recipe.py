@@ -21,7 +21,9 @@ Format = Literal["none", "fp8", "int4_awq"]
 KvCacheFormat = Literal["none", "fp8"]
 Sparsity = Literal["none", "2:4"]
 RuntimeKind = Literal["embedded", "trtllm", "trtllm-engine"]
+SpeculativeMethod = Literal["none", "ngram", "draft_target", "medusa", "eagle", "eagle3", "lookahead", "redrafter"]
 CapacityPolicy = Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]
+BuildIn = Literal["auto", "docker", "podman", "enroot", "slurm", "script"]
 DeployFile = Literal["dockerfile", "compose", "launch"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -87,8 +89,29 @@ class Compress(_Section):
 class Speculative(_Section):
     """Speculative decoding."""
 
-    method: Literal["none", "ngram", "draft_target", "medusa", "eagle3"] = "none"
-    draft: NonEmpty | None = Field(default=None, description="Checkpoint of the draft model.")
+    method: SpeculativeMethod = Field(
+        default="none",
+        description="How tokens are drafted; medusa, eagle, lookahead and redrafter: trtllm-engine only.",
+    )
+    draft: NonEmpty | None = Field(
+        default=None,
+        description="Checkpoint of the draft model; of medusa, eagle and redrafter TensorRT-LLM's own, with the heads.",
+    )
+    max_draft_len: PositiveInt | None = Field(
+        default=None, description="draft_target: tokens that are drafted at a time; by default 5."
+    )
+    draft_kv_cache_share: Fraction | None = Field(
+        default=None,
+        description="draft_target: the draft's share of the KV cache's memory; by default by bytes a token.",
+    )
+    choices: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] | None = Field(
+        default=None, description="medusa, eagle: paths through the tree of drafts, for example [[0], [0, 0], [1]]."
+    )
+    max_window_size: PositiveInt | None = Field(default=None, description="lookahead: n-grams that are looked for.")
+    max_ngram_size: PositiveInt | None = Field(default=None, description="lookahead: tokens of an n-gram.")
+    max_verification_set_size: PositiveInt | None = Field(
+        default=None, description="lookahead: n-grams that are verified."
+    )
 
 
 class KvCache(_Section):
@@ -144,6 +167,11 @@ class Runtime(_Section):
     allow_unknown_version: bool = Field(
         default=False, description="Take a version that no table has, with the argument schema of its release line."
     )
+    build_in: BuildIn = Field(
+        default="auto",
+        description="trtllm-engine: what runs trtllm-build in its container. auto takes what works on this host, where "
+        "it has the target's GPUs; script, or auto without them, leaves it to engine/build.sh.",
+    )
     tensor_parallel_size: PositiveInt = 1
     pipeline_parallel_size: PositiveInt = 1
     context_parallel_size: PositiveInt = Field(default=1, description="trtllm: ranks that share one long prompt.")
@@ -198,8 +226,10 @@ class Target(_Section):
 class Serving(_Section):
     """The Triton model repository."""
 
-    layout: Literal["llm", "ensemble"] = Field(
-        default="llm", description="llm is one model; ensemble is TensorRT-LLM's five (inflight_batcher_llm)."
+    layout: Literal["llm", "ensemble", "tokens"] = Field(
+        default="llm",
+        description="llm is one model; ensemble is TensorRT-LLM's five (inflight_batcher_llm); tokens is the engine's "
+        "model of those alone, token ids in and out (trtllm-engine).",
     )
     model_name: TritonName = "tensorrt_llm"
     streaming: bool = Field(default=True, description="Decoupled: answers may be streamed.")
@@ -211,7 +241,17 @@ class Serving(_Section):
         description="trtllm: whose model files serve; upstream stands for the container's own llmapi.",
     )
     gpu_device_ids: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = Field(
-        default=(), description="trtllm: one list of GPU numbers for each model instance; by default one instance."
+        default=(),
+        description="trtllm, trtllm-engine: one list of GPU numbers for each model instance; by default one instance.",
+    )
+    backend: Literal["tensorrtllm", "python"] | None = Field(
+        default=None,
+        description="trtllm-engine: tensorrtllm (C++) or python (the container's own model) executes the engine.",
+    )
+    communication_mode: Literal["leader", "orchestrator"] | None = Field(
+        default=None,
+        description="trtllm-engine: leader is one server for each rank; orchestrator is one server that starts a "
+        "worker for each rank, also of several instances.",
     )
 
 

@@ -61,7 +61,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     Raises:
         RecipeError: with one problem per mistake; the file is missing, is no YAML, or breaks the schema.
     """
-    text = _read(path)
+    return parse_recipe(_read(path), path, overrides)
+
+
+def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """The recipe that `text` is; `path` is where it lies or will lie, for the sentences and for relative places.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
     document = _parse(text, path)
     overridden = frozenset(_apply_override(document, override) for override in overrides)
     _refuse_surrogates(document, "")

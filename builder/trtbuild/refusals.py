@@ -8,12 +8,22 @@ from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.settings import Settings, recipe_value
+from trtbuild.trtllm_common import unread_speculative
 from trtbuild.trtllm_engine_refusals import engine_refusals
 from trtbuild.trtllm_refusals import trtllm_refusals
 
 _NOT_HERE = "cannot be done by this version of trtbuild"
 _ONE_DEVICE = "the embedded runtime runs on one device"
+_ENGINES = "only TensorRT engines are served without text"
 _TRTLLM_ONLY = "only the trtllm runtime has it"
+# Fields that not every runtime has.
+_ONLY = {
+    "runtime.build_in": ("trtllm-engine",),
+    "serving.model_py": ("trtllm",),
+    "serving.gpu_device_ids": ("trtllm", "trtllm-engine"),
+    "serving.backend": ("trtllm-engine",),
+    "serving.communication_mode": ("trtllm-engine",),
+}
 # What the embedded runtime does itself, or refuses with a sentence of its own.
 _OWN = frozenset(
     {
@@ -37,21 +47,22 @@ def embedded_takes(path: str) -> bool:
 def recipe_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     """Every demand of the recipe that its runtime cannot meet, with the value to use instead."""
     recipe = settings.recipe
-    if recipe.runtime.kind == "trtllm":
-        return trtllm_refusals(settings, facts)
-    others = engine_refusals(settings, facts) if recipe.runtime.kind == "trtllm-engine" else _embedded(recipe)
-    return [*others, *_llm_api_only(recipe)]
+    refusals = {"embedded": lambda: _embedded(recipe), "trtllm": lambda: trtllm_refusals(settings, facts)}
+    ours = refusals.get(recipe.runtime.kind, lambda: engine_refusals(settings, facts))()
+    return [*ours, *_of_others(settings)]
 
 
-def _llm_api_only(recipe: Recipe) -> list[Problem]:
-    serving = recipe.serving
-    given = {"model_py": serving.model_py != "trtbuild", "gpu_device_ids": bool(serving.gpu_device_ids)}
-    what = {"model_py": serving.model_py, "gpu_device_ids": [list(group) for group in serving.gpu_device_ids]}
-    return [
-        Problem(f"serving.{name}", f"{what[name]}: only the runtime trtllm has it", "remove it")
-        for name, is_given in given.items()
-        if is_given
-    ]
+def _of_others(settings: Settings) -> list[Problem]:
+    """Fields that other runtimes have."""
+    kind, problems = settings.recipe.runtime.kind, []
+    for path, kinds in _ONLY.items():
+        value = recipe_value(settings.recipe, path)
+        if kind not in kinds and value not in (None, (), "trtbuild", "auto"):
+            shown = [list(group) for group in value] if isinstance(value, tuple) else value
+            runtimes = "the runtime" if len(kinds) == 1 else "the runtimes"
+            message = f"{shown}: only {runtimes} {' and '.join(kinds)} ha{'s' if len(kinds) == 1 else 've'} it"
+            problems.append(Problem(path, message, "remove it"))
+    return problems
 
 
 def _embedded(recipe: Recipe) -> list[Problem]:
@@ -62,9 +73,9 @@ def _embedded(recipe: Recipe) -> list[Problem]:
         ("runtime.pipeline_parallel_size", runtime.pipeline_parallel_size, 1, _ONE_DEVICE),
         ("runtime.extra", dict(runtime.extra), {}, "the embedded runtime has no further keys"),
         ("model.adapters", recipe.model.adapters, (), _NOT_HERE),
+        ("serving.layout", "llm" if recipe.serving.layout == "ensemble" else recipe.serving.layout, "llm", _ENGINES),
         ("speculative.method", recipe.speculative.method, "none", _NOT_HERE),
         ("speculative.draft", recipe.speculative.draft, None, "of no use without a speculative.method"),
-        ("compress.max_memory", recipe.compress.max_memory, None, "this version of trtbuild holds the model in memory"),
         ("target.count", recipe.target.count if (recipe.target.count or 0) > 1 else 1, 1, _ONE_DEVICE),
     ]
     silent = Recipe.model_validate({"schema_version": 1, "model": {"path": "."}, "runtime": {"kind": "embedded"}})
@@ -73,11 +84,12 @@ def _embedded(recipe: Recipe) -> list[Problem]:
         for path in ("runtime.allow_unknown_version", *LLM_ARGUMENT)
         if path not in _OWN
     ]
-    return [
+    refused = [
         Problem(path, f"{_show(value)}: {why}", f"use {_show(only)}" if only else "remove it")
         for path, value, only, why in demands
         if value != only
     ]
+    return [*refused, *unread_speculative(recipe)]
 
 
 def _show(value: object) -> str:

@@ -46,14 +46,19 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One release line: versions from `first` to `last`; `base` is what its release notes name."""
+    """One release line: versions from `first` to `last`; `base` is what its release notes name.
+
+    `unserved` says why trtbuild makes no package of its engines, where it does not; `unread` what of such a package
+    rests on other releases' files.
+    """
 
     name: str
     first: str
     last: str
     flows: tuple[Flow, ...]
     schema: str | None
-    build_flags: str | None
+    unserved: str | None
+    unread: str | None
     base: Mapping[str, str]
 
     def holds(self, version: Version) -> bool:
@@ -114,7 +119,8 @@ def _line(row: Mapping[str, Any]) -> Line:
         last=row["last"],
         flows=tuple(row["flows"]),
         schema=row.get("schema"),
-        build_flags=row.get("build_flags"),
+        unserved=row.get("unserved"),
+        unread=row.get("unread"),
         base=row.get("base", {}),
     )
 
@@ -132,6 +138,12 @@ def newest(flow: Flow) -> Release:
     return next(
         release for release in map(_of_container, containers()) if flow in release.line.flows and release.line.schema
     )
+
+
+def oldest_served() -> str:
+    """The oldest version whose engines trtbuild makes a package of."""
+    served = [one.tensorrt_llm for one in containers() if _line_of(one.tensorrt_llm).unserved is None]
+    return min(served, key=Version)
 
 
 def newest_of_all() -> Release:

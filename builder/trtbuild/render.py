@@ -7,7 +7,6 @@ cannot break it.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from functools import cache
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from trtbuild.yaml_text import yaml_string
 
 _PB_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -41,16 +42,6 @@ def render(template_name: str, context: Mapping[str, Any]) -> str:
 def pb_string(value: object) -> str:
     """A string literal of the protobuf text format."""
     return '"' + "".join(_PB_ESCAPES.get(char) or _pb_control(char) for char in str(value)) + '"'
-
-
-def yaml_string(value: object) -> str:
-    """A double-quoted string that is valid YAML and valid JSON.
-
-    Only what YAML cannot hold as it is becomes an escape: an emoji as JSON's pair of surrogate escapes would come back
-    from a YAML reader as two broken characters.
-    """
-    quoted = json.dumps(str(value), ensure_ascii=False)
-    return "".join(char if char.isprintable() or ord(char) > 0xFFFF else f"\\u{ord(char):04x}" for char in quoted)
 
 
 def _pb_control(char: str) -> str:

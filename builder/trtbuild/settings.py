@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trtbuild.draft import Draft
 from trtbuild.errors import Problem
 from trtbuild.gates import default_max_perplexity_ratio
 from trtbuild.model import ModelFacts
@@ -14,14 +15,17 @@ from trtbuild.plan import Value
 from trtbuild.recipe import Recipe
 
 _DEFAULT_MAX_SEQ_LEN = 2048
-_DEFAULT_MAX_NUM_TOKENS = 512
 _CALIBRATION_LENGTH = 512
-_GPU_ONLY = "only a GPU heeds it"
 FROM_GPU_MEMORY = "from the free GPU memory at start"
+DEPLOY_FILES = ("dockerfile", "compose", "launch")
 # An evaluation predicts at least one token from one, and a served request needs room for an answer.
 _LEAST_SEQ_LEN, _LEAST_INPUT_TOKENS = 3, 2
 # What TensorRT-LLM's inflight_batcher_llm repository calls the model with the engine.
 _ENSEMBLE_MODEL = "tensorrt_llm"
+_FIXED_NAMES = {
+    "ensemble": "the five models of layout ensemble have fixed names",
+    "tokens": "the model of layout tokens has a fixed name",
+}
 _NOTHING_COMPRESSED = (
     "is set while nothing is compressed",
     "remove it, or set compress.format, compress.kv_cache or compress.sparsity",
@@ -31,13 +35,17 @@ GROUP_SIZES = (128, 64, 32, 16)
 
 @dataclass(slots=True)
 class Settings:
-    """All settings of one recipe by dotted path, collected in order, and the problems met on the way."""
+    """All settings of one recipe by dotted path, collected in order, and the problems met on the way.
+
+    `draft` is what the files of ``speculative.draft`` say, for runtimes that take one.
+    """
 
     recipe: Recipe
     document: Mapping[str, Any]
     overridden: frozenset[str]
     values: list[Value] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    draft: Draft | None = None
 
     def __getitem__(self, path: str) -> Any:
         return next(value.value for value in self.values if value.path == path)
@@ -89,20 +97,26 @@ def recipe_value(recipe: Recipe, path: str) -> Any:
     return value
 
 
-def resolve(settings: Settings, facts: ModelFacts, take_runtime: Callable[[Settings, ModelFacts], None]) -> None:
+def resolve(
+    settings: Settings,
+    facts: ModelFacts,
+    take_runtime: Callable[[Settings, ModelFacts], None],
+    deploy_files: Callable[[Settings], tuple[tuple[str, ...], str]],
+) -> None:
     """Fill `settings` for this model, in the order in which a plan shows them.
 
     Args:
         settings: are filled.
         facts: of the model.
         take_runtime: takes the sections `target` and `runtime`, which differ between the kinds of runtime.
+        deploy_files: which deployment files there can be for this runtime, and why.
     """
     _model(settings)
     _compress(settings, facts)
     settings.take("speculative.method")
     take_runtime(settings, facts)
     _serving(settings)
-    _deploy(settings)
+    _deploy(settings, deploy_files(settings))
     _quality(settings)
 
 
@@ -122,6 +136,7 @@ def _compress(settings: Settings, facts: ModelFacts) -> None:
         )
     settings.take("compress.sparsity_method", "sparsegpt" if sparsity != "none" else None)
     _calibration(settings, facts)
+    settings.take("compress.max_memory")
     exclude = settings.take("compress.exclude")
     if exclude and not is_compressed(settings):
         settings.problem("compress.exclude", *_NOTHING_COMPRESSED)
@@ -177,18 +192,6 @@ def _group_size(settings: Settings, facts: ModelFacts, compress_format: str) -> 
     settings.take(path, fitting[0] if fitting else None, origin)
 
 
-def take_embedded(settings: Settings, facts: ModelFacts) -> None:
-    """The target and the runtime, for the embedded engine."""
-    for name in ("gpu", "count"):
-        settings.take(f"target.{name}", note=_GPU_ONLY if settings.given(f"target.{name}") else "")
-    for name in ("kind", "version", "tensor_parallel_size", "pipeline_parallel_size"):
-        settings.take(f"runtime.{name}")
-    for name in ("device", "compute_dtype", "weights"):
-        settings.take(f"runtime.{name}")
-    take_limits(settings, facts, _DEFAULT_MAX_NUM_TOKENS, "default")
-    _kv_cache(settings)
-
-
 def take_limits(settings: Settings, facts: ModelFacts, usual_tokens: int, origin: str) -> None:
     """How much a runtime does at the same time; `usual_tokens` of one step come from `origin`."""
     batch = settings.take("runtime.max_batch_size")
@@ -222,19 +225,6 @@ def take_limits(settings: Settings, facts: ModelFacts, usual_tokens: int, origin
     settings.take("runtime.capacity_scheduler_policy")
 
 
-def _kv_cache(settings: Settings) -> None:
-    batch, length = settings["runtime.max_batch_size"], settings["runtime.max_seq_len"]
-    for name in ("tokens_per_block", "enable_block_reuse"):
-        settings.take(f"runtime.kv_cache.{name}")
-    settings.take("runtime.kv_cache.free_gpu_memory_fraction", note=_GPU_ONLY)
-    from_memory = settings.recipe.runtime.device == "cuda" or settings.recipe.target.gpu is not None
-    if from_memory:
-        settings.take("runtime.kv_cache.max_tokens", None, FROM_GPU_MEMORY)
-    else:
-        settings.take("runtime.kv_cache.max_tokens", batch * length, "max_batch_size x max_seq_len")
-    check_capacity(settings)
-
-
 def check_capacity(settings: Settings) -> None:
     """The longest request must fit into the KV cache."""
     tokens, length = settings["runtime.kv_cache.max_tokens"], settings["runtime.max_seq_len"]
@@ -254,8 +244,9 @@ def _serving(settings: Settings) -> None:
         settings.take("serving.layout")
     for name in ("model_name", "streaming"):
         settings.take(f"serving.{name}")
-    if settings["serving.layout"] == "ensemble" and settings["serving.model_name"] != _ENSEMBLE_MODEL:
-        message = f"{settings['serving.model_name']!r}: the five models of layout ensemble have fixed names"
+    fixed = _FIXED_NAMES.get(settings["serving.layout"])
+    if fixed is not None and settings["serving.model_name"] != _ENSEMBLE_MODEL:
+        message = f"{settings['serving.model_name']!r}: {fixed}"
         settings.problem("serving.model_name", message, f"remove it, or write {_ENSEMBLE_MODEL}")
     for name in ("max_input_tokens", "max_output_tokens"):
         limit = settings.take(f"serving.{name}", length - 1, "max_seq_len - 1")
@@ -263,9 +254,7 @@ def _serving(settings: Settings) -> None:
             settings.problem(
                 f"serving.{name}", f"{limit} leaves no room in max_seq_len {length}", f"use at most {length - 1}"
             )
-    if settings.recipe.runtime.kind == "trtllm":
-        for name in ("model_py", "gpu_device_ids"):
-            settings.take(f"serving.{name}")
+    _instances(settings)
     longest = settings["serving.max_input_tokens"]
     if longest < _LEAST_INPUT_TOKENS and settings.given("serving.max_input_tokens"):
         message = f"{longest} leaves no token to predict when quality is measured"
@@ -279,15 +268,34 @@ def _serving(settings: Settings) -> None:
     settings.take("serving.default_max_tokens", min(usual, most))
 
 
-def _deploy(settings: Settings) -> None:
+def _instances(settings: Settings) -> None:
+    """Which model files or backend serve, and on which GPUs: settings of TensorRT-LLM's runtimes."""
+    kind = settings.recipe.runtime.kind
+    if kind == "trtllm":
+        settings.take("serving.model_py")
+    if kind in ("trtllm", "trtllm-engine"):
+        settings.take("serving.gpu_device_ids")
+    if kind == "trtllm-engine":
+        settings.take("serving.backend", "tensorrtllm")
+        settings.take("serving.communication_mode", *_communication_mode(settings))
+
+
+def _communication_mode(settings: Settings) -> tuple[str, str]:
+    """How the server of an engine reaches its ranks: a leader serves one instance of one engine."""
+    runtime = settings.recipe.runtime
+    if len(settings["serving.gpu_device_ids"]) > 1:
+        return "orchestrator", "several instances need it"
+    if settings.recipe.speculative.method == "draft_target" and (
+        runtime.tensor_parallel_size * runtime.pipeline_parallel_size > 1
+    ):
+        return "orchestrator", "two engines with several ranks need it"
+    return "leader", "default"
+
+
+def _deploy(settings: Settings, files: tuple[tuple[str, ...], str]) -> None:
     settings.take("deploy.image", f"localhost/{_image_part(settings['serving.model_name'])}:latest", "model_name")
     settings.take("deploy.labels")
-    if settings.recipe.runtime.kind == "trtllm":
-        settings.take("deploy.files", (), "there are none for this runtime yet")
-    elif settings.recipe.runtime.kind == "trtllm-engine":
-        settings.take("deploy.files", ("launch",), "what there is for this runtime")
-    else:
-        settings.take("deploy.files")
+    settings.take("deploy.files", *files)
 
 
 def _image_part(model_name: str) -> str:

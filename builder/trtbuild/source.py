@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtbuild.checkpoint_files import CheckpointFiles, open_directory
+from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE
 from trtbuild.errors import ArtifactError, Problem, RecipeError
 from trtbuild.manifest import DigestCache, FileEntry
 from trtbuild.model import ModelFacts
@@ -19,6 +20,7 @@ from trtbuild.report import Reporter
 _DIRECTORIES = {
     "model.tokenizer": "name a directory with tokenizer files",
     "model.adapters": "name a directory with adapter_config.json and adapter_model.safetensors",
+    "speculative.draft": "name a checkpoint directory",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -84,7 +86,7 @@ def missing_files(loaded: LoadedRecipe, steps: Iterable[Step]) -> list[Problem]:
 def recipe_path(kind: str, role: str) -> str:
     """Where the recipe names the file that a kind of step reads in this role."""
     if kind == "engine":
-        return "model.adapters"
+        return "speculative.draft" if role in (DRAFT_ROLE, HEADS_ROLE) else "model.adapters"
     if role == "tokenizer":
         return "model.tokenizer"
     return "quality.data" if (kind, role) == ("evaluate", "data") else "compress.calibration.data"

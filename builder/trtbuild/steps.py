@@ -5,21 +5,27 @@ Every function takes a `Work` and returns the record that the manifest and the e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trtbuild.adapters import (
     container,
+    container_checks,
     triton,
     triton_launch,
+    triton_launch_llm,
     triton_parameters,
     trtllm,
     trtllm_checkpoint,
     trtllm_engine,
+    trtllm_tokenizer,
 )
 from trtbuild.checkpoint_files import LocalFiles
+from trtbuild.compress_memory import parse_bytes
+from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE, other_tokens
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.linking import place_tree
 from trtbuild.manifest import canonical_json, write_atomic
@@ -27,6 +33,8 @@ from trtbuild.plan import Plan, Step
 from trtbuild.process import run_worker
 from trtbuild.report import Reporter
 from trtbuild.store import Artifact, Staging
+from trtbuild.trtllm_build import BUILT, DRAFT
+from trtbuild.trtllm_engine_lora import ADAPTERS
 
 ENGINE_FILE = "engine.json"
 QUALITY_FILE = "quality.json"
@@ -42,6 +50,7 @@ class Work:
         source: the original checkpoint.
         inputs: every finished artifact, by kind.
         files: the user's files of this step, by role.
+        file_digests: the digest of each of them.
         staging: where to write.
     """
 
@@ -50,6 +59,7 @@ class Work:
     source: Path
     inputs: Mapping[str, Artifact]
     files: Mapping[str, Path]
+    file_digests: Mapping[str, str]
     staging: Staging
     reporter: Reporter
 
@@ -75,10 +85,19 @@ def _compress(work: Work) -> dict[str, Any]:
         "source": str(work.source),
         "tokenizer": str(work.files.get("tokenizer", work.source)),
         "output": str(work.staging.content),
+        "work": str(work.staging.unfinished),
+        "key": work.staging.path.name,
+        "max_memory": _memory_limit(work.plan),
         "sparsity_method": parameters["sparsity_method"] or "sparsegpt",
         "calibration": calibration,
     }
     return _in_child("trtbuild.compress", request, work)
+
+
+def _memory_limit(plan: Plan) -> int | None:
+    """The recipe's bound in bytes; it decides where things lie while they are compressed, and no byte of the result."""
+    given = plan.value("compress.max_memory")
+    return None if given is None else parse_bytes(given)
 
 
 def _engine(work: Work) -> dict[str, Any]:
@@ -115,15 +134,41 @@ def _converted_engine(work: Work) -> dict[str, Any]:
         "pp_size": parameters["spec"]["pp_size"],
         "dtype": parameters["dtype"],
     }
-    record = _in_child("trtbuild.convert", request, work)
-    trtllm_engine.write_engine(parameters, checkpoint, work.staging.content)
+    checkpoint_digest = work.file_digests.get(HEADS_ROLE, work.inputs["compress"].digest)
+    if HEADS_ROLE in work.files:
+        record = trtllm_engine.copy_checkpoint(parameters, work.files[HEADS_ROLE], work.staging.content)
+    else:
+        record = _in_child("trtbuild.convert", request, work)
+    revision = str(work.step.tools["revision"])
+    key = trtllm_engine.build_key(parameters, checkpoint_digest, revision)
+    trtllm_engine.write_engine(parameters, checkpoint, work.staging.content, key)
+    if "tokenizer_info" in parameters:
+        info = trtllm_tokenizer.tokenizer_info(checkpoint)
+        write_atomic(work.staging.content / parameters["tokenizer_info"], canonical_json(info))
+    adapters = parameters.get("lora", {}).get("adapters", {})
+    if adapters:
+        request = {
+            "lora": parameters["lora"],
+            "adapters": {task: str(work.files[name]) for task, name in adapters.items()},
+            "output": str(work.staging.content / ADAPTERS),
+        }
+        record["adapters"] = _in_child("trtbuild.convert.lora", request, work)
+    if "draft" in parameters:
+        out, draft = work.staging.content / DRAFT, work.files[DRAFT_ROLE]
+        problem = other_tokens(checkpoint, draft)
+        if problem is not None:
+            raise CompatibilityError(str(problem))
+        request |= {"source": str(draft), "output": str(out / trtllm_engine.CHECKPOINT)}
+        record["draft"] = _in_child("trtbuild.convert", request, work)
+        key = trtllm_engine.build_key(parameters["draft"], work.file_digests[DRAFT_ROLE], revision)
+        trtllm_engine.write_engine(parameters["draft"], None, out, key)
     return record
 
 
 def _repository(work: Work) -> dict[str, Any]:
     parameters = dict(work.step.parameters)
     if "engine" in parameters:
-        parameters["engine"] = _server_parameters(parameters["engine"])
+        parameters |= {name: _server_parameters(parameters[name]) for name in ("engine", "draft") if name in parameters}
     if "llm_args" in parameters:
         parameters["llm_args"] = trtllm.llm_arguments(parameters["llm_args"])
     spec = triton.RepositorySpec(**parameters)
@@ -132,35 +177,60 @@ def _repository(work: Work) -> dict[str, Any]:
 
 
 def _server_parameters(engine: Mapping[str, Any]) -> triton_parameters.EngineParameters:
-    more = {name: tuple(value) if isinstance(value, list) else value for name, value in engine["more"].items()}
+    more = {name: _tuples(value) for name, value in engine["more"].items()}
     return triton_parameters.from_runtime(engine["runtime"], engine["gpt_model_path"], **more)
 
 
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
 def _deploy(work: Work) -> dict[str, Any]:
-    if "engine" in work.step.parameters:
-        return _launch(work)
-    container.write_deploy(deploy_spec(work.step, work.inputs["engine"].digest), work.staging.content)
+    engine = work.inputs["engine"]
+    spec = replace(deploy_spec(work.step, engine.digest), launch=_launch_text(work.step.parameters.get("launch")))
+    if spec.runtime == "trtllm-engine":
+        paths = [entry.path for entry in engine.files]
+        top = [path for path in paths if "/" not in path and path != trtllm_engine.SCRIPT]
+        spec = replace(spec, engine_files=top, engine_trees=_served_trees(work.step, paths))
+    container.write_deploy(spec, work.staging.content)
     return {}
 
 
-def _launch(work: Work) -> dict[str, Any]:
-    """The script that starts the server of a TensorRT engine in its container."""
-    engine = work.step.parameters["engine"]
-    spec = triton_launch.LaunchSpec(
-        engine=_server_parameters(engine), world_size=engine["world_size"], container=engine["image"]
-    )
-    work.staging.content.mkdir(parents=True, exist_ok=True)
-    if "launch" in work.step.parameters["files"]:
-        script = work.staging.content / "launch.sh"
-        script.write_text(triton_launch.render_launch(spec), encoding="utf-8", newline="\n")
-        script.chmod(0o755)
-    return {}
+def _served_trees(step: Step, paths: Sequence[str]) -> list[str]:
+    """The directories of an engine directory that a server reads; built engines come into it later."""
+    drafts = [f"{DRAFT}/{BUILT}"] if "draft" in step.parameters.get("launch", {}) else []
+    return [BUILT, *drafts, *([ADAPTERS] if any(path.startswith(f"{ADAPTERS}/") for path in paths) else [])]
 
 
 def deploy_spec(step: Step, engine_digest: str) -> container.DeploySpec:
-    """What the deployment files are made from."""
-    parameters = {name: value for name, value in step.parameters.items() if name != "engine"}
+    """What the deployment files are made from, but for the launch script of a sound plan."""
+    parameters = {name: value for name, value in step.parameters.items() if name != "launch"}
     return container.DeploySpec(**parameters, engine_digest=engine_digest)
+
+
+def launch_ranks(step: Step) -> container_checks.Ranks | None:
+    """What the launch script of a runtime of TensorRT-LLM checks; None for the embedded engine's."""
+    launch = step.parameters.get("launch")
+    if launch is None:
+        return None
+    names = ("tensor", "pipeline") if "mode" in launch else ("tensor", "pipeline", "context")
+    sizes = tuple((launch["runtime"] if "mode" in launch else launch)[f"{name}_parallel_size"] for name in names)
+    world = math.prod(sizes)
+    return container_checks.Ranks((world, *sizes) if "mode" in launch else sizes, world)
+
+
+def _launch_text(launch: Mapping[str, Any] | None) -> str:
+    """The script that starts the server of TensorRT-LLM in its container; none is the embedded engine's."""
+    if launch is None:
+        return ""
+    if "mode" not in launch:
+        return triton_launch_llm.render_launch(triton_launch_llm.LaunchSpec(**launch))
+    spec = triton_launch.LaunchSpec(
+        engine=_server_parameters(launch),
+        draft=_server_parameters(launch["draft"]) if "draft" in launch else None,
+        **{name: launch[name] for name in ("world_size", "container", "mode")},
+    )
+    return triton_launch.render_launch(spec)
 
 
 def _evaluate(work: Work) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 ``<store>/<kind>/<key>/`` holds ``content/``, ``log.txt`` and, written last, ``manifest.json``. A step works in
 ``<store>/staging/``; publishing is one rename, so that a run killed at any instant leaves nothing that looks finished.
-A lock file for each key lets one process build it while another waits and then reuses.
+A lock file for each key lets one process build it while another waits and then reuses. A step that can go on where it
+was killed keeps its unfinished files in ``<store>/unfinished/<kind>-<key>/``: the key holds everything that decides the
+bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +39,7 @@ from trtbuild.manifest import (
 
 CONTENT = "content"
 LOG = "log.txt"
+_UNFINISHED_DAYS = 14  # after which nobody is expected to go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +61,13 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """Where one step writes: files into `content`, its tools' output into `log`."""
+    """Where one step writes: files into `content`, its tools' output into `log`.
+
+    `unfinished`, on the same file system, outlives a killed or failed run; publishing removes it. It need not exist.
+    """
 
     path: Path
+    unfinished: Path
 
     @property
     def content(self) -> Path:
@@ -83,7 +91,8 @@ class Store:
         self.root = root
         try:
             (root / "staging").mkdir(parents=True, exist_ok=True)
-            (root / "locks").mkdir(exist_ok=True)
+            for name in ("locks", "unfinished"):
+                (root / name).mkdir(exist_ok=True)
         except OSError as error:
             raise HostError(
                 f"the store {root} cannot be written ({error.strerror})", "set `store:` to a writable directory"
@@ -128,14 +137,20 @@ class Store:
 
     def stage(self, kind: str, key: str) -> Staging:
         """An empty staging directory for one key. Call under `lock`."""
-        staging = Staging(self.root / "staging" / f"{kind}-{key}")
+        name = f"{kind}-{key}"
+        staging = Staging(self.root / "staging" / name, self.root / "unfinished" / name)
         remove_tree(staging.path)
         staging.content.mkdir(parents=True)
         return staging
 
     def sweep(self) -> None:
-        """Remove what killed or failed runs left in staging; a directory whose key somebody is building stays."""
-        for path in sorted((self.root / "staging").iterdir()):
+        """Remove what killed or failed runs left in staging, and unfinished files that are two weeks old.
+
+        A directory whose key somebody is building stays.
+        """
+        oldest = time.time() - _UNFINISHED_DAYS * 24 * 3600
+        abandoned = [path for path in (self.root / "unfinished").iterdir() if path.stat().st_mtime < oldest]
+        for path in (*sorted((self.root / "staging").iterdir()), *sorted(abandoned)):
             lock = self._file_lock(path.name)
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):
                 remove_tree(path)
@@ -159,6 +174,7 @@ class Store:
         path.parent.mkdir(exist_ok=True)
         staging.path.rename(path)
         _sync_directory(path.parent)
+        remove_tree(staging.unfinished)
         for entry in entries:
             self.digests.relearn(path / CONTENT / entry.path, entry.sha256)
         return Artifact(kind, key, path, digest, record, entries)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from trtbuild.compat import facts
 from trtbuild.errors import Problem
-from trtbuild.releases import Flow, Line
+from trtbuild.releases import Flow, Line, lines
 
 # The recipe's weight formats under the names that TensorRT-LLM gives them (`quant_algo` of hf_quant_config.json).
 QUANT_ALGO: Mapping[str, str | None] = {"none": None, "fp8": "FP8", "int4_awq": "W4A16_AWQ"}
@@ -88,6 +88,19 @@ def refused_architecture(flow: Flow, architecture: str) -> str | None:
     if architecture in table.get("autodeploy", ()):
         return f"TensorRT-LLM runs {architecture} through its AutoDeploy backend only"
     return f"{architecture} is not among the classes that TensorRT-LLM lists for its {flow} flow"
+
+
+def refused_in_line(line: Line, architecture: str, algo: str | None) -> str | None:
+    """Why engines of this release line cannot have a class that the flow lists, in this format; or None."""
+    table = facts("architectures")["engine"]
+    first, names = table["since"].get(architecture), [known.name for known in lines()]
+    if first is not None and names.index(line.name) < names.index(first):
+        return (
+            f"TensorRT-LLM {line.name} builds no engines of {architecture}, {first} is the first that trtbuild knows to"
+        )
+    if algo in table["unloadable"].get(architecture, ()):
+        return f"TensorRT-LLM's own class for {architecture} cannot load {algo} experts"
+    return None
 
 
 def speculative_method(name: str) -> SpeculativeMethod:

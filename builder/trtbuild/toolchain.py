@@ -12,14 +12,14 @@ from trtbuild.errors import HostError
 from trtbuild.render import data_dir
 
 # Bump a revision when the same inputs, parameters and tools would give other bytes, and only then.
-COMPRESS_REVISION = 2
-COPY_REVISION = 2
-ENGINE_REVISION = 1
+COMPRESS_REVISION = 3
+COPY_REVISION = 3
+ENGINE_REVISION = 2
 CONVERT_REVISION = 1
 EVALUATE_REVISION = 1
 REPOSITORY_REVISION = 2
 _LAYOUTS = ("llm", "ensemble")
-DEPLOY_REVISION = 1
+DEPLOY_REVISION = 2
 
 _TEXTS = Path(__file__).resolve().parent / "_text"
 _HINT = "install torch first, alone, then `pip install 'trtbuild[build]'` (see README)"

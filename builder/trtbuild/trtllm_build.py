@@ -1,25 +1,20 @@
 """``trtllm-build``: its arguments, with a reason for each.
 
-Pure: plain values in, rows out. The flags of each release line are data (``trtllm_build.toml``).
+Pure: plain values in, rows out. The flags of each release line are data (`build_flags`).
 """
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
-
+from trtbuild.build_flags import FlagTable, elsewhere, flag_table
 from trtbuild.errors import CompatibilityError
 from trtbuild.plan import Choice
 
 BUILT = "built"  # in the engine directory: where the build script puts what trtllm-build makes
-_FLAGS = Path(__file__).parent / "trtllm_build.toml"
+DRAFT = "draft"  # in the engine directory: the engine directory of a draft model
 
 # Lowest compute capability, times ten: docs/source/legacy/reference/support-matrix.md @17552a44.
 _LOWEST = {"FP8": 89, "W4A8_AWQ": 89, "NVFP4": 100, "W4A16_AWQ": 80, "W8A8_SQ_PER_CHANNEL": 80}
@@ -44,10 +39,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speculation:
-    """A mode of ``--speculative_decoding_mode`` and the longest draft in tokens."""
+    """A mode of ``--speculative_decoding_mode``, the longest draft, and what EAGLE's layers add; lengths in tokens."""
 
     mode: str
     max_draft_len: int
+    more_len: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,39 +106,13 @@ def _lora(data: Mapping[str, Any]) -> Lora:
     return Lora(directories=tuple(data["directories"]), modules=tuple(data["modules"]), max_rank=data["max_rank"])
 
 
-@cache
-def release_lines() -> tuple[Mapping[str, Any], ...]:
-    """The rows of ``trtllm_build.toml``."""
-    return tuple(tomllib.loads(_FLAGS.read_text(encoding="utf-8"))["line"])
-
-
-def release_line(version: str) -> Mapping[str, Any]:
-    """The row whose flags `version` takes.
-
-    Raises:
-        CompatibilityError: no row covers this version.
-    """
-    known = ", ".join(f"{line['name']} ({line['versions']})" for line in release_lines())
-    try:
-        parsed = Version(version)
-    except InvalidVersion:
-        raise CompatibilityError(f"{version!r} is no TensorRT-LLM version; known are {known}") from None
-    for line in release_lines():
-        if SpecifierSet(line["versions"]).contains(parsed, prereleases=True):
-            return line
-    raise CompatibilityError(
-        f"the flags of trtllm-build {version} are not known; known are {known}",
-        "use one of these, or the runtime trtllm for newer versions, which have no trtllm-build",
-    )
-
-
 def choose(spec: EngineSpec) -> tuple[Choice, ...]:
     """Every argument but the directories, in the order of the command line.
 
     Raises:
         CompatibilityError: the spec asks for what does not exist, each fault named; or a version without known flags.
     """
-    line = release_line(spec.version)
+    table = flag_table(spec.version)
     wrong = _faults(spec)
     if wrong:
         raise CompatibilityError("; ".join(wrong), "change the recipe's runtime, target or compress section")
@@ -150,7 +120,7 @@ def choose(spec: EngineSpec) -> tuple[Choice, ...]:
     rows = [row for row in ours if row.flag not in spec.extra]
     rows += [Choice(flag, tuple(values), "runtime.extra") for flag, values in spec.extra.items()]
     for row in rows:
-        _check_row(row, line)
+        _check_row(row, table)
     return tuple(rows)
 
 
@@ -189,7 +159,7 @@ def built_limits(spec: EngineSpec) -> dict[str, int]:
     longest = {} if limits.max_input_len is None else {"max_input_len": limits.max_input_len}
     return longest | {
         "max_batch_size": limits.max_batch_size,
-        "max_seq_len": limits.max_seq_len + draft,
+        "max_seq_len": limits.max_seq_len + draft + (spec.speculation.more_len if spec.speculation else 0),
         "max_num_tokens": max(tokens, limits.max_batch_size * (draft + 1) if draft else 0),
         "max_beam_width": limits.max_beam_width,
         "tokens_per_block": limits.tokens_per_block,
@@ -267,34 +237,41 @@ def _feature_rows(spec: EngineSpec) -> list[Choice]:
     if spec.gather_generation_logits:
         made.append(Choice("gather_generation_logits", (), "the recipe's: clients may ask for logits"))
     if spec.speculation is not None:
-        made.append(Choice("speculative_decoding_mode", (spec.speculation.mode,), "the recipe's"))
-        made.append(Choice("max_draft_len", (str(spec.speculation.max_draft_len),), "the recipe's"))
+        made.append(Choice("speculative_decoding_mode", (spec.speculation.mode,), "speculative.method"))
+        made.append(Choice("max_draft_len", (str(spec.speculation.max_draft_len),), "tokens of the longest draft"))
     if spec.lora is not None:
         made.append(Choice("lora_plugin", ("auto",), "adapters at run time, in the model's type"))
         if spec.lora.directories:
             made.append(Choice("lora_dir", spec.lora.directories, "the recipe's adapters; the first one configures"))
         if spec.lora.modules:
             made.append(Choice("lora_target_modules", spec.lora.modules, "the modules that the adapters change"))
-        made.append(Choice("max_lora_rank", (str(spec.lora.max_rank),), "the highest rank of the adapters"))
+        made.append(Choice("max_lora_rank", (str(spec.lora.max_rank),), "runtime.lora_config.max_lora_rank"))
     return made
 
 
 def _build_rows(spec: EngineSpec) -> list[Choice]:
     return [
         Choice("input_timing_cache", ("/build/timing.cache",), "kernels measured before are not measured again"),
-        Choice("output_timing_cache", ("/build/timing.cache",), "for the next build on this kind of GPU"),
+        Choice(
+            "output_timing_cache", ("/build/timing.new",), "for the next build on this kind of GPU, once it is whole"
+        ),
         Choice("workers", (str(spec.world_size),), "ranks are built at once, one a GPU"),
         Choice("monitor_memory", (), "the log says how much memory the build took"),
     ]
 
 
-def _check_row(row: Choice, line: Mapping[str, Any]) -> None:
+def _check_row(row: Choice, table: FlagTable) -> None:
     """Refuse a flag or a value that this release line does not have."""
-    flag = {**line["build"], **line["plugin"]}.get(row.flag)
+    flag = table.flags.get(row.flag)
     if flag is None:
-        raise CompatibilityError(f"trtllm-build {line['name']} has no flag --{row.flag}")
-    allowed = flag.get("allowed")
-    if allowed is not None and row.values and row.values[0] not in allowed:
+        others = elsewhere(row.flag, table)
+        raise CompatibilityError(f"trtllm-build {table.name} has no flag --{row.flag}{others}")
+    if flag.kind == "choice" and row.values and row.values[0] not in flag.allowed:
         raise CompatibilityError(
-            f"trtllm-build {line['name']}: --{row.flag} {row.values[0]} is not one of {', '.join(allowed)}"
+            f"trtllm-build {table.name}: --{row.flag} {row.values[0]} is not one of {', '.join(flag.allowed)}"
+        )
+    unknown = [value for value in row.values if flag.kind == "list" and flag.allowed and value not in flag.allowed]
+    if unknown:
+        raise CompatibilityError(
+            f"trtllm-build {table.name}: --{row.flag} {' '.join(unknown)} is none of {', '.join(flag.allowed)}"
         )

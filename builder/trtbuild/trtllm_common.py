@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
 
 from trtbuild.errors import Problem
 from trtbuild.model import ModelFacts
@@ -14,6 +16,18 @@ from trtbuild.settings import Settings, fitting_group_sizes
 from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version, unknown_gpu
 
 _EMBEDDED_ONLY = "only the embedded runtime has it"
+# What each speculative method reads of its section.
+SPECULATIVE_FIELDS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "ngram": ("max_draft_len",),
+    "draft_target": ("draft", "max_draft_len", "draft_kv_cache_share"),
+    "eagle3": ("draft", "max_draft_len"),
+    "medusa": ("draft", "choices"),
+    "eagle": ("draft", "choices"),
+    "redrafter": ("draft",),
+    "lookahead": ("max_window_size", "max_ngram_size", "max_verification_set_size"),
+}
+_ADAPTER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _JOINED = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
@@ -21,14 +35,22 @@ _JOINED = (
 
 
 def embedded_only(recipe: Recipe) -> Iterable[Problem]:
-    """What the embedded engine alone has, or nothing yet."""
+    """What the embedded engine alone has."""
     for name in ("device", "compute_dtype", "weights"):
         value = getattr(recipe.runtime, name)
         if value != "auto":
             yield Problem(f"runtime.{name}", f"{value}: {_EMBEDDED_ONLY}", "use auto")
-    if recipe.compress.max_memory is not None:
-        message = f"{recipe.compress.max_memory}: this version of trtbuild holds the model in memory"
-        yield Problem("compress.max_memory", message, "remove it")
+
+
+def unread_speculative(recipe: Recipe) -> Iterable[Problem]:
+    """Fields of the section that say nothing about its method."""
+    section, silent = recipe.speculative, type(recipe.speculative)()
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if name == "method" or value == getattr(silent, name) or name in SPECULATIVE_FIELDS[section.method]:
+            continue
+        why = "of no use without a speculative.method" if section.method == "none" else f"{section.method} has none"
+        yield Problem(f"speculative.{name}", f"{value}: {why}", "remove it")
 
 
 def group_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
@@ -54,6 +76,17 @@ def excluded_in_part(patterns: Sequence[str], facts: ModelFacts) -> Iterable[Pro
             return
 
 
+def instance_mistakes(recipe: Recipe, ranks: int) -> Iterable[Problem]:
+    """Each model instance needs one GPU a rank; instances may share GPUs, ranks may not."""
+    for place, group in enumerate(recipe.serving.gpu_device_ids):
+        at = f"serving.gpu_device_ids.{place}"
+        if len(group) != ranks:
+            message = f"names {len(group)} GPUs, and one engine takes {ranks} (tensor x pipeline x context parallel)"
+            yield Problem(at, message, f"name {ranks}")
+        elif len(set(group)) != len(group):
+            yield Problem(at, f"{list(group)} names a GPU twice", "give each rank a GPU of its own")
+
+
 def gpu_refusals(recipe: Recipe, line: Line, needed: int) -> Iterable[Problem]:
     """Too few GPUs, an unknown one, or one that does not run the format; `needed` is the number of ranks."""
     count = recipe.target.count
@@ -75,3 +108,31 @@ def gpu_refusals(recipe: Recipe, line: Line, needed: int) -> Iterable[Problem]:
         if why is not None:
             message = f"{recipe.compress.kv_cache} does not run on {at}: {why}"
             yield Problem("compress.kv_cache", message, "use none")
+
+
+def adapter_names(recipe: Recipe) -> dict[str, str]:
+    """Adapters by the name that clients send: the last part of the path, and its place in the recipe."""
+    return {PurePosixPath(path).name: path for path in recipe.model.adapters}
+
+
+def adapter_refusals(recipe: Recipe, *, always: bool = False) -> Iterable[Problem]:
+    """Adapters without usable names, modules or rank; `always` also where there are none: clients may send them."""
+    lora, adapters = recipe.runtime.lora_config, recipe.model.adapters
+    if not adapters and not always:
+        return
+    names = [PurePosixPath(path).name for path in adapters]
+    for path, name in zip(adapters, names, strict=True):
+        if not _ADAPTER.fullmatch(name):
+            message = f"{path}: {name!r} is no name that clients could send"
+            yield Problem(
+                "model.adapters", message, "name the adapter's directory itself, in letters, digits, . _ and -"
+            )
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        message = f"two adapters are called {name}; clients ask for an adapter by its directory's name"
+        yield Problem("model.adapters", message, "rename one directory")
+    if not lora.lora_target_modules:
+        message = "is empty; without it TensorRT-LLM keeps room for every module"
+        yield Problem("runtime.lora_config.lora_target_modules", message, "name the adapters' modules, such as attn_q")
+    if lora.max_lora_rank is None:
+        message = "is not set; an adapter of a higher rank than the default would be refused at its first request"
+        yield Problem("runtime.lora_config.max_lora_rank", message, "set the adapters' highest rank")

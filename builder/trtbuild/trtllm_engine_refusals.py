@@ -5,19 +5,28 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable
 
+from trtbuild.build_flags import flag_table
 from trtbuild.compat import facts as table
 from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.settings import Settings
-from trtbuild.support import refused_architecture, speculative_method
-from trtbuild.trtllm_build import choose, release_line
+from trtbuild.support import QUANT_ALGO, refused_architecture, refused_in_line
+from trtbuild.trtllm_build import choose
 from trtbuild.trtllm_build_extra import extra_problems
-from trtbuild.trtllm_common import embedded_only, excluded_in_part, gpu_refusals, group_refusals
+from trtbuild.trtllm_common import (
+    embedded_only,
+    excluded_in_part,
+    gpu_refusals,
+    group_refusals,
+    instance_mistakes,
+    unread_speculative,
+)
+from trtbuild.trtllm_engine_drafts import draft_spec, speculative_refusals, speculative_warnings
+from trtbuild.trtllm_engine_lora import lora_refusals, lora_warnings
 from trtbuild.trtllm_engine_settings import (
     FLOW,
-    KIND,
     engine_spec,
     planned_release,
     ranks,
@@ -30,14 +39,11 @@ _PROJECTIONS = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
-_DEPLOY_FILES = ("launch",)
+_LAYOUTS = ("ensemble", "tokens")
 # What the recipe can say, the engine flow has under another name, and this version of trtbuild does not write.
 NOT_WRITTEN = {
     "runtime.context_parallel_size": "the conversion divides models over tensor and pipeline ranks only",
     "runtime.moe_expert_parallel_size": "the conversion divides experts by tensor ranks only",
-    "runtime.guided_decoding_backend": "the C++ backend wants a file on the tokenizer that trtbuild does not write",
-    "runtime.lora_config.max_lora_rank": "this version of trtbuild packages no adapters for engines",
-    "runtime.lora_config.lora_target_modules": "this version of trtbuild packages no adapters for engines",
 }
 
 
@@ -46,14 +52,34 @@ def engine_mistakes(settings: Settings) -> list[Problem]:
     recipe, compress = settings.recipe, settings.recipe.compress
     problems = extra_problems(
         recipe.runtime.extra,
-        release_line(planned_release(recipe).version),
+        flag_table(planned_release(recipe).version),
         sparse=compress.sparsity == "2:4",
         fp8_attention=compress.format == "fp8" and compress.kv_cache == "fp8",
     )
     if recipe.target.gpu is None:
         message = "is missing, and an engine is built for one GPU architecture"
         problems.append(Problem("target.gpu", message, "name the GPU that will serve, such as H100"))
-    return problems
+    return [*problems, *instance_mistakes(recipe, ranks(recipe)), *_several(recipe)]
+
+
+def _several(recipe: Recipe) -> Iterable[Problem]:
+    """Several instances of an engine, and what cannot start or place them."""
+    serving, count = recipe.serving, len(recipe.serving.gpu_device_ids)
+    if count > 1 and serving.communication_mode == "leader":
+        message = f"leader: {count} instances of an engine (serving.gpu_device_ids) have no common leader"
+        yield Problem("serving.communication_mode", message, "use orchestrator, or remove it")
+    drafts = recipe.speculative.method == "draft_target"
+    if drafts and ranks(recipe) > 1 and serving.communication_mode == "leader":
+        message = f"leader: the engines of model and draft have {ranks(recipe)} ranks each and no common leader"
+        yield Problem("serving.communication_mode", message, "use orchestrator, or remove it")
+    if drafts and recipe.serving.layout == "tokens":
+        message = "tokens: drafts are proposed and verified by tensorrt_llm_bls, which this layout has not"
+        yield Problem("serving.layout", message, "use ensemble, or remove speculative")
+    if count > 1 and serving.backend == "python":
+        # NVIDIA/TensorRT-LLM triton_backend/all_models/inflight_batcher_llm/tensorrt_llm/1/model.py @0d5352f5,
+        # `get_parallel_config`: one list of ids, divided at commas alone.
+        message = f"names GPUs for {count} instances, and the container's python model reads one list of ids"
+        yield Problem("serving.gpu_device_ids", message, "name one group, or use serving.backend: tensorrtllm")
 
 
 def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
@@ -64,47 +90,45 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += embedded_only(recipe)
     problems += _package(settings)
     problems += _fields(settings)
-    problems += _model(facts)
+    problems += _guide(recipe)
+    problems += _model(settings, facts)
     problems += group_refusals(settings, facts)
     problems += excluded_in_part(settings["compress.exclude"], facts)
     problems += gpu_refusals(recipe, planned_release(recipe).line, ranks(recipe))
     problems += parallel_refusals(settings, facts)
     problems += _pipeline(recipe, facts)
     problems += _stages(settings, facts)
-    problems += _speculation(recipe)
+    problems += lora_refusals(settings, facts)
+    problems += unread_speculative(recipe)
+    problems += speculative_refusals(settings, facts)
     return problems or _arguments(settings, facts)
 
 
 def engine_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
     """What is allowed and may still surprise."""
-    line = release_line(planned_release(settings.recipe).version)
-    warnings = []
-    if not line["proven"]:
-        commits = ", ".join(source.rpartition("@")[2][:8] for source in line["sources"])
-        warnings.append(
-            f"the flags of trtllm-build were read at {commits}, not proven identical to {settings['runtime.version']}"
-        )
+    version = planned_release(settings.recipe).version
+    flags, line = flag_table(version), planned_release(settings.recipe).line
+    warnings = [] if version in flags.releases else [flags.note(version)]
+    if line.unread is not None:
+        warnings.append(f"TensorRT-LLM {version}: {line.unread}")
     if short_window(settings, facts) and not settings.has("runtime.kv_cache.max_attention_window"):
         warnings.append(
             f"the model has an attention window of {facts.sliding_window} tokens, which the server must be told: if it "
             "applies, set runtime.kv_cache.max_attention_window, one number a layer, repeated over the layers"
         )
-    return warnings
+    return [*warnings, *speculative_warnings(settings, facts), *lora_warnings(settings, facts)]
 
 
 def _package(settings: Settings) -> Iterable[Problem]:
     """How engines are served, and what comes with them."""
     recipe = settings.recipe
-    if settings.given("serving.layout") and recipe.serving.layout != "ensemble":
+    if settings.given("serving.layout") and recipe.serving.layout not in _LAYOUTS:
         message = f"{recipe.serving.layout}: TensorRT engines are served by the five models of layout ensemble"
-        yield Problem("serving.layout", message, "use ensemble, or remove it")
-    others = [name for name in recipe.deploy.files if name not in _DEPLOY_FILES]
-    if settings.given("deploy.files") and others:
-        message = f"{', '.join(others)}: this version of trtbuild writes a launch script alone for {KIND}"
-        yield Problem("deploy.files", message, "use [launch], or remove it")
-    if recipe.model.adapters:
-        message = "this version of trtbuild packages no adapters for engines"
-        yield Problem("model.adapters", message, "remove them, or use runtime.kind: trtllm")
+        yield Problem("serving.layout", message, "use ensemble, tokens (the engine's model alone), or remove it")
+    for name in ("max_output_tokens", "default_max_tokens"):
+        if recipe.serving.layout == "tokens" and settings.given(f"serving.{name}"):
+            message = "nothing of layout tokens heeds it: every request says request_output_len"
+            yield Problem(f"serving.{name}", message, "remove it, or use layout ensemble")
 
 
 def _fields(settings: Settings) -> Iterable[Problem]:
@@ -120,14 +144,26 @@ def _fields(settings: Settings) -> Iterable[Problem]:
             yield Problem(path, NOT_WRITTEN[path], "remove it, or use runtime.kind: trtllm")
 
 
-def _model(facts: ModelFacts) -> Iterable[Problem]:
-    """Classes that upstream lists for engines and that the conversion knows."""
+def _guide(recipe: Recipe) -> Iterable[Problem]:
+    backend = recipe.runtime.guided_decoding_backend
+    if backend not in (None, "xgrammar"):
+        message = f"{backend}: the backends of TensorRT engines know xgrammar alone"
+        yield Problem("runtime.guided_decoding_backend", message, "use xgrammar, or runtime.kind: trtllm")
+
+
+def _model(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
+    """Classes that upstream lists for engines of the release and that the conversion knows."""
     reason, converted = refused_architecture(FLOW, facts.architecture), table("architectures")[FLOW]["converted"]
     if reason is None and converted.get(facts.architecture) != facts.model_type:
         listed = ", ".join(sorted(converted))
         reason = f"{facts.architecture} ({facts.model_type}) has no conversion here; convertible are {listed}"
     if reason is not None:
         yield Problem("model.path", reason, "use runtime.kind: trtllm or embedded, or another model")
+        return
+    line, algo = planned_release(settings.recipe).line, QUANT_ALGO[settings["compress.format"]]
+    reason = refused_in_line(line, facts.architecture, algo)
+    if reason is not None:
+        yield Problem("model.path", reason, "use a newer runtime.version, another format, or runtime.kind: trtllm")
 
 
 def _pipeline(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
@@ -137,55 +173,36 @@ def _pipeline(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
     if facts.architecture in table("architectures")[FLOW]["one_stage"]:
         message = f"{size}: TensorRT-LLM cannot split {facts.architecture} over pipeline stages"
         yield Problem(at, message, "use 1, and tensor_parallel_size")
-    elif size <= facts.num_layers and facts.num_layers % size:
-        fitting = [str(number) for number in range(1, facts.num_layers + 1) if not facts.num_layers % number]
-        message = f"{size} does not divide the model's {facts.num_layers} layers"
-        yield Problem(at, message, f"use one of {', '.join(fitting)}")
 
 
 def _stages(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     """TensorRT-LLM names layers by their place in a stage: stages leave out the same ones, by their usual names."""
     size, patterns = settings.recipe.runtime.pipeline_parallel_size, settings["compress.exclude"]
-    if size == 1 or not patterns or facts.num_layers % size:
+    if size == 1 or not patterns:
         return
-    each = facts.num_layers // size
-    left = [
-        {
-            (layer % each, name)
-            for layer in range(stage * each, (stage + 1) * each)
-            for name in _PROJECTIONS
-            if any(fnmatch.fnmatchcase(f"model.layers.{layer}.{name}", pattern) for pattern in patterns)
-        }
-        for stage in range(size)
-    ]
-    if any(stage != left[0] for stage in left):
+    # The first stages take what is left over: NVIDIA/TensorRT-LLM, tensorrt_llm/mapping.py @05ebebb2c1d3, pp_layers.
+    each, more = divmod(facts.num_layers, size)
+    left: dict[tuple[int, str], set[bool]] = {}
+    for stage in range(size):
+        first = stage * each + min(stage, more)
+        for local in range(each + (stage < more)):
+            for name in _PROJECTIONS:
+                module = f"model.layers.{first + local}.{name}"
+                out = any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
+                left.setdefault((local, name), set()).add(out)
+    if any(len(answers) > 1 for answers in left.values()):
         message = f"leaves out other layers in some of {size} pipeline stages, which TensorRT-LLM cannot be told"
         yield Problem("compress.exclude", message, "name the same places of every stage, or use one stage")
 
 
-def _speculation(recipe: Recipe) -> Iterable[Problem]:
-    name, at = recipe.speculative.method, "speculative.method"
-    if name == "none":
-        if recipe.speculative.draft is not None:
-            message = f"{recipe.speculative.draft}: of no use without a speculative.method"
-            yield Problem("speculative.draft", message, "remove it")
-        return
-    mode = speculative_method(name).engine
-    if mode is None:
-        yield Problem(at, f"{name}: trtllm-build has no such mode", "use none, or runtime.kind: trtllm")
-    else:
-        message = f"{name}: this version of trtbuild cannot build an engine with drafts (trtllm-build calls it {mode})"
-        yield Problem(at, message, "use none")
-    if recipe.runtime.pipeline_parallel_size > 1:
-        stages = recipe.runtime.pipeline_parallel_size
-        message = f"speculative decoding does not run with pipeline_parallel_size {stages}"
-        yield Problem(at, message, "use tensor_parallel_size instead, or no speculation")
-
-
 def _arguments(settings: Settings, facts: ModelFacts) -> list[Problem]:
     """What the choice of the arguments itself finds; asked last, since it needs a sound recipe."""
-    try:
-        choose(engine_spec(settings, facts))
-    except CompatibilityError as error:
-        return [Problem("runtime", error.message, error.hint)]
-    return []
+    spec = engine_spec(settings, facts)
+    problems = []
+    for at, one in (("runtime", spec), ("speculative.draft", draft_spec(spec, settings))):
+        try:
+            if one is not None:
+                choose(one)
+        except CompatibilityError as error:
+            problems.append(Problem(at, error.message, error.hint))
+    return problems

@@ -5,21 +5,33 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from trtbuild.build_flags import flag_table
 from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Choice
 from trtbuild.recipe import Recipe
-from trtbuild.releases import Container, Flow, Release, containers, find_release, newest
+from trtbuild.releases import Container, Flow, Release, containers, find_release, newest, oldest_served
 from trtbuild.settings import FROM_GPU_MEMORY, Settings, check_capacity, take_limits
 from trtbuild.support import QUANT_ALGO, sm_version
-from trtbuild.trtllm_build import BUILT, EngineSpec, Limits, arguments, choose, release_line
+from trtbuild.trtllm_build import BUILT, DRAFT, EngineSpec, Limits, arguments, choose
 from trtbuild.trtllm_build_extra import extra_flags
+from trtbuild.trtllm_engine_drafts import (
+    DRAFT_TARGET,
+    decoding_parameters,
+    draft_parameters,
+    draft_spec,
+    shared_fraction,
+    take_speculative,
+    with_drafts,
+)
+from trtbuild.trtllm_engine_lora import cache_parameters, lora, lora_parameters, take_lora
 
 KIND = "trtllm-engine"
 FLOW: Flow = "engine"
 DTYPE = "bfloat16"  # of what is not quantized: the compress step casts to it
+TOKENIZER_INFO = "xgrammar_tokenizer_info.json"  # in the engine directory, for guided decoding
 _PACKAGE = "/package"  # where the server sees the package
-_USUAL_TOKENS = 8192  # trtllm_build.toml: the default of --max_num_tokens
+_USUAL_TOKENS = 8192  # the default of --max_num_tokens in every release line (_compat/build_flags.toml)
 # A window of all layers alike, which TensorRT-LLM's own converters leave to the server as well.
 _ONE_WINDOW = ("mistral", "mixtral", "phi3")
 _NO_GPU = 90  # for drafting a plan that is refused for want of a GPU
@@ -42,9 +54,12 @@ def wanted_release(recipe: Recipe) -> Release | Problem:
         message = f"TensorRT-LLM {found.version} builds no engines, the last that did is 1.3.0rc20"
         return Problem(at, message, f"use {usual}, or runtime.kind: trtllm")
     try:
-        release_line(found.version)
+        flag_table(found.version)
     except CompatibilityError as error:
         return Problem(at, error.message, f"use {usual}, or runtime.kind: trtllm where it has an LLM API")
+    if found.line.unserved is not None:
+        message = f"TensorRT-LLM {found.version} builds engines, but {found.line.unserved}"
+        return Problem(at, message, f"use {usual}, or {oldest_served()} at least")
     if found.container is None:
         message = f"no Triton container has TensorRT-LLM {found.version}, and engines are built and served in one"
         return Problem(at, message, f"use {usual}")
@@ -70,19 +85,25 @@ def take_engine(settings: Settings, facts: ModelFacts) -> None:
     settings.take("target.count", ranks(settings.recipe), "tensor x pipeline parallel")
     settings.take("runtime.kind")
     settings.put("runtime.version", release.version, "default: the newest with a container", note=_where(release))
+    settings.take("runtime.build_in")
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         settings.take(f"runtime.{name}")
     take_limits(settings, facts, _USUAL_TOKENS, "default of trtllm-build")
     _kv_cache(settings, facts)
     if settings.given("runtime.cuda_graph_config.enabled"):
         settings.take("runtime.cuda_graph_config.enabled")
+    if settings.given("runtime.guided_decoding_backend"):
+        settings.take("runtime.guided_decoding_backend")
+    take_speculative(settings, facts)
+    take_lora(settings)
     settings.take("runtime.extra")
 
 
 def _where(release: Release) -> str:
     tags = [container.tag for container in containers() if container.tensorrt_llm == release.version]
     tag = _container(release).tag
-    return f"container {tag}" + ("" if tag == tags[0] else f", newest container {tags[0]}")
+    newest_tag = "" if tag == tags[0] else f", newest container {tags[0]}"
+    return f"container {tag}{newest_tag}; {flag_table(release.version).note(release.version)}"
 
 
 def _kv_cache(settings: Settings, facts: ModelFacts) -> None:
@@ -105,7 +126,7 @@ def short_window(settings: Settings, facts: ModelFacts) -> bool:
 def engine_spec(settings: Settings, facts: ModelFacts) -> EngineSpec:
     """What the engine is built for."""
     recipe, kv_cache = settings.recipe, settings["compress.kv_cache"]
-    return EngineSpec(
+    spec = EngineSpec(
         version=settings["runtime.version"],
         architecture=facts.architecture,
         format=QUANT_ALGO[settings["compress.format"]],
@@ -122,14 +143,16 @@ def engine_spec(settings: Settings, facts: ModelFacts) -> EngineSpec:
         ),
         experts=bool(facts.num_experts),
         sparse=settings["compress.sparsity"] == "2:4",
+        lora=lora(settings),
         extra=extra_flags(recipe.runtime.extra),
     )
+    return with_drafts(spec, settings)
 
 
 def engine_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     """What decides the engine directory: the release, its container, and everything that the engine is built for."""
     spec, container = engine_spec(settings, facts), _container(planned_release(settings.recipe))
-    return {
+    engine = {
         "runtime": KIND,
         "version": spec.version,
         "container": container.tag,
@@ -140,6 +163,10 @@ def engine_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
         "spec": asdict(spec) | {"extra": {flag: list(values) for flag, values in spec.extra.items()}},
         "arguments": list(arguments(_choices(spec), "CHECKPOINT", "ENGINE")),
     }
+    if settings.has("runtime.guided_decoding_backend"):
+        engine["tokenizer_info"] = TOKENIZER_INFO
+    engine |= lora_parameters(settings, facts)
+    return engine | draft_parameters(engine, spec, settings)
 
 
 def _choices(spec: EngineSpec) -> tuple[Choice, ...]:
@@ -155,27 +182,57 @@ def build_choices(settings: Settings, facts: ModelFacts) -> tuple[Choice, ...]:
     return _choices(engine_spec(settings, facts))
 
 
-def launch_parameters(settings: Settings) -> dict[str, Any]:
-    """What decides the script that starts the server."""
-    container = _container(planned_release(settings.recipe))
-    return server_parameters(settings) | {"world_size": ranks(settings.recipe), "image": container.image}
+def draft_choices(settings: Settings, facts: ModelFacts) -> tuple[Choice, ...]:
+    """The same for the engine of a draft model; none without one."""
+    spec = draft_spec(engine_spec(settings, facts), settings)
+    return () if spec is None else _choices(spec)
 
 
-def server_parameters(settings: Settings) -> dict[str, Any]:
-    """What the C++ backend reads, in the recipe's words; `more` has its own names."""
-    cache = {
-        name: settings[f"runtime.kv_cache.{name}"]
-        for name in ("max_tokens", "free_gpu_memory_fraction", "enable_block_reuse")
-    }
+def server_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
+    """What TensorRT-LLM's own backends read, in the recipe's words; `more` has their names."""
+    cache = {name: settings[f"runtime.kv_cache.{name}"] for name in ("max_tokens", "enable_block_reuse")}
+    cache["free_gpu_memory_fraction"] = shared_fraction(settings)[0]
     optional = {
         "runtime.kv_cache.host_cache_size": "kv_cache_host_memory_bytes",
         "runtime.kv_cache.max_attention_window": "max_attention_window_size",
         "runtime.cuda_graph_config.enabled": "cuda_graph_mode",
     }
     more = {theirs: settings[ours] for ours, theirs in optional.items() if settings.has(ours)}
+    more["backend"] = settings["serving.backend"]
+    if settings["serving.gpu_device_ids"]:
+        more["gpu_device_ids"] = settings["serving.gpu_device_ids"]
+    if settings.has("runtime.guided_decoding_backend"):
+        more |= {
+            "guided_decoding_backend": settings["runtime.guided_decoding_backend"],
+            # The C++ backend reads the file, the container's python model the tokenizer itself.
+            "xgrammar_tokenizer_info_path": f"{_PACKAGE}/engine/{TOKENIZER_INFO}",
+            "tokenizer_dir": f"{_PACKAGE}/engine",
+        }
+    more |= decoding_parameters(settings) | cache_parameters(settings, facts, _PACKAGE)
     names = ("tensor_parallel_size", "pipeline_parallel_size", "capacity_scheduler_policy", "enable_chunked_prefill")
     return {
         "gpt_model_path": f"{_PACKAGE}/engine/{BUILT}",
         "runtime": {name: settings[f"runtime.{name}"] for name in names} | {"kv_cache": cache},
-        "more": {name: list(value) if isinstance(value, tuple) else value for name, value in more.items()},
+        "more": {name: _lists(value) for name, value in more.items()},
     }
+
+
+def draft_server_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
+    """What the repository and the start script have besides, where a draft model proposes tokens."""
+    if settings.recipe.speculative.method != DRAFT_TARGET:
+        return {}
+    engine = server_parameters(settings, facts)
+    cache = engine["runtime"]["kv_cache"] | {"free_gpu_memory_fraction": shared_fraction(settings)[1]}
+    return {
+        "draft": engine
+        | {
+            "gpt_model_path": f"{_PACKAGE}/engine/{DRAFT}/{BUILT}",
+            "runtime": engine["runtime"] | {"kv_cache": cache},
+        },
+        "draft_tokens": settings["speculative.max_draft_len"],
+    }
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as a plan writes them."""
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -36,7 +36,7 @@ def parallel_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Problem
 def _tensor_parallel(settings: Settings, facts: ModelFacts, size: int) -> Iterable[Problem]:
     """Every rank gets whole attention heads, whole columns of the MLP, and whole INT4 groups."""
     at, heads, shared = "runtime.tensor_parallel_size", facts.num_attention_heads, facts.num_key_value_heads
-    fitting = [number for number in range(1, heads + 1) if _divides_heads(facts, number)]
+    fitting = [number for number in range(1, heads + 1) if divides_heads(facts, number)]
     hint = f"use one of {', '.join(map(str, fitting))}"
     if heads % size:
         yield Problem(at, f"{size} does not divide the model's {heads} attention heads", hint)
@@ -57,6 +57,7 @@ def _tensor_parallel(settings: Settings, facts: ModelFacts, size: int) -> Iterab
             yield Problem(at, message, "use a smaller compress.group_size or tensor_parallel_size")
 
 
-def _divides_heads(facts: ModelFacts, size: int) -> bool:
+def divides_heads(facts: ModelFacts, size: int) -> bool:
+    """Whether each of `size` ranks gets whole heads and whole columns of the MLP."""
     shared, inner = facts.num_key_value_heads, facts.intermediate_size or 0
     return not (facts.num_attention_heads % size or inner % size or (shared % size and size % shared))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 from trtbuild.errors import Problem
@@ -16,11 +14,18 @@ from trtbuild.recipe import Recipe
 from trtbuild.releases import Release
 from trtbuild.settings import Settings
 from trtbuild.support import refused_architecture, speculative_method
-from trtbuild.trtllm_common import embedded_only, excluded_in_part, gpu_refusals, group_refusals
+from trtbuild.trtllm_common import (
+    adapter_refusals,
+    embedded_only,
+    excluded_in_part,
+    gpu_refusals,
+    group_refusals,
+    instance_mistakes,
+    unread_speculative,
+)
+from trtbuild.trtllm_deploy import deploy_refusals, hosts
 from trtbuild.trtllm_parallel import parallel_refusals
 from trtbuild.trtllm_settings import FLOW, planned_release, release_schema, wanted_release, world_size
-
-_ADAPTER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def trtllm_mistakes(settings: Settings) -> list[Problem]:
@@ -39,19 +44,14 @@ def trtllm_mistakes(settings: Settings) -> list[Problem]:
         # Releases differ in which pairs they take (TorchLlmArgs.validate_cuda_graph_config).
         message = f"{graph.max_batch_size} is set together with batch_sizes, which says it too"
         problems.append(Problem("runtime.cuda_graph_config.max_batch_size", message, "remove one of the two"))
-    return [*problems, *_instances(recipe)]
+    return [*problems, *instance_mistakes(recipe, world_size(recipe)), *_hosts(recipe)]
 
 
-def _instances(recipe: Recipe) -> Iterable[Problem]:
-    """Each model instance needs one GPU a rank; instances may share GPUs, ranks may not."""
-    world = world_size(recipe)
-    for place, group in enumerate(recipe.serving.gpu_device_ids):
-        at = f"serving.gpu_device_ids.{place}"
-        if len(group) != world:
-            message = f"names {len(group)} GPUs, and one engine takes {world} (tensor x pipeline x context parallel)"
-            yield Problem(at, message, f"name {world}")
-        elif len(set(group)) != len(group):
-            yield Problem(at, f"{list(group)} names a GPU twice", "give each rank a GPU of its own")
+def _hosts(recipe: Recipe) -> Iterable[Problem]:
+    """Instances with GPUs of their own are started by one server, on one host."""
+    if recipe.serving.gpu_device_ids and hosts(recipe) > 1:
+        message = f"instances run on one host, and runtime.extra.gpus_per_node spreads the ranks over {hosts(recipe)}"
+        yield Problem("serving.gpu_device_ids", message, "remove one of the two")
 
 
 def _contradiction(path: str) -> Iterable[Problem]:
@@ -84,8 +84,22 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += gpu_refusals(recipe, release.line, world_size(recipe))
     problems += parallel_refusals(settings, facts)
     problems += _speculation(recipe, release, schema)
-    problems += _lora(recipe)
+    problems += adapter_refusals(recipe)
+    problems += _int4(recipe, facts)
     return problems
+
+
+def _int4(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
+    """Weights of 4 bits where TensorRT-LLM would not load them; `adapters/trtllm_fused.py` has the sources."""
+    if recipe.compress.format != "int4_awq" or recipe.compress.exclude:  # what is left out shows in the checkpoint
+        return
+    hint = "use fp8 or none"
+    if facts.num_experts:
+        message = "int4_awq: TensorRT-LLM's experts with weights of 4 bits have inputs in FP8, which int4_awq has not"
+        yield Problem("compress.format", message, hint)
+    if facts.architecture == "Phi3ForCausalLM":
+        message = "int4_awq: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output, not two"
+        yield Problem("compress.format", message, hint)
 
 
 def trtllm_warnings(settings: Settings) -> list[str]:
@@ -103,8 +117,8 @@ def trtllm_warnings(settings: Settings) -> list[str]:
     if recipe.compress.kv_cache != "none":
         # NVIDIA/TensorRT-LLM, tensorrt_llm/_torch/modules/linear.py @ed53795b, FP8QDQLinearMethod: off by default.
         warnings.append(
-            "TensorRT-LLM takes 1 for k_scale and v_scale unless the server's environment has TRTLLM_LOAD_KV_SCALES=1; "
-            "quality is measured with the checkpoint's scales"
+            "TensorRT-LLM takes 1 for k_scale and v_scale unless the server's environment has TRTLLM_LOAD_KV_SCALES=1, "
+            "which deploy/launch.sh sets; quality is measured with the checkpoint's scales"
         )
     warnings += _untested(recipe)
     if any("model" in key for key in recipe.runtime.extra.get("speculative_config") or {}):
@@ -135,9 +149,7 @@ def _untested(recipe: Recipe) -> list[str]:
 def _elsewhere(settings: Settings) -> Iterable[Problem]:
     """What other runtimes do, or nothing yet."""
     recipe = settings.recipe
-    if settings.given("deploy.files") and recipe.deploy.files:
-        message = f"{', '.join(recipe.deploy.files)}: this version of trtbuild has no deployment files for trtllm"
-        yield Problem("deploy.files", message, "remove it")
+    yield from deploy_refusals(settings)
     yield from embedded_only(recipe)
     if recipe.serving.layout != "llm":
         yield Problem("serving.layout", f"{recipe.serving.layout}: the LLM API is served by one model", "use llm")
@@ -184,9 +196,7 @@ def _speculation(recipe: Recipe, release: Release, schema: Schema) -> Iterable[P
     given: Mapping[str, Any] = runtime.extra.get("speculative_config") or {}
     if method != "none":
         yield _no_checkpoint(method, release, schema)
-    elif recipe.speculative.draft is not None:
-        message = f"{recipe.speculative.draft}: of no use without a speculative.method"
-        yield Problem("speculative.draft", message, "remove it")
+    yield from unread_speculative(recipe)
     if not given and method == "none":
         return
     where = "runtime.extra.speculative_config" if given else "speculative.method"
@@ -213,25 +223,3 @@ def _no_checkpoint(name: str, release: Release, schema: Schema) -> Problem:
     message = f"{name}: this version of trtbuild cannot make a package with the draft model that it needs"
     hint = f"use none (TensorRT-LLM {release.version} calls it {key})"
     return Problem(at, message, hint)
-
-
-def _lora(recipe: Recipe) -> Iterable[Problem]:
-    lora, adapters = recipe.runtime.lora_config, recipe.model.adapters
-    if not adapters:
-        return
-    names = [PurePosixPath(path).name for path in adapters]
-    for path, name in zip(adapters, names, strict=True):
-        if not _ADAPTER.fullmatch(name):
-            message = f"{path}: {name!r} is no name that clients could send"
-            yield Problem(
-                "model.adapters", message, "name the adapter's directory itself, in letters, digits, . _ and -"
-            )
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        message = f"two adapters are called {name}; clients ask for an adapter by its directory's name"
-        yield Problem("model.adapters", message, "rename one directory")
-    if not lora.lora_target_modules:
-        message = "is empty; without it TensorRT-LLM keeps room for every module"
-        yield Problem("runtime.lora_config.lora_target_modules", message, "name the adapters' modules, such as attn_q")
-    if lora.max_lora_rank is None:
-        message = "is not set; an adapter of a higher rank than the default would be refused at its first request"
-        yield Problem("runtime.lora_config.max_lora_rank", message, "set the adapters' highest rank")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
 from typing import Any
 
 from trtbuild.errors import Problem
@@ -12,6 +11,7 @@ from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Flow, Release, containers, find_release, newest
 from trtbuild.settings import FROM_GPU_MEMORY, Settings, check_capacity, recipe_value, take_limits
+from trtbuild.trtllm_common import adapter_names
 
 FLOW: Flow = "llm-api"
 _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
@@ -121,11 +121,6 @@ def _kv_cache(settings: Settings, schema: Schema) -> None:
     check_capacity(settings)
     for name in ("host_cache_size", "max_attention_window"):
         _vendor(settings, schema, f"runtime.kv_cache.{name}")
-
-
-def adapter_names(recipe: Recipe) -> dict[str, str]:
-    """Adapters by the name that clients send: the last part of the path, and its place in the recipe."""
-    return {PurePosixPath(path).name: path for path in recipe.model.adapters}
 
 
 def engine_parameters(settings: Settings) -> dict[str, Any]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtbuild.adapters import triton, trtllm, trtllm_checkpoint, trtllm_engine_checks
+from trtbuild.adapters import container_checks, triton, trtllm, trtllm_checkpoint, trtllm_engine_checks
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import HostError, TrtbuildError
-from trtbuild.manifest import DigestCache, FileEntry, digest_entries, entries_from_json, read_json
+from trtbuild.manifest import DigestCache, digest_entries, read_json
 from trtbuild.model import read_facts
-from trtbuild.package import LOCK, damage, is_for_engines, read_manifest, refuse_to_serve_here
-from trtbuild.plan import plan_digest
+from trtbuild.package import LOCK, PLACES, damage, entries_below, is_for_engines, read_manifest, refuse_to_serve_here
+from trtbuild.plan import Step, plan_digest
 from trtbuild.process import OnProgress
 from trtbuild.serving.verify import ServedReport, verify_served
+from trtbuild.steps import deploy_spec, launch_ranks
 
 REPOSITORY = "model_repository"
 ENGINE = "engine"
@@ -54,6 +55,7 @@ def verify_files(package: Path) -> list[Check]:
         _check("lock", lambda: _lock(package)),
         *_engines(package),
         _check("model repository", lambda: _repository(package)),
+        _check("deployment files", lambda: _deployment(package)),
     ]
 
 
@@ -67,9 +69,7 @@ def _engines(package: Path) -> list[Check]:
 def verify_trtllm_engine(package: Path) -> list[Check]:
     """Of a package for TensorRT engines: the converted checkpoint, and the engine where it was built."""
     try:
-        steps = read_json(package / LOCK)["plan"]["steps"]
-        planned = next(step["parameters"] for step in steps if step["kind"] == "engine")
-        found = trtllm_engine_checks.check(package / ENGINE, planned)
+        found = trtllm_engine_checks.check(package / ENGINE, _planned(package, ENGINE))
     except TrtbuildError as error:
         return [Check("TensorRT-LLM engine", (str(error),))]
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -91,6 +91,12 @@ def verify_trtllm(package: Path) -> list[Check]:
             attention_dp=arguments.get("enable_attention_dp", False),
             gpu=gpu,
         )
+        wanted = trtllm.engine_json(_planned(package, ENGINE))
+        others = tuple(
+            f"{name} is {engine.get(name)!r}, the plan says {wanted.get(name)!r}; build the package again"
+            for name in sorted({*engine, *wanted})
+            if engine.get(name) != wanted.get(name)
+        )
         rules = trtllm_checkpoint.check(LocalFiles(directory), engine["version"], layout)
         found = trtllm.check_engine(directory, engine, arguments)
     except TrtbuildError as error:
@@ -98,7 +104,9 @@ def verify_trtllm(package: Path) -> list[Check]:
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         return [Check("TensorRT-LLM", (f"cannot be read: {type(error).__name__}: {error}",))]
     schema = f"{len(arguments)} arguments, TensorRT-LLM {engine['version']}, schema {engine['llm_args']['name']}"
-    checks = [Check("LLM arguments", tuple(map(str, found)), schema)]
+    container = f"container {engine['container']}" if engine["container"] else "no container"
+    described = f"TensorRT-LLM {engine['version']}, {container}, world size {engine['world_size']}"
+    checks = [Check("engine.json", others, described), Check("LLM arguments", tuple(map(str, found)), schema)]
     return checks + [Check(f"checkpoint: {rule.name}", rule.problems, rule.detail) for rule in rules]
 
 
@@ -119,19 +127,13 @@ def _lock(package: Path) -> tuple[list[str], str]:
     recomputed = plan_digest(plan["source"]["files"], plan["steps"], plan["gates"])
     problems = [f"{LOCK}: the plan's digest is not that of its steps"] if recomputed != plan["digest"] else []
     for directory, kind in _DIRECTORIES.items():
-        if digest_entries(_below(manifest, directory)) != artifacts[kind]["digest"]:
+        entries = entries_below(manifest, directory)
+        if directory == ENGINE:  # a built engine is no part of the lock
+            places = tuple(f"{place.removeprefix('engine/')}/" for place in PLACES)
+            entries = [entry for entry in entries if not entry.path.startswith(places)]
+        if digest_entries(entries) != artifacts[kind]["digest"]:
             problems.append(f"{directory}/ is not the {kind} artifact that {LOCK} names")
     return problems, f"plan {plan['digest'][:16]}"
-
-
-def _below(manifest: Mapping[str, Any], directory: str) -> list[FileEntry]:
-    """The manifest's entries below one directory, with paths from there."""
-    prefix = f"{directory}/"
-    return [
-        FileEntry(path=entry.path.removeprefix(prefix), size=entry.size, sha256=entry.sha256)
-        for entry in entries_from_json(manifest["files"])
-        if entry.path.startswith(prefix)
-    ]
 
 
 def _engine(package: Path) -> tuple[list[str], str]:
@@ -145,9 +147,34 @@ def _engine(package: Path) -> tuple[list[str], str]:
 
 
 def _repository(package: Path) -> tuple[list[str], str]:
-    found = triton.check_repository(package / REPOSITORY, engine=package / ENGINE)
+    problems = [str(one) for one in triton.check_repository(package / REPOSITORY, engine=package / ENGINE)]
     models = sorted(path.name for path in (package / REPOSITORY).iterdir() if path.is_dir())
-    return [str(problem) for problem in found], ", ".join(models)
+    planned = _planned(package, "repository")
+    wanted = sorted(triton.model_names(planned["layout"], planned["model_name"], drafts="draft" in planned))
+    if models != wanted:
+        problems.append(f"{REPOSITORY}/ has {', '.join(models)}, and the plan says {', '.join(wanted)}; build it again")
+    return problems, ", ".join(models)
+
+
+def _deployment(package: Path) -> tuple[list[str], str]:
+    """The deployment files against the plan: image, labels, GPUs, and the ranks against those of the engine."""
+    lock = read_json(package / LOCK)
+    planned = {step["kind"]: step for step in lock["plan"]["steps"]}
+    deploy = Step(**planned["deploy"] | {"inputs": tuple(planned["deploy"]["inputs"])})
+    version = str(planned["deploy"]["tools"]["trtbuild"])
+    spec = replace(deploy_spec(deploy, lock["artifacts"]["engine"]["digest"]), trtbuild_version=version)
+    ranks = launch_ranks(deploy)
+    problems, detail = container_checks.check(package / "deploy", spec, ranks)
+    engine = planned["engine"]["parameters"]
+    if ranks is not None and ranks.world_size != engine["world_size"]:
+        problems.append(f"the launch script is for {ranks.world_size} ranks, the engine for {engine['world_size']}")
+    return problems, detail
+
+
+def _planned(package: Path, kind: str) -> dict[str, Any]:
+    """The parameters of one step, as the package's lock has them."""
+    steps = read_json(package / LOCK)["plan"]["steps"]
+    return next(dict(step["parameters"]) for step in steps if step["kind"] == kind)
 
 
 def verify_answers(package: Path, *, log: Path, on_progress: OnProgress) -> list[Check]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
+from trtbuild.build_flags import FlagTable, flag_tables
 from trtbuild.compat import facts
 from trtbuild.console import table
-from trtbuild.llm_schema import schema_header, schema_names
+from trtbuild.llm_schema import load_schema, schema_header, schema_names
 from trtbuild.releases import Container, Line, containers, lines
 
 UNKNOWN = "unknown"
+_SCHEMA_HEAD = ["schema", "fields", "read from", "commit", "holds for"]
+_FLAG_HEAD = ["lines", "flags", "read from", "commit", "holds for", "packages", "against the table before"]
 _BASE = ("torch", "tensorrt", "cuda", "transformers", "modelopt", "image")
 
 
@@ -26,11 +29,21 @@ def versions_json() -> dict[str, Any]:
             {**row, "base": {name: row.get("base", {}).get(name) for name in _BASE}, "date": str(row["date"])}
             for row in facts("lines")["line"]
         ],
+        "build_flags": [
+            {
+                field.name: getattr(table, field.name)
+                for field in fields(FlagTable)
+                if field.name not in ("flags", "date")
+            }
+            | {"date": str(table.date), "flags": {name: asdict(flag) for name, flag in table.flags.items()}}
+            for table in flag_tables()
+        ],
         "schemas": [asdict(schema_header(name)) | {"date": str(schema_header(name).date)} for name in schema_names()],
         "quantization": [row | {"date": str(row["date"])} for row in facts("gpus")["support"]],
         "gpus": facts("gpus")["names"]["sm"],
         "speculation": [row | {"date": str(row["date"])} for row in facts("speculative")["method"]],
         "architectures": {flow: facts("architectures")[flow]["classes"] for flow in ("llm-api", "engine")},
+        "engine_architectures_since": facts("architectures")["engine"]["since"],
     }
 
 
@@ -45,21 +58,96 @@ def versions_text() -> str:
         [line.name, f"{line.first} to {line.last}", ", ".join(line.flows), _schema(line), *_base(line)]
         for line in reversed(lines())
     ]
-    formats = [
-        [
-            algo.removeprefix("kv:") + (" KV cache" if algo.startswith("kv:") else ""),
-            ", ".join(row["lines"]),
-            _sm(found),
-        ]
-        for row in facts("gpus")["support"]
-        for algo, found in row["sm"].items()
-    ]
     sections = [
         ("Triton containers (nvcr.io/nvidia/tritonserver:TAG-trtllm-python-py3)", [[*names, "flows"], *images]),
         ("TensorRT-LLM release lines", [["line", "versions", "flows", "LLM arguments", *_BASE], *releases]),
-        ("quantization by GPU architecture", [["format", "lines", "runs on"], *formats]),
+        ("LLM arguments", [_SCHEMA_HEAD, *map(_schema_row, schema_names())]),
+        ("flags of trtllm-build", [_FLAG_HEAD, *_flag_rows()]),
+        ("quantization: the SM versions that run a format, by release line", _format_rows()),
+        ("speculative decoding", [["method", "LLM API", "trtllm-build", "needs a draft"], *_speculation_rows()]),
+        ("architectures", [["flow", "classes"], *_architecture_rows()]),
     ]
     return "\n\n".join(f"{title}\n{table(rows)}" for title, rows in sections)
+
+
+def _schema_row(name: str) -> list[str]:
+    header, schema = schema_header(name), load_schema(name)
+    count = sum(map(len, schema.classes.values()))
+    return [name, str(count), header.repo, header.commit[:8], header.release or f"no release: {header.era}"]
+
+
+def _flag_rows() -> list[list[str]]:
+    """One row a table, newest first, with what it has other than the table before it."""
+    tables = flag_tables()
+    return [
+        [
+            ", ".join(one.lines),
+            str(len(one.flags)),
+            one.repo,
+            one.commit[:8],
+            ", ".join(one.releases) or "no release: nearest",
+            "no" if any(line.unserved for line in lines() if line.name in one.lines) else "yes",
+            "; ".join(_changes(before, one)) if before else "-",
+        ]
+        for before, one in reversed(list(zip([None, *tables], tables, strict=False)))
+    ]
+
+
+def _changes(old: FlagTable, new: FlagTable) -> list[str]:
+    """What became of the flags from one table to the next, in words."""
+    added, gone = sorted(set(new.flags) - set(old.flags)), sorted(set(old.flags) - set(new.flags))
+    said = [f"added {', '.join(added)}"] if added else []
+    said += [f"removed {', '.join(gone)}"] if gone else []
+    for name in sorted(set(old.flags) & set(new.flags)):
+        before, now = old.flags[name], new.flags[name]
+        if before.default != now.default:
+            said.append(f"{name} now {now.default}")
+        elif before.kind != now.kind:
+            said.append(f"{name} now takes a {now.kind}")
+        elif before.allowed != now.allowed:
+            said.append(f"{name} also {', '.join(value for value in now.allowed if value not in before.allowed)}")
+    return said or ["the same"]
+
+
+def _format_rows() -> list[list[str]]:
+    """One column for each table of upstream's, and "-" where it leaves a format out."""
+    tables = facts("gpus")["support"]
+    algos = list(dict.fromkeys(algo for row in reversed(tables) for algo in row["sm"]))
+    head = ["format", *(", ".join(row["lines"]) for row in tables)]
+    return [head, *([_called(algo), *(_versions(row["sm"].get(algo, [])) for row in tables)] for algo in algos)]
+
+
+def _called(algo: str) -> str:
+    return algo.removeprefix("kv:") + (" KV cache" if algo.startswith("kv:") else "")
+
+
+def _versions(found: list[int]) -> str:
+    return " ".join(map(str, found)) or "-"
+
+
+def _speculation_rows() -> list[list[str]]:
+    rows = []
+    for row in facts("speculative")["method"]:
+        draft = "yes" if row["needs_draft"] else "no"
+        rows.append([row["name"], _spellings(row.get("decoding_type", {})), row.get("engine", "-"), draft])
+    return rows
+
+
+def _spellings(names: dict[str, str]) -> str:
+    """The LLM API's names, each with the schemas that have it."""
+    groups: dict[str, list[str]] = {}
+    for schema, name in names.items():
+        groups.setdefault(name, []).append(schema)
+    return "; ".join(f"{name} ({', '.join(schemas)})" for name, schemas in groups.items()) or "-"
+
+
+def _architecture_rows() -> list[list[str]]:
+    table_, rows = facts("architectures"), []
+    for flow in ("llm-api", "engine"):
+        since = table_[flow].get("since", {})
+        shown = [f"{name} (from {since[name]})" if name in since else name for name in table_[flow]["classes"]]
+        rows += [[flow if at == 0 else "", ", ".join(shown[at : at + 4])] for at in range(0, len(shown), 4)]
+    return rows
 
 
 def _line(container: Container) -> Line:
@@ -76,10 +164,6 @@ def _schema(line: Line) -> str:
 
 def _base(line: Line) -> list[str]:
     return [line.base.get(name, UNKNOWN) for name in _BASE]
-
-
-def _sm(found: list[int]) -> str:
-    return ", ".join(f"SM{version}" for version in found)
 
 
 def _origin(data: Any) -> dict[str, str]:

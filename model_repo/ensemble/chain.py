@@ -12,11 +12,15 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from model_repo.ensemble.answer import Answer, Piece
+from model_repo.ensemble.drafting import Rounds
+from model_repo.ensemble.lora import arrays_for
 from model_repo.ensemble.question import PREPARED, Question
 from model_repo.llm.text import StopScanner
 from model_repo.llm.wire import Array, BadRequestError
@@ -27,13 +31,15 @@ _STOP_AGAIN_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The models that a request goes through, and what is known of the engine's."""
+    """The models that a request goes through, and what is known of the engine's; without a draft its name is empty."""
 
     engine: str
     decoupled: bool
     says_finished: bool
     preprocessing: str = "preprocessing"
     postprocessing: str = "postprocessing"
+    draft: str = ""
+    adapters: Path | None = None
 
 
 class CancelledError(Exception):
@@ -135,8 +141,24 @@ class Chain:
 
     def _generate(self, prepared: dict[str, Array]) -> Iterator[dict[str, Array]]:
         inputs = self._question.to_engine | prepared
-        inputs["streaming"] = np.array([[self._models.decoupled]], dtype=np.bool_)
         inputs["exclude_input_in_output"] = np.array([[True]], dtype=np.bool_)
+        if self._question.draft_tokens:
+            self._asked = True
+            yield from self._rounds(inputs).run()
+            return
+        inputs["streaming"] = np.array([[self._models.decoupled]], dtype=np.bool_)
+        began = False
+        try:
+            for found in self._stream(inputs):
+                began = True
+                yield found
+        except RuntimeError as error:
+            arrays = {} if began else arrays_for(self._models.adapters, inputs, str(error))
+            if not arrays:
+                raise
+            yield from self._stream(inputs | arrays)
+
+    def _stream(self, inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
         outputs = self._question.engine_outputs + (("finished",) if self._models.says_finished else ())
         request = _request(self._models.engine, inputs, outputs, self._engine_id)
         self._asked = True
@@ -147,6 +169,28 @@ class Chain:
             found = _outputs(response)
             if found:  # a response without tensors only marks the end
                 yield found
+
+    def _rounds(self, inputs: dict[str, Array]) -> Rounds:
+        """The same answer from drafts that the engine verifies."""
+        return Rounds(
+            target=partial(self._whole, self._models.engine, self._engine_id),
+            draft=partial(self._whole, self._models.draft, str(uuid.uuid4())),
+            inputs=inputs,
+            outputs=self._question.engine_outputs,
+            draft_tokens=self._question.draft_tokens,
+            use_draft_logits=self._question.use_draft_logits,
+            wanted=lambda: not (self._done or self._answer.unwanted.is_set()),
+        )
+
+    def _whole(
+        self, model: str, request_id: str, inputs: Mapping[str, Array], outputs: tuple[str, ...]
+    ) -> dict[str, Array]:
+        """All that a model answers, at once."""
+        request = _request(model, dict(inputs) | {"streaming": np.array([[False]])}, outputs, request_id)
+        if not self._models.decoupled:
+            return _outputs(request.exec())
+        found = [_outputs(response) for response in request.exec(decoupled=True)]
+        return next((one for one in found if one), {})
 
     def _text(self, *, finished: bool) -> str:
         """What the new tokens add to the text of those before them."""

@@ -36,6 +36,16 @@ TO_ENGINE = {name: name for name in _SAME_NAME} | {
     "top_p": "runtime_top_p",
     "length_penalty": "len_penalty",
 }
+# NVIDIA/TensorRT-LLM triton_backend/inflight_batcher_llm/src/utils.cc @c8c6df08: what a guide may be.
+_ANY_JSON = "json"
+_GUIDES = (_ANY_JSON, "json_schema", "regex", "ebnf_grammar")
+_COUNTS = ("beam_width", "num_return_sequences")
+# Every round of drafts is a request of its own to the engine: what belongs to a whole answer is lost between them.
+_NOT_WITH_DRAFTS = (
+    *(*_COUNTS, "return_context_logits", "return_generation_logits"),
+    *("lora_task_id", "lora_weights", "lora_config", "guided_decoding_guide_type", "guided_decoding_guide"),
+    *("prompt_embedding_table", "prompt_vocab_size"),
+)
 # From preprocessing to the engine.
 PREPARED = {
     "INPUT_ID": "input_ids",
@@ -70,21 +80,24 @@ class Question:
     to_preprocessing: dict[str, Array]
     to_engine: dict[str, Array]
     engine_outputs: tuple[str, ...] = field(default=())
+    draft_tokens: int = 0
+    use_draft_logits: bool = False
 
 
-def parse(inputs: Inputs, *, streaming: bool) -> Question:
-    """The request that these tensors describe; `streaming` says whether this model may stream.
+def parse(inputs: Inputs, *, streaming: bool, draft_tokens: int = 0) -> Question:
+    """The request that these tensors describe.
+
+    Args:
+        inputs: by name, as Triton hands them over.
+        streaming: whether this model may stream.
+        draft_tokens: how many tokens the draft model may propose at a time; 0 where there is none.
 
     Raises:
         BadRequestError: an input is malformed, or asks for what this model does not do.
     """
     one_prompt(inputs)
-    if whole(inputs, "num_draft_tokens"):
-        raise BadRequestError(
-            "num_draft_tokens: this package has no draft model (tensorrt_llm_draft_model_name); send 0 or leave it out"
-        )
-    if flag(inputs, "use_draft_logits"):
-        raise BadRequestError("use_draft_logits: this package has no draft model; send false or leave it out")
+    _guide(inputs)
+    drafted = _draft_tokens(inputs, draft_tokens)
     if filled(inputs.get("image_input")):
         raise BadRequestError("image_input: this model reads text only; send the request without it")
     stream = flag(inputs, "stream")
@@ -100,7 +113,63 @@ def parse(inputs: Inputs, *, streaming: bool) -> Question:
         to_preprocessing=_rows(renamed(inputs, TO_PREPROCESSING)),
         to_engine=_rows(renamed(inputs, TO_ENGINE)),
         engine_outputs=("output_ids", "sequence_length", *asked),
+        draft_tokens=drafted,
+        use_draft_logits=_draft_logits(inputs, drafted),
     )
+
+
+def _guide(inputs: Inputs) -> None:
+    """Refuse a guide that the engine would pass over in silence (`getGuidedDecodingParamsFromTensors`)."""
+    kind, guide = (
+        text(inputs, name) if _asks(inputs, name) else None
+        for name in ("guided_decoding_guide_type", "guided_decoding_guide")
+    )
+    if kind is None and guide is not None:
+        raise BadRequestError(f"guided_decoding_guide: comes without a type; send one of {', '.join(_GUIDES)}")
+    if kind is not None and kind not in _GUIDES:
+        raise BadRequestError(f"guided_decoding_guide_type: {kind!r} is unknown; send one of {', '.join(_GUIDES)}")
+    if kind is not None and kind != _ANY_JSON and guide is None:
+        raise BadRequestError(f"guided_decoding_guide: {kind} needs one; send it, or the type {_ANY_JSON}")
+
+
+def _draft_tokens(inputs: Inputs, most: int) -> int:
+    """How many tokens are drafted at a time: what the request says, else as many as the engine verifies.
+
+    A request that says nothing and asks for what does not go with drafts is answered without them.
+    """
+    wanted = whole(inputs, "num_draft_tokens")
+    if wanted and not most:
+        raise BadRequestError(
+            "num_draft_tokens: this package has no draft model (tensorrt_llm_draft_model_name); send 0 or leave it out"
+        )
+    if wanted is not None and not 0 <= wanted <= most:
+        raise BadRequestError(f"num_draft_tokens: {wanted} is out of range; ask for 0 to {most}")
+    against = next((name for name in _NOT_WITH_DRAFTS if _asks(inputs, name)), None)
+    if against is None:
+        return most if wanted is None else wanted
+    if wanted:
+        raise BadRequestError(f"{against}: does not go together with drafts; send num_draft_tokens 0, or leave it out")
+    return 0
+
+
+def _draft_logits(inputs: Inputs, drafted: int) -> bool:
+    """Whether the draft model's logits go to the engine with its tokens."""
+    wanted = flag(inputs, "use_draft_logits")
+    if wanted and not drafted:
+        raise BadRequestError("use_draft_logits: nothing is drafted for this request; send false or leave it out")
+    return wanted
+
+
+def _asks(inputs: Inputs, name: str) -> bool:
+    """Whether an input asks for something: more than one, true, a text, any array; clients send defaults along."""
+    array = inputs.get(name)
+    if array is None or not array.size:
+        return False
+    if name in _COUNTS:
+        return whole(inputs, name) != 1
+    if array.dtype == np.object_:
+        return any(text not in (b"", "") for text in array.reshape(-1))
+    return bool(array.any()) if array.dtype == np.bool_ else True
 
 
 def _stop_words(inputs: Inputs) -> tuple[str, ...]:

@@ -27,6 +27,10 @@ class Settings:
         except KeyError:
             raise self.fault(name, "is missing from config.pbtxt") from None
 
+    def optional_directory(self, name: str) -> Path | None:
+        """A directory, or None where the parameter is absent or empty."""
+        return self.directory(name) if self._values.get(name) else None
+
     def count(self, name: str) -> int:
         """A whole number above 0."""
         text = self.text(name)

@@ -147,6 +147,8 @@ class TrtllmBackend:
         self._llm.shutdown()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CLOSE_TIMEOUT_S)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     async def _begin(self, run: _Run, prompt: list[int], params: Any, lora: Any, sampling: Sampling) -> _Run:
         # A prompt with a salt of its own finds no cached blocks: TensorRT-LLM has no logits of what it reuses, so no
@@ -169,6 +171,8 @@ class TrtllmBackend:
             await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
         if self._stats_task is not None:
             self._stats_task.cancel()
+            await asyncio.wait([self._stats_task], timeout=_CLOSE_TIMEOUT_S)
+        await self._loop.shutdown_asyncgens()
 
     async def _watch_stats(self) -> None:
         """Keep the newest iteration's statistics; there are none before the first request (`LLM.get_stats_async`)."""

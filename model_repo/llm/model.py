@@ -7,7 +7,6 @@ into responses. Every request ends with exactly one response that carries the fi
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,12 +17,10 @@ import triton_python_backend_utils as pb_utils
 
 from .backend import Backend
 from .contract import Generate, Limits, max_tokens, parse
-from .sender import Sender, send_error
+from .sender import Sender, take_in
 from .stream import Stream
 from .text import Codec
 from .wire import BadRequestError, flag, refuse_misnamed
-
-logger = logging.getLogger(__name__)
 
 
 class TritonPythonModel:
@@ -74,15 +71,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Take in requests; their responses come later, from the sender's thread."""
-        for request in requests:
-            sender = request.get_response_sender()
-            try:
-                self._accept(request, sender)
-            except BadRequestError as error:
-                send_error(sender, str(error), pb_utils.TritonError.INVALID_ARG)
-            except Exception as error:
-                logger.exception("a request could not be taken in")
-                send_error(sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
+        take_in(requests, self._accept)
 
     def finalize(self) -> None:
         """End what runs, with final responses, and free the engine."""
@@ -108,17 +97,7 @@ class TritonPythonModel:
         stream = Stream(parsed, self._codec.decode, prompt=(text, ids), request_id=request_id)
         room = max_tokens(parsed, len(ids), self._limits)
         wanted = frozenset(request.requested_output_names())
-        self._sender.post(partial(self._sender.add, stream, sender, wanted))
-        # From here on the sender's thread answers, also a refusal: Triton 2.51 crashes when one thread asks whether a
-        # request is cancelled while another sends its final response.
-        try:
-            self._submit(parsed, stream, ids, room)
-        except BadRequestError as error:
-            self._sender.post(partial(self._sender.refuse, stream, str(error), pb_utils.TritonError.INVALID_ARG))
-        except Exception as error:
-            logger.exception("a request could not be submitted")
-            message = f"{type(error).__name__}: {error}"
-            self._sender.post(partial(self._sender.refuse, stream, message, pb_utils.TritonError.INTERNAL))
+        self._sender.begin(stream, sender, wanted, partial(self._submit, parsed, stream, ids, room))
 
     def _submit(self, request: Generate, stream: Stream, prompt: list[int], room: int) -> None:
         bad = [ids for word in request.sampling.bad for ids in self._codec.word_ids(word)]

@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -76,6 +76,19 @@ def send_error(sender: Any, message: str, code: int) -> None:
     sender.send(response, flags=_FINAL)
 
 
+def take_in(requests: Iterable[Any], accept: Callable[[Any, Any], None]) -> None:
+    """Give every request with its sender to `accept`; one that it does not take ends with an error here."""
+    for request in requests:
+        sender = request.get_response_sender()
+        try:
+            accept(request, sender)
+        except BadRequestError as error:
+            send_error(sender, str(error), pb_utils.TritonError.INVALID_ARG)
+        except Exception as error:
+            logger.exception("a request could not be taken in")
+            send_error(sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
+
+
 @dataclass(slots=True)
 class _Route:
     """Where the responses of one stream go."""
@@ -125,6 +138,22 @@ class Sender:
     def add(self, stream: Running, sender: Any, wanted: frozenset[str]) -> None:
         """Start to watch a stream."""
         self._routes[stream] = _Route(sender, wanted)
+
+    def begin(self, stream: Running, sender: Any, wanted: frozenset[str], submit: Callable[[], None]) -> None:
+        """Watch a stream and have the engine take it (Triton's thread).
+
+        From the first job on the sender's thread answers, also a refusal: Triton 2.51 crashes when one thread asks
+        whether a request is cancelled while another sends its final response.
+        """
+        self.post(partial(self.add, stream, sender, wanted))
+        try:
+            submit()
+        except BadRequestError as error:
+            self.post(partial(self.refuse, stream, str(error), pb_utils.TritonError.INVALID_ARG))
+        except Exception as error:
+            logger.exception("a request could not be submitted")
+            message = f"{type(error).__name__}: {error}"
+            self.post(partial(self.refuse, stream, message, pb_utils.TritonError.INTERNAL))
 
     def refuse(self, stream: Running, message: str, code: int) -> None:
         """End a stream that the engine did not take with an error; what of it runs already is cancelled."""

@@ -1,8 +1,9 @@
 """A reader of TensorRT-LLM checkpoints, from the format's description: back to unified names and whole tensors.
 
-Written from the description alone (per-rank files, layers numbered from 0 in each pipeline stage; query, key and value
-rows of a rank one after another; gate_proj in mlp.fc and up_proj in mlp.gate, or both as up then gate in one matrix;
-outputs of column layers and inputs of row layers divided). Nothing of trtbuild is used.
+Written from the description alone (per-rank files, layers numbered from 0 in each pipeline stage, the first stages with
+one layer more where they do not divide; query, key and value rows of a rank one after another; gate_proj in mlp.fc and
+up_proj in mlp.gate, or both as up then gate in one matrix; outputs of column layers and inputs of row layers divided;
+block scales of NVFP4 experts also in tiles of 128 outputs by 4 groups). Nothing of trtbuild is used.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ TYPES = {
     "U8": torch.uint8, "I8": torch.int8,
 }  # fmt: skip
 Tensors = dict[str, torch.Tensor]
-_OUTPUT_AXIS = ("weight", "bias", "weights_scaling_factor")  # of a column layer, where they have more than one element
+# Of a column layer, where they have more than one element.
+_OUTPUT_AXIS = ("weight", "bias", "weights_scaling_factor", "weights_block_scaling_factor")
+_TILED = "weights_block_scaling_factor_interleaved"
 
 
 def read_safetensors(path: Path) -> Tensors:
@@ -58,7 +61,25 @@ class Reader:
         self.tp, self.pp = mapping["tp_size"], mapping["pp_size"]
         assert mapping["world_size"] == self.tp * self.pp
         self.ranks = [read_safetensors(self.directory / f"rank{rank}.safetensors") for rank in range(self.tp * self.pp)]
-        self.packing = 2 if self.config["quantization"]["quant_algo"] in {"W4A16_AWQ", "W4A8_AWQ"} else 1
+        layers = self.directory / "quant_cfg.json"
+        self.layers = json.loads(layers.read_text(encoding="utf-8"))["quantized_layers"] if layers.exists() else None
+        assert (self.layers is not None) == (self.config["quantization"]["quant_algo"] == "MIXED_PRECISION")
+
+    def algo(self, name: str) -> str | None:
+        """The format of a module, in the checkpoint's own names."""
+        if self.layers is not None:
+            return self.layers[name]["quant_algo"] if name in self.layers else None
+        return self.config["quantization"]["quant_algo"]
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """(pipeline stage, number within it) of a layer."""
+        left = layer
+        for stage in range(self.pp):
+            here = sum(1 for other in range(self.config["num_hidden_layers"]) if other % self.pp == stage)
+            if left < here:
+                return stage, left
+            left -= here
+        raise AssertionError(layer)
 
     def every(self, stage: int, name: str) -> list[torch.Tensor]:
         """The tensor `name` of all tensor-parallel ranks of a stage."""
@@ -101,9 +122,8 @@ def deconvert(directory: Path) -> Tensors:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert bool((made[name][config["vocab_size"] :] == 0).all())
         made[name] = made[name][: config["vocab_size"]]
-    each = config["num_hidden_layers"] // reader.pp
     for layer in range(config["num_hidden_layers"]):
-        stage, local = divmod(layer, each)
+        stage, local = reader.place(layer)
         _layer(reader, stage, f"transformer.layers.{local}.", f"model.layers.{layer}.", made)
     assert reader.leftovers() == set()
     return made
@@ -122,7 +142,7 @@ def _layer(reader: Reader, stage: int, name: str, unified: str, made: Tensors) -
             made[f"{unified}{ours}.weight"] = reader.same(stage, f"{name}{theirs}.weight")
     if f"{name}attention.kv_cache_scaling_factor" in present:
         made[f"{unified}kv_scale"] = reader.same(stage, f"{name}attention.kv_cache_scaling_factor")
-    _column(reader, stage, f"{name}attention.qkv", unified, made, _split_qkv(reader))
+    _column(reader, stage, f"{name}attention.qkv", unified, made, _split_qkv(reader, f"{name}attention.qkv"))
     _row(reader, stage, f"{name}attention.dense", f"{unified}self_attn.o_proj", made)
     _mlp(reader, stage, name, unified, made)
 
@@ -169,14 +189,15 @@ def _halves(first: str, second: str) -> tuple[tuple[str, ...], Split]:
     return (first, second), split
 
 
-def _split_qkv(reader: Reader) -> tuple[tuple[str, ...], Split]:
+def _split_qkv(reader: Reader, module: str) -> tuple[tuple[str, ...], Split]:
     """Query, key and value rows of each rank; with more ranks than key heads, neighbours hold the same head."""
     config, tp = reader.config, reader.tp
     heads, kv_heads, size = config["num_attention_heads"], config["num_key_value_heads"], config["head_size"]
     names = tuple(f"self_attn.{letter}_proj" for letter in "qkv")
+    packing = 2 if reader.algo(module) in {"W4A16_AWQ", "W4A8_AWQ"} else 1
 
     def split(ranks: list[torch.Tensor], packed: bool) -> Tensors:
-        unit = size // (reader.packing if packed else 1)
+        unit = size // (packing if packed else 1)
         query, kv = heads // tp * unit, max(kv_heads // tp, 1) * unit
         assert all(rank.shape[0] == query + 2 * kv for rank in ranks)
         found = {names[0]: cat([rank[:query] for rank in ranks], 0)}
@@ -197,8 +218,20 @@ def _fields(reader: Reader, stage: int, name: str, expert: int | None) -> dict[s
     keys = [key.rpartition(".")[2] for key in held if key.rpartition(".")[0] == name]
     found = {key: reader.every(stage, f"{name}.{key}") for key in keys}
     if expert is not None:  # all but the input's scale have one entry for each expert
-        found = {key: ranks if ranks[0].dim() == 1 else [r[expert] for r in ranks] for key, ranks in found.items()}
+        shared = ("activation_scaling_factor", "activation_global_scaling_factor")
+        found = {key: ranks if key in shared else [r[expert] for r in ranks] for key, ranks in found.items()}
+    for tiled, plain in zip(found.pop(_TILED, []), found.get("weights_block_scaling_factor", []), strict=False):
+        assert bits(untiled(tiled)).equal(bits(plain))
     return found
+
+
+def untiled(tiled: torch.Tensor) -> torch.Tensor:
+    """Block scales in rows: a tile of 512 bytes has outputs 0, 32, 64, 96, each with its 4 groups, then 1, 33, ..."""
+    rows, groups = tiled.shape
+    raw = tiled.contiguous().view(torch.uint8).reshape(-1)
+    row, group = torch.meshgrid(torch.arange(rows), torch.arange(groups), indexing="ij")
+    tile = (row // 128) * (groups // 4) + group // 4
+    return raw[tile * 512 + (row % 32) * 16 + (row % 128 // 32) * 4 + group % 4].view(tiled.dtype)
 
 
 def _equal(ranks: list[torch.Tensor]) -> torch.Tensor:

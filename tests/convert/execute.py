@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deconvert import Reader, Tensors
+from deconvert import Reader, Tensors, untiled
 from torch.nn.functional import gelu, silu
 
 Parts = list[torch.Tensor]
@@ -29,6 +29,18 @@ def round_e4m3(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def round_int8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Through 8-bit integers of `scale`."""
     return (x / scale).round().clamp(-128, 127) * scale
+
+
+def fuse_gate_and_up(reader: Reader) -> None:
+    """What TensorRT-LLM does to FP8 gate and up when it builds an engine: both on the larger scale, in float32."""
+    for rank in reader.ranks:
+        for name in [name for name in rank if name.endswith("mlp.gate.weights_scaling_factor")]:
+            prefix = name.removesuffix("gate.weights_scaling_factor")
+            scales = [rank[f"{prefix}{part}.weights_scaling_factor"] for part in ("fc", "gate")]
+            for part, scale in zip(("fc", "gate"), scales, strict=True):
+                values = rank[f"{prefix}{part}.weight"].float() * scale / max(scales)
+                rank[f"{prefix}{part}.weight"] = values.to(torch.float8_e4m3fn)
+                rank[f"{prefix}{part}.weights_scaling_factor"] = max(scales)
 
 
 @dataclass
@@ -46,9 +58,8 @@ class Run:
         """[tokens, vocabulary] in float32."""
         config, tp = self.reader.config, self.reader.tp
         hidden = self.embed(torch.tensor(token_ids))
-        each = config["num_hidden_layers"] // self.reader.pp
         for layer in range(config["num_hidden_layers"]):
-            stage, local = divmod(layer, each)
+            stage, local = self.reader.place(layer)
             ranks = self.reader.ranks[stage * tp : (stage + 1) * tp]
             hidden = self.layer(hidden, ranks, f"transformer.layers.{local}.", layer)
         last = self.reader.ranks[(self.reader.pp - 1) * tp :]
@@ -165,12 +176,16 @@ class Run:
         base = config["rope_local_base_freq"] if window else config["rotary_base"]
         frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
         scaling = config["rotary_scaling"]
+        stretch = 1.0
         if scaling and scaling["type"] == "llama3":
             frequencies = _llama3(frequencies, scaling)
+        elif scaling and scaling["type"] == "yarn":
+            frequencies, stretch = _yarn(frequencies, base, size, scaling)
         elif scaling:
+            assert scaling["type"] == "linear"
             frequencies = frequencies / scaling["factor"]
         angles = torch.arange(len(x))[:, None] * frequencies
-        cos, sin = (torch.cat([part, part], -1)[:, None] for part in (angles.cos(), angles.sin()))
+        cos, sin = (torch.cat([part, part], -1)[:, None] * stretch for part in (angles.cos(), angles.sin()))
         turned, rest = x[..., :size], x[..., size:]
         first, second = turned.chunk(2, -1)
         return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)
@@ -180,14 +195,16 @@ class Run:
     ) -> torch.Tensor:
         held = {key.rpartition(".")[2]: value for key, value in rank.items() if key.rpartition(".")[0] == name}
         if expert is not None:
-            held = {key: value if value.dim() == 1 else value[expert] for key, value in held.items()}
+            shared = ("activation_scaling_factor", "activation_global_scaling_factor")
+            held = {key: value if key in shared else value[expert] for key, value in held.items()}
         weight = held["weight"]
         if weight.dtype.itemsize > 1:
             out = x @ weight.float().T
         else:
             if "prequant_scaling_factor" in held:
                 x = x * held["prequant_scaling_factor"].float()
-            algo = self.reader.config["quantization"]["quant_algo"]
+            algo = self.reader.algo(name)
+            assert algo is not None, name
             if self.activations and "activation_scaling_factor" in held:
                 through = round_int8 if algo == "W8A8_SQ_PER_CHANNEL" else round_e4m3
                 x = through(x, held["activation_scaling_factor"])
@@ -196,7 +213,13 @@ class Run:
 
 
 def _dequantized(held: Tensors, algo: str) -> torch.Tensor:
-    codes, scale = held["weight"], held["weights_scaling_factor"].float()
+    codes = held["weight"]
+    if algo == "NVFP4" and "alpha" in held:  # an expert, with the product of the second scale and the input's
+        held = held | {
+            "weights_scaling_factor": untiled(held["weights_block_scaling_factor_interleaved"]),
+            "weights_scaling_factor_2": held["alpha"] / held["activation_global_scaling_factor"],
+        }
+    scale = held["weights_scaling_factor"].float()
     if algo == "FP8":
         return codes.float() * scale
     if algo == "W8A8_SQ_PER_CHANNEL":
@@ -218,3 +241,24 @@ def _llama3(frequencies: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * frequencies / scaling["factor"] + blend * frequencies
+
+
+def _yarn(frequencies: torch.Tensor, base: float, size: int, scaling: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """Waves that turn often in the trained context stay, slow ones are stretched; and what cosines are multiplied by.
+
+    The defaults are TensorRT-LLM's, not Transformers'.
+    """
+    factor, trained = scaling["factor"], scaling.get("original_max_position_embeddings", 4096)
+
+    def turning(times: float) -> float:
+        return size * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(turning(scaling.get("beta_fast", 32.0))), 0)
+    high = min(math.ceil(turning(scaling.get("beta_slow", 1.0))), size - 1)
+    ramp = ((torch.arange(size // 2) - low) / (high - low or 0.001)).clamp(0, 1)
+
+    def stretch(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    blended = frequencies / factor * ramp + frequencies * (1 - ramp)
+    return blended, stretch(scaling.get("mscale", 1.0)) / stretch(scaling.get("mscale_all_dim", 0.0))

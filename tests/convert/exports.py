@@ -29,7 +29,9 @@ def quantized_model(source: Path, algo: str, kv_cache: str | None = None) -> Any
     model.config.rope_theta = (getattr(model.config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
     tokens = torch.randint(3, 320, (4, 32), generator=torch.Generator().manual_seed(7))
     config: dict[str, Any] = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
-    if algo != "bf16":
+    if algo == "MIXED_PRECISION":
+        config["quant_cfg"] = [*config["quant_cfg"], *_mixed(mtq)]
+    elif algo != "bf16":
         config = copy.deepcopy(getattr(mtq, CONFIGS[algo]))
         _set_group(config["quant_cfg"])
     if kv_cache:
@@ -47,6 +49,19 @@ def quantized_model(source: Path, algo: str, kv_cache: str | None = None) -> Any
             warnings.simplefilter("ignore")
             model = mtq.quantize(model, config, forward)
     return model.to(torch.bfloat16)
+
+
+def _mixed(mtq: Any) -> list[dict[str, Any]]:
+    """FP8 in the attention, NVFP4 in the MLP."""
+    made = []
+    for preset, where in ((mtq.FP8_DEFAULT_CFG, "self_attn"), (mtq.NVFP4_DEFAULT_CFG, "mlp")):
+        made += [
+            entry | {"quantizer_name": f"*{where}{entry['quantizer_name']}"}
+            for entry in copy.deepcopy(preset["quant_cfg"])
+            if entry.get("quantizer_name") in {"*weight_quantizer", "*input_quantizer"}
+        ]
+    assert len(made) == 4
+    return made
 
 
 def _set_group(entry: Any) -> None:

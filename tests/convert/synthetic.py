@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from tiny import save_checkpoint
 
 GROUP = 32
-FORMATS = ("bf16", "FP8", "W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL", "NVFP4")
-EXPERT_FORMATS = ("bf16", "FP8", "W4A16_AWQ")
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+# The layers' formats of a MIXED_PRECISION checkpoint, by what their names hold.
+MIXED = (("o_proj", "bf16"), ("self_attn", "FP8"), ("down_proj", "NVFP4"), ("", "W4A16_AWQ"))
 _QWEN2_MOE = {
-    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 256,
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256,
     "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
 }  # fmt: skip
 _ROPE = {
@@ -38,11 +38,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2_moe": ("qwen2_moe", _QWEN2_MOE),
     "qwen3": ("qwen3", {"head_dim": 64}),
-    "qwen3_moe": ("qwen3_moe", {"head_dim": 32, "moe_intermediate_size": 128, "norm_topk_prob": True}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 32, "moe_intermediate_size": 256, "norm_topk_prob": True}),
     "gemma2": ("gemma2", {"head_dim": 32}),
     "gemma3": (
         "gemma3",
-        {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": _ROPE},
+        {
+            "head_dim": 32,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": _ROPE,
+        },
     ),
     "phi3": ("phi3", {}),
 }
@@ -72,11 +76,14 @@ def quantized(source: Path, path: Path, algo: str, kv_cache: str | None = None, 
     """
     tensors = load_file(source / "model.safetensors")
     made: dict[str, torch.Tensor] = {}
+    layers: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        if algo != "bf16" and _LINEAR.fullmatch(name):
-            prefix = name.removesuffix(".weight")
-            codes = _codes(prefix, algo, tuple(tensor.shape), equal=equal)
+        prefix = name.removesuffix(".weight")
+        own = algorithm(prefix, algo) if _LINEAR.fullmatch(name) else "bf16"
+        if own != "bf16":
+            codes = _codes(prefix, own, tuple(tensor.shape), equal=equal)
             made |= {f"{prefix}.{key}": value for key, value in codes.items()}
+            layers[prefix] = {"quant_algo": own} | _section(own)
         else:
             made[name] = tensor
         if kv_cache and name.endswith("self_attn.o_proj.weight"):
@@ -90,13 +97,23 @@ def quantized(source: Path, path: Path, algo: str, kv_cache: str | None = None, 
         (path / extra).write_bytes((source / extra).read_bytes())
     if algo != "bf16" or kv_cache:
         section: dict[str, Any] = {"quant_algo": None if algo == "bf16" else algo, "kv_cache_quant_algo": kv_cache}
-        if "AWQ" in algo:
-            section |= {"group_size": GROUP, "has_zero_point": False, "pre_quant_scale": True}
-        if algo == "NVFP4":
-            section["group_size"] = 16
+        section |= {"quantized_layers": layers} if algo == "MIXED_PRECISION" else _section(algo)
         config = {"producer": {"name": "modelopt", "version": "0.47.0"}, "quantization": section}
         (path / "hf_quant_config.json").write_text(json.dumps(config), encoding="utf-8")
     return path
+
+
+def algorithm(prefix: str, algo: str) -> str:
+    """The format of one layer of a checkpoint in `algo`."""
+    if algo != "MIXED_PRECISION":
+        return algo
+    return next(own for part, own in MIXED if part in prefix)
+
+
+def _section(algo: str) -> dict[str, Any]:
+    if "AWQ" in algo:
+        return {"group_size": GROUP, "has_zero_point": False, "pre_quant_scale": True}
+    return {"group_size": 16} if algo == "NVFP4" else {}
 
 
 def _random(key: str) -> torch.Generator:

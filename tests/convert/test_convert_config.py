@@ -58,7 +58,7 @@ def test_gemma(tmp_path: Path) -> None:
 def test_experts(tmp_path: Path) -> None:
     qwen = config_of("qwen3_moe", tmp_path / "qwen")
     assert qwen["moe"] == {"num_experts": 4, "top_k": 2, "normalization_mode": 1}
-    assert (qwen["qwen_type"], qwen["moe_intermediate_size"], qwen["hidden_act"]) == ("qwen3_moe", 128, "swiglu")
+    assert (qwen["qwen_type"], qwen["moe_intermediate_size"], qwen["hidden_act"]) == ("qwen3_moe", 256, "swiglu")
     assert (qwen["mapping"]["moe_tp_size"], qwen["mapping"]["moe_ep_size"]) == (2, 1)
     mixtral = config_of("mixtral", tmp_path / "mixtral")
     assert mixtral["moe"] == {"num_experts": 4, "top_k": 2, "normalization_mode": 1}

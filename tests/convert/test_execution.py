@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from execute import Run, round_int8
-from exports import GROUP, unified
+from execute import Run, fuse_gate_and_up, round_e4m3, round_int8
+from exports import unified
+from matrix import DIVISIONS, FORMATS, refused
 from safetensors.torch import load_file, save_file
 from synthetic import MODELS, SIZES, plain, quantized
 from test_roundtrip import convert, silent
 
 from tiny import save_checkpoint
-from trtbuild.runtime import Engine
+from trtbuild.runtime import Engine, JoinedScales
 
 TOKENS = [3 + (index * 37) % 310 for index in range(24)]
 ENGINE: dict[str, Any] = {
@@ -23,75 +29,133 @@ ENGINE: dict[str, Any] = {
     "kv_cache": {"dtype": "auto", "tokens_per_block": 16, "max_tokens": 64}, "device": "cpu",
     "compute_dtype": "float32",
 }  # fmt: skip
-FORMATS = (("bf16", None), ("FP8", None), ("FP8", "FP8"), ("W4A16_AWQ", None))
-DIVISIONS = ((1, 1), (2, 1), (2, 2), (4, 1))
+# What the embedded engine computes: quant_algo and KV cache.
+COMPUTED = (("bf16", None), ("FP8", None), ("FP8", "FP8"), ("W4A16_AWQ", None))
 
 
-def assert_same_logits(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Equal up to the order of sums; a rare code that falls on the other side of a rounding boundary is let pass."""
+def assert_same_logits(found: torch.Tensor, wanted: torch.Tensor, *, codes: bool = False) -> None:
+    """Equal up to the order of sums; with `codes`, activations are rounded to codes on the way, and a rare one that
+    falls on the other side of a boundary is let pass, with what it changes in later tokens."""
     assert found.shape == wanted.shape
     error, spread = (found - wanted).abs(), wanted.std()
-    assert error.median() < 1e-4 * spread
-    assert error.max() < 0.25 * spread
+    assert error.median() < (5e-3 if codes else 1e-5) * spread
+    assert error.max() < (0.25 if codes else 1e-3) * spread
 
 
-def engine_logits(directory: Path, kv_cache: str | None = None) -> torch.Tensor:
+def engine_logits(directory: Path, kv_cache: str | None = None, joined: JoinedScales | None = None) -> torch.Tensor:
     cache = ENGINE["kv_cache"] | {"dtype": "fp8" if kv_cache else "auto"}
     (directory / "engine.json").write_text(json.dumps(ENGINE | {"kv_cache": cache}), encoding="utf-8")
-    with Engine.load(directory) as engine:
+    with Engine.load(directory, joined=joined) as engine:
         return engine.logits(TOKENS)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen2_moe"])
-def test_same_logits_as_the_embedded_engine(name: str, tmp_path: Path) -> None:
-    original = plain(tmp_path / "plain", name)
-    for algo, kv_cache in FORMATS:
-        source = quantized(original, tmp_path / f"{algo}-{kv_cache}", algo, kv_cache, equal=True)
-        wanted = engine_logits(source, kv_cache)
-        for tp, pp in DIVISIONS:
-            if name == "phi3" and pp > 1:
-                continue
-            output = tmp_path / f"{algo}-{kv_cache}-{tp}-{pp}"
-            convert(source, output, tp, pp)
-            assert_same_logits(Run.open(output).logits(TOKENS), wanted)
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The unquantized checkpoint of a model, made once."""
+
+    @cache
+    def make(name: str) -> Path:
+        return plain(tmp_path_factory.mktemp("original") / "checkpoint", name)
+
+    return make
 
 
-def transformers_logits(directory: Path, weights: dict[str, torch.Tensor], attention: str = "eager") -> torch.Tensor:
-    from transformers import AutoConfig, AutoModelForCausalLM
+@pytest.mark.parametrize(("name", "column"), list(product(MODELS, FORMATS)), ids=str)
+def test_same_logits(name: str, column: str, originals: Callable[[str], Path], tmp_path: Path) -> None:
+    """Every model in every format, on every division: what is converted computes what the unified checkpoint does.
 
-    config = AutoConfig.from_pretrained(directory)
-    config.__dict__.pop("quantization_config", None)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
-    wrong = model.load_state_dict(weights, strict=False)
-    assert not wrong.unexpected_keys
-    assert set(wrong.missing_keys) <= {"lm_head.weight"}
-    model.tie_weights()
+    The embedded engine is the measure where it computes the format; else Transformers in float32 with the dequantized
+    weights, against an execution that leaves activations alone. A cell that `refused` names was tested to be refused.
+    """
+    algo, kv_cache, dtype = FORMATS[column]
+    divisions = [division for division in DIVISIONS if refused((name, column, division)) is None]
+    if not divisions:
+        assert all(refused((name, column, division)) for division in DIVISIONS)
+        return
+    source = quantized(originals(name), tmp_path / "unified", algo, kv_cache, equal=True)
+    by_engine = name != "qwen2_moe" and (algo, kv_cache) in COMPUTED
+    wanted = engine_logits(source, kv_cache) if by_engine else transformers_logits(source, kv_cache)
+    for tp, pp in divisions:
+        output = tmp_path / f"{tp}-{pp}"
+        convert(source, output, tp, pp, dtype)
+        found = Run.open(output, activations=by_engine).logits(TOKENS)
+        assert_same_logits(found, wanted, codes=algo == "FP8" or kv_cache is not None)
+        shutil.rmtree(output)
+
+
+def transformers_logits(directory: Path, kv_cache: str | None = None) -> torch.Tensor:
+    """Of the unified checkpoint's dequantized weights in float32; the cache is rounded as `kv_cache` says."""
+    from transformers import AutoModelForCausalLM
+
+    stored = load_file(directory / "model.safetensors")
+    expanded = directory / "expanded"
+    expanded.mkdir()
+    save_file(dequantized(stored), expanded / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    (expanded / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    attention = "eager" if kv_cache is None else rounding_attention(stored, kv_cache)
+    model = AutoModelForCausalLM.from_pretrained(expanded, dtype=torch.float32, attn_implementation=attention).eval()
     with torch.no_grad():
         return model(torch.tensor([TOKENS])).logits[0]
 
 
-def dequantized(directory: Path, algo: str) -> dict[str, torch.Tensor]:
+def rounding_attention(stored: dict[str, torch.Tensor], kv_cache: str) -> str:
+    """The name of an attention for Transformers whose keys and values go through codes of the larger of their scales.
+
+    ModelOpt 0.47 quantizes an INT8 cache but its unified exporter refuses it: such a checkpoint is made by hand.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    through = round_e4m3 if kv_cache == "FP8" else round_int8
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *,
+        scaling: float, softcap: float | None = None, **_: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        prefix = f"model.layers.{module.layer_idx}.self_attn"
+        scale = max(stored[f"{prefix}.{letter}_proj.{letter}_scale"] for letter in "kv")
+        groups = query.shape[1] // key.shape[1]
+        key, value = (through(part, scale).repeat_interleave(groups, 1) for part in (key, value))
+        scores = query @ key.transpose(2, 3) * scaling
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        assert mask is not None
+        return ((scores + mask).softmax(-1) @ value).transpose(1, 2), None
+
+    AttentionInterface.register("rounding", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("rounding", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    return "rounding"
+
+
+def test_the_rounding_of_the_cache_shows(originals: Callable[[str], Path], tmp_path: Path) -> None:
+    source = quantized(originals("llama"), tmp_path / "unified", "bf16", "INT8", equal=True)
+    rounded = transformers_logits(source, "INT8")
+    shutil.rmtree(source / "expanded")
+    assert (rounded - transformers_logits(source)).abs().max() > 1e-3
+
+
+def dequantized(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The unified export's weights in float32, the factors of inputs multiplied in."""
-    stored = load_file(directory / "model.safetensors")
     made = {}
     for name, tensor in stored.items():
         prefix, _, key = name.rpartition(".")
-        if key in {"k_scale", "v_scale"} or "scale" in key:
+        if "scale" in key:
             continue
         scale = stored.get(f"{prefix}.weight_scale") if key == "weight" else None
-        made[name] = tensor.float() if scale is None else _weight(tensor, scale.float(), stored, prefix, algo)
+        made[name] = tensor.float() if scale is None else _weight(tensor, scale.float(), stored, prefix)
         if f"{prefix}.pre_quant_scale" in stored and key == "weight":
             made[name] = made[name] * stored[f"{prefix}.pre_quant_scale"].float()
     return made
 
 
-def _weight(
-    codes: torch.Tensor, scale: torch.Tensor, stored: dict[str, torch.Tensor], prefix: str, algo: str
-) -> torch.Tensor:
-    if algo == "W8A8_SQ_PER_CHANNEL":
+def _weight(codes: torch.Tensor, scale: torch.Tensor, stored: dict[str, torch.Tensor], prefix: str) -> torch.Tensor:
+    if codes.dtype == torch.float8_e4m3fn:
+        return codes.float() * scale
+    if codes.dtype == torch.int8:
         return codes.float() * scale[:, None]
     low, high = codes % 16, codes // 16
-    if algo == "NVFP4":
+    if stored[f"{prefix}.weight_scale"].dtype == torch.float8_e4m3fn:  # NVFP4
         values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
         table = torch.cat([values, -values])
         whole = torch.empty(codes.shape[0], codes.shape[1] * 2)
@@ -100,77 +164,63 @@ def _weight(
     whole = torch.empty(codes.shape[0] * 2, codes.shape[1])
     whole[0::2], whole[1::2] = low.float(), high.float()
     whole -= 16 * (whole > 7)
-    return whole * scale.repeat_interleave(GROUP, 1)
+    return whole * scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
 
 
 @pytest.mark.parametrize(
     ("name", "algo", "divisions"),
     [
-        ("llama", "W4A8_AWQ", ((1, 1), (2, 1), (2, 2))),
-        ("llama", "W8A8_SQ_PER_CHANNEL", ((1, 1), (2, 2), (4, 1))),
-        ("llama", "NVFP4", ((1, 1), (2, 1), (4, 1))),
-        ("qwen3", "W8A8_SQ_PER_CHANNEL", ((2, 1),)),
-        ("gemma2", "NVFP4", ((2, 2),)),
+        ("llama", "W4A8_AWQ", ((1, 1), (2, 2))),
+        ("llama", "W8A8_SQ_PER_CHANNEL", ((2, 2), (4, 1))),
+        ("llama", "NVFP4", ((2, 1),)),
         ("phi3", "NVFP4", ((2, 1),)),
         ("qwen2", "W4A8_AWQ", ((2, 1),)),
+        ("qwen2", "MIXED_PRECISION", ((2, 2),)),
     ],
 )
-def test_same_logits_as_transformers_with_the_dequantized_weights(
-    name: str, algo: str, divisions: tuple[tuple[int, int], ...], tmp_path: Path
-) -> None:
+def test_exports_of_modelopt(name: str, algo: str, divisions: tuple[tuple[int, int], ...], tmp_path: Path) -> None:
+    """ModelOpt's own checkpoints of the formats that the compress step does not make."""
     source = unified(plain(tmp_path / "plain", name), tmp_path / "unified", algo)
     assert json.loads((source / "hf_quant_config.json").read_text())["quantization"]["quant_algo"] == algo
-    wanted = transformers_logits(source, dequantized(source, algo))
     for tp, pp in divisions:
         convert(source, tmp_path / f"{tp}-{pp}", tp, pp)
+    bring_to_common_scales(source)
+    wanted = transformers_logits(source)
+    for tp, pp in divisions:
         assert_same_logits(Run.open(tmp_path / f"{tp}-{pp}", activations=False).logits(TOKENS), wanted)
 
 
-def test_int8_kv_cache(tmp_path: Path) -> None:
-    """Keys and values go through 8-bit integers of the larger scale, in Transformers as in the checkpoint.
-
-    ModelOpt 0.47 quantizes such a cache but its unified exporter refuses it: the checkpoint is made by hand.
-    """
-    from transformers import AttentionInterface
-    from transformers.models.llama.modeling_llama import eager_attention_forward
-
-    source = quantized(plain(tmp_path / "plain", "llama"), tmp_path / "unified", "bf16", "INT8")
-    stored = load_file(source / "model.safetensors")
-    scales = [
-        max(stored[f"model.layers.{layer}.self_attn.{letter}_proj.{letter}_scale"] for letter in "kv")
-        for layer in range(2)
-    ]
-
-    def attend(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **more: Any
-    ) -> Any:
-        scale = scales[module.layer_idx]
-        return eager_attention_forward(module, query, round_int8(key, scale), round_int8(value, scale), *rest, **more)
-
-    AttentionInterface.register("through_int8", attend)
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    ALL_MASK_ATTENTION_FUNCTIONS.register("through_int8", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    weights = {name: tensor.float() for name, tensor in stored.items() if "scale" not in name}
-    wanted = transformers_logits(source, weights, "through_int8")
-    exact = transformers_logits(source, weights)
-    assert (wanted - exact).abs().max() > 1e-3  # the cache's rounding shows
-    for tp, pp in ((1, 1), (2, 1), (2, 2)):
-        convert(source, tmp_path / f"{tp}-{pp}", tp, pp)
-        assert_same_logits(Run.open(tmp_path / f"{tp}-{pp}").logits(TOKENS), wanted)
+YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 1024}
 
 
-def test_experts_beside_shared_ones(tmp_path: Path) -> None:
-    """Qwen2-MoE, which the embedded engine was not tried with: against Transformers."""
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("name", ["llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma2"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.3},
+        {"mscale": 1.2, "mscale_all_dim": 0.7},
+        {"original_max_position_embeddings": 16},
+    ],
+    ids=["defaults", "attention_factor", "mscale", "short"],
+)
+def test_yarn(name: str, more: dict[str, float], tmp_path: Path) -> None:
+    """Against Transformers, with every way to give the attention factor; ``short``: beyond the trained length."""
+    # Transformers 5.14 does not find the head size of Mixtral for yarn by itself.
+    sizes = {"head_dim": 32} if name == "mixtral" else {}
+    source = plain(tmp_path / "plain", name, rope_parameters=YARN | more, **sizes)
+    wanted = transformers_logits(source)
+    convert(source, tmp_path / "out", 2, 1)
+    assert_same_logits(Run.open(tmp_path / "out").logits(TOKENS), wanted)
 
-    source = plain(tmp_path / "plain", "qwen2_moe")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    with torch.no_grad():
-        wanted = model(torch.tensor([TOKENS])).logits[0]
-    for tp, pp in ((1, 1), (2, 2)):
-        convert(source, tmp_path / f"{tp}-{pp}", tp, pp)
-        assert_same_logits(Run.open(tmp_path / f"{tp}-{pp}").logits(TOKENS), wanted)
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_linear_scaling(name: str, tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
+    source = plain(tmp_path / "plain", name, rope_parameters=rope)
+    wanted = transformers_logits(source)
+    convert(source, tmp_path / "out", 1, 1)
+    assert_same_logits(Run.open(tmp_path / "out").logits(TOKENS), wanted)
 
 
 def test_llama3_rope_and_a_real_window_are_carried(tmp_path: Path) -> None:
@@ -195,16 +245,38 @@ def bring_to_common_scales(directory: Path) -> None:
     of their scales, keys and values in the cache on the larger of theirs."""
     tensors = load_file(directory / "model.safetensors")
     for prefix in {name.rpartition("self_attn.")[0] for name in tensors if name.endswith("q_proj.weight_scale")}:
+        if tensors[f"{prefix}self_attn.q_proj.weight"].dtype != torch.float8_e4m3fn:
+            continue
         names = [f"{prefix}self_attn.{letter}_proj" for letter in "qkv"]
         common = max(tensors[f"{name}.weight_scale"] for name in names)
         for name in names:
             values = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"]
             tensors[f"{name}.weight"] = (values / common).to(torch.float8_e4m3fn)
             tensors[f"{name}.weight_scale"] = common.clone()
-        scales = [f"{names[1]}.k_scale", f"{names[2]}.v_scale"]
-        larger = max(tensors[name] for name in scales)
-        tensors |= {name: larger.clone() for name in scales}
+        scales = [name for name in (f"{names[1]}.k_scale", f"{names[2]}.v_scale") if name in tensors]
+        larger = max((tensors[name] for name in scales), default=None)
+        tensors |= {name: larger.clone() for name in scales if larger is not None}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+AS_ENGINES_DO = JoinedScales(gate_up=True, kv_cache=True, intermediate="float32")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "phi3"])
+def test_evidence_has_the_scales_of_the_engine(name: str, originals: Callable[[str], Path], tmp_path: Path) -> None:
+    """Quality is measured with scales joined as TensorRT-LLM joins them: the embedded engine then computes what the
+    converted checkpoint does, gate and up joined as trtllm-build does; with the files' own scales it does not."""
+    source = quantized(originals(name), tmp_path / "unified", "FP8", "FP8")
+    gate_up = not name.startswith("gemma")
+    joined = engine_logits(source, "FP8", replace(AS_ENGINES_DO, gate_up=gate_up))
+    for tp, pp in ((1, 1), (2, 1)):
+        convert(source, tmp_path / f"{tp}", tp, pp)
+        run = Run.open(tmp_path / f"{tp}")
+        if gate_up:
+            fuse_gate_and_up(run.reader)
+        assert_same_logits(run.logits(TOKENS), joined, codes=True)
+    own = engine_logits(source, "FP8")
+    assert (own - joined).abs().median() > 5e-3 * own.std()
 
 
 @pytest.mark.parametrize(
@@ -234,4 +306,5 @@ def test_what_the_compress_step_makes(name: str, settings: dict[str, Any], tmp_p
         bring_to_common_scales(tmp_path / "compressed")
     wanted = engine_logits(tmp_path / "compressed", settings.get("kv_cache"))
     for tp in (1, 2):
-        assert_same_logits(Run.open(tmp_path / f"{tp}").logits(TOKENS), wanted)
+        found = Run.open(tmp_path / f"{tp}").logits(TOKENS)
+        assert_same_logits(found, wanted, codes=settings["format"] == "fp8")

@@ -83,10 +83,11 @@ def read(directory: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "algo", "tp", "pp"),
     [
-        ("llama", "bf16", 1, 1), ("llama", "bf16", 2, 2), ("llama", "bf16", 4, 1), ("llama-tied", "bf16", 2, 1),
-        ("mistral", "bf16", 2, 1), ("qwen2", "bf16", 2, 1), ("qwen3", "bf16", 2, 2),
-        ("llama", "W8A8_SQ_PER_CHANNEL", 2, 2), ("llama", "NVFP4", 2, 1),
-        ("qwen3", "W8A8_SQ_PER_CHANNEL", 2, 1), ("qwen2", "NVFP4", 1, 1),
+        ("llama", "bf16", 1, 1), ("llama", "bf16", 2, 3), ("llama", "bf16", 4, 1), ("llama-tied", "bf16", 2, 1),
+        ("mistral", "bf16", 2, 1), ("qwen2", "bf16", 2, 1), ("qwen3", "bf16", 2, 3),
+        ("llama", "W8A8_SQ_PER_CHANNEL", 2, 3), ("mistral", "W8A8_SQ_PER_CHANNEL", 2, 1),
+        ("qwen2", "W8A8_SQ_PER_CHANNEL", 1, 3), ("qwen3", "W8A8_SQ_PER_CHANNEL", 2, 1),
+        ("llama", "NVFP4", 2, 1), ("mistral", "NVFP4", 1, 3), ("qwen2", "NVFP4", 1, 1), ("qwen3", "NVFP4", 4, 1),
     ],
 )  # fmt: skip
 def test_equal(name: str, algo: str, tp: int, pp: int, tmp_path: Path) -> None:
@@ -101,8 +102,14 @@ def test_equal(name: str, algo: str, tp: int, pp: int, tmp_path: Path) -> None:
         assert compare_tensors(mine, other, algo) == set()
 
 
-@pytest.mark.parametrize(("name", "algo", "tp"), [("gemma2", "bf16", 2), ("gemma3", "bf16", 1), ("phi3", "bf16", 1),
-                                                  ("phi3", "NVFP4", 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "algo", "tp"),
+    [
+        ("gemma2", "bf16", 2), ("gemma2", "W8A8_SQ_PER_CHANNEL", 2), ("gemma2", "NVFP4", 1),
+        ("gemma3", "bf16", 1), ("gemma3", "W8A8_SQ_PER_CHANNEL", 1), ("gemma3", "NVFP4", 2),
+        ("phi3", "bf16", 1), ("phi3", "W8A8_SQ_PER_CHANNEL", 1), ("phi3", "NVFP4", 1),
+    ],
+)  # fmt: skip
 def test_equal_tensors(name: str, algo: str, tp: int, tmp_path: Path) -> None:
     """Architectures for which ModelOpt makes tensors, but a config only inside TensorRT-LLM.
 
@@ -120,11 +127,21 @@ def test_equal_tensors(name: str, algo: str, tp: int, tmp_path: Path) -> None:
         assert compare_tensors(mine, other, algo) == set()
 
 
-def test_fp8_differs_only_in_merged_scales(tmp_path: Path) -> None:
-    ours, theirs = both("llama", "FP8", 2, 1, tmp_path, "FP8")
-    compare_configs(read(ours), read(theirs), "llama")
+@pytest.mark.parametrize(
+    ("name", "algo", "tp", "pp"),
+    [
+        ("llama", "FP8", 2, 1), ("mistral", "FP8", 1, 3), ("qwen2", "FP8", 4, 1), ("qwen3", "FP8", 2, 3),
+        ("llama", "MIXED_PRECISION", 2, 1), ("qwen3", "MIXED_PRECISION", 1, 3),
+    ],
+)  # fmt: skip
+def test_fp8_differs_only_in_merged_scales(name: str, algo: str, tp: int, pp: int, tmp_path: Path) -> None:
+    """Also where the attention alone is FP8 and the MLP NVFP4: quant_cfg.json then has the same layers."""
+    ours, theirs = both(name, algo, tp, pp, tmp_path, "FP8" if algo == "FP8" else None)
+    compare_configs(read(ours), read(theirs), "qwen" if name.startswith("qwen") else "llama")
+    compare_layers(ours, theirs)
     for mine, other in ranks(ours, theirs):
-        for name in compare_tensors(mine, other, "FP8"):
+        # NVFP4's scalars have no dimension in theirs: see compare_tensors.
+        for name in compare_tensors(mine, other, "NVFP4" if algo == "MIXED_PRECISION" else algo):
             if name.endswith("kv_cache_scaling_factor"):
                 # ModelOpt raises scales below 1 to 1 in this export, but not in the unified one, which ours keeps.
                 assert mine[name] < other[name] == 1
@@ -146,13 +163,28 @@ def test_fp8_differs_only_in_merged_scales(tmp_path: Path) -> None:
                 assert (values[0] - values[1]).abs().max() <= STEP * max(scales)
 
 
-@pytest.mark.parametrize(("algo", "tp", "pp"), [("W4A16_AWQ", 2, 1), ("W4A8_AWQ", 1, 2)])
-def test_awq_differs_only_in_smoothing(algo: str, tp: int, pp: int, tmp_path: Path) -> None:
+def compare_layers(ours: Path, theirs: Path) -> None:
+    """Equal but for what NVFP4 is: ModelOpt names its group size, 16, in the same way as ours."""
+    files = [directory / "quant_cfg.json" for directory in (ours, theirs)]
+    assert files[0].exists() == files[1].exists()
+    if files[0].exists():
+        made, wanted = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        assert made == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "algo", "tp", "pp"),
+    [
+        ("llama", "W4A16_AWQ", 2, 1), ("llama", "W4A8_AWQ", 1, 3), ("mistral", "W4A16_AWQ", 1, 3),
+        ("mistral", "W4A8_AWQ", 2, 1), ("qwen3", "W4A16_AWQ", 1, 1), ("qwen3", "W4A8_AWQ", 2, 1),
+    ],
+)  # fmt: skip
+def test_awq_differs_only_in_smoothing(name: str, algo: str, tp: int, pp: int, tmp_path: Path) -> None:
     """The unified export folds the factors of query, key, value, gate and up into the norm before them, and brings
     gate and up to common factors; the TensorRT-LLM export keeps the factors beside the weights. Codes of the attention
     are equal, and norm times factor is; gate and up were rounded anew."""
-    ours, theirs = both("llama", algo, tp, pp, tmp_path)
-    compare_configs(read(ours), read(theirs), "llama")
+    ours, theirs = both(name, algo, tp, pp, tmp_path)
+    compare_configs(read(ours), read(theirs), "qwen" if name.startswith("qwen") else "llama")
     for mine, other in ranks(ours, theirs):
         changed = compare_tensors(mine, other, algo)
         assert {name for name in changed if not name.endswith("layernorm.weight") and ".mlp." not in name} == {

@@ -80,6 +80,36 @@ def plain_query(held: Tensors) -> None:
     held[f"{FIRST}{Q}weight"] = torch.zeros(128, 128).bfloat16()
 
 
+def rope(**parameters: object) -> Callable[[Config], object]:
+    known = {"rope_theta": 1e4, "original_max_position_embeddings": 128}
+    return set_key("rope_parameters", known | parameters)
+
+
+def set_layer(name: str, value: object) -> Callable[[Config], object]:
+    return lambda config: config["quantization"]["quantized_layers"].__setitem__(FIRST + name, value)
+
+
+def drop_layer(name: str) -> Callable[[Config], object]:
+    return lambda config: config["quantization"]["quantized_layers"].pop(FIRST + name)
+
+
+def int4(name: str, group: int = 32) -> Callable[[Tensors], object]:
+    """A layer of 128 inputs and outputs in codes of 4 bits."""
+
+    def change(held: Tensors) -> None:
+        for key in [key for key in held if key.startswith(FIRST + name)]:
+            del held[key]
+        held[f"{FIRST}{name}weight"] = torch.zeros(64, 128, dtype=torch.uint8)
+        held[f"{FIRST}{name}weight_scale"] = torch.ones(128, 128 // group)
+
+    return change
+
+
+def coarse(name: str) -> Callable[[Tensors], object]:
+    """The scales of every second group."""
+    return lambda held: held.__setitem__(f"{FIRST}{name}weight_scale", held[f"{FIRST}{name}weight_scale"][:, ::2])
+
+
 Q = "self_attn.q_proj."
 CASES: list[tuple[str, dict[str, Any], tuple[int, int], type[TrtbuildError], str]] = [
     ("missing", {"tensors": drop("mlp.up_proj.weight")}, (1, 1), ArtifactError, "mlp.up_proj.weight is missing"),
@@ -107,10 +137,23 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, int], type[TrtbuildError], str
      CompatibilityError, "are one layer in TensorRT-LLM, but only some of them are quantized"),
     ("architecture", {"config": set_key("architectures", ["FalconForCausalLM"])}, (1, 1), CompatibilityError,
      "FalconForCausalLM (llama) has no conversion"),
-    ("rope", {"config": set_key("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4})}, (1, 1),
-     CompatibilityError, "rotary scaling 'yarn'"),
-    ("pattern", {"name": "gemma3", "config": set_key("layer_types", ["full_attention", "sliding_attention"])}, (1, 1),
-     CompatibilityError, "follow no regular pattern"),
+    ("rope by length", {"config": rope(rope_type="dynamic", factor=4.0)}, (1, 1), CompatibilityError,
+     "rotary scaling 'dynamic' has no form in a TensorRT-LLM checkpoint: its table is made once"),
+    ("unknown rope", {"config": rope(rope_type="longrope")}, (1, 1), CompatibilityError,
+     "'longrope' has no form in a TensorRT-LLM checkpoint: it computes linear, llama3, yarn"),
+    ("rope of Phi-3", {"name": "phi3", "config": rope(rope_type="yarn", factor=4.0)}, (1, 1), CompatibilityError,
+     "Phi-3's layers pass no scaling"),
+    ("yarn not truncated", {"config": rope(rope_type="yarn", factor=4.0, truncate=False)}, (1, 1), CompatibilityError,
+     "truncate: false: TensorRT-LLM rounds"),
+    ("yarn without stretch", {"config": rope(rope_type="yarn", factor=1.0, attention_factor=1.2)}, (1, 1),
+     CompatibilityError, "has an attention factor only for factors above 1"),
+    # The larger Gemma 3: linear by 8 where a layer attends to everything.
+    ("rope of Gemma 3", {"name": "gemma3", "config": set_key("rope_parameters", {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})}, (1, 1), CompatibilityError,
+     "'linear' has no form in a TensorRT-LLM checkpoint: its tables for full-attention and for sliding layers share"),
+    ("pattern", {"name": "gemma3", "config": set_key("layer_types", ["full_attention", *["sliding_attention"] * 2])},
+     (1, 1), CompatibilityError, "follow no regular pattern"),
     ("dense layers", {"name": "qwen3_moe", "config": set_key("mlp_only_layers", [0])}, (1, 1), CompatibilityError,
      "layers without experts"),
     ("format", {"algo": "FP8", "quantization": set_algo("quant_algo", "MXFP8")}, (1, 1), CompatibilityError,
@@ -121,14 +164,32 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, int], type[TrtbuildError], str
      "the group size None"),
     ("tool", {"config": set_key("quantization_config", {"quant_method": "gptq"})}, (1, 1), CompatibilityError,
      "is quantized by gptq"),
-    ("experts in NVFP4", {"name": "mixtral", "algo": "NVFP4"}, (1, 1), CompatibilityError,
-     "mixture-of-experts layer cannot load NVFP4"),
+    ("no layers", {"algo": "MIXED_PRECISION", "quantization": set_algo("quantized_layers", {})}, (1, 1), ArtifactError,
+     "says MIXED_PRECISION, but its quantized_layers names no layer"),
+    ("unknown layer", {"algo": "MIXED_PRECISION", "quantization": set_layer("mlp.other_proj", {"quant_algo": "FP8"})},
+     (1, 1), ArtifactError, "quantized_layers names model.layers.0.mlp.other_proj, which LlamaForCausalLM does not"),
+    ("format of a layer", {"algo": "MIXED_PRECISION", "quantization": set_layer(Q[:-1], {"quant_algo": "MXFP8"})},
+     (1, 1), CompatibilityError, "model.layers.0.self_attn.q_proj is quantized as MXFP8"),
+    ("codes of no layer", {"algo": "MIXED_PRECISION", "quantization": drop_layer(Q[:-1])}, (1, 1), ArtifactError,
+     "q_proj.weight has type F8_E4M3, expected BF16"),
+    ("fused in two ways", {"algo": "MIXED_PRECISION", "quantization": set_layer(
+        "mlp.up_proj", {"quant_algo": "W4A16_AWQ", "group_size": 64}), "tensors": coarse("mlp.up_proj.")}, (1, 1),
+     CompatibilityError, "mlp.up_proj are fused in TensorRT-LLM, but are quantized in different ways"),
+    ("joined in two ways", {"algo": "MIXED_PRECISION", "quantization": set_layer(
+        Q[:-1], {"quant_algo": "W4A16_AWQ", "group_size": 32}), "tensors": int4(Q)}, (1, 1), CompatibilityError,
+     "v_proj are one layer in TensorRT-LLM, but are quantized in different ways"),
+    ("groups of one layer", {"algo": "MIXED_PRECISION", "quantization": set_layer(
+        "self_attn.o_proj", {"quant_algo": "W4A16_AWQ", "group_size": 64}), "tensors": int4("self_attn.o_proj.", 64)},
+     (4, 1), CompatibilityError, "attention.dense: 32 inputs of a rank do not divide into groups of 64 (W4A16_AWQ)"),
+    ("stages in two ways", {"algo": "MIXED_PRECISION", "quantization": set_layer(
+        "self_attn.o_proj", {"quant_algo": "W4A16_AWQ", "group_size": 64}), "tensors": int4("self_attn.o_proj.", 64)},
+     (1, 2), CompatibilityError, "attention.dense is quantized differently in different pipeline stages"),
     ("heads", {}, (3, 1), CompatibilityError, "4 attention heads do not divide by 3"),
     ("mlp", {"config": set_key("intermediate_size", 254)}, (4, 1), CompatibilityError,
      "the intermediate size 254 does not divide by 4"),
     ("groups", {"algo": "W4A16_AWQ", "quantization": set_algo("group_size", 128)}, (4, 1), CompatibilityError,
      "the intermediate size of a rank, 64, does not divide into groups of 128 (W4A16_AWQ)"),
-    ("more stages", {}, (1, 3), CompatibilityError, "there are only 2 layers for 3 pipeline stages"),
+    ("more stages", {}, (1, 4), CompatibilityError, "there are only 3 layers for 4 pipeline stages"),
     ("stages of Phi-3", {"name": "phi3"}, (1, 2), CompatibilityError, "cannot split this model over pipeline stages"),
 ]  # fmt: skip
 
@@ -146,10 +207,14 @@ def test_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_uneven_pipeline(tmp_path: Path) -> None:
-    source = plain(tmp_path / "plain", "llama", num_hidden_layers=3)
-    with pytest.raises(CompatibilityError, match="3 layers do not divide into 2 pipeline stages"):
-        convert(source, tmp_path / "out", 1, 2)
+def test_experts_of_no_whole_tiles(tmp_path: Path) -> None:
+    """Block scales of NVFP4 experts lie in tiles of 128 outputs by 64 inputs, on every rank."""
+    source = quantized(plain(tmp_path / "plain", "qwen3_moe", moe_intermediate_size=128), tmp_path / "fp4", "NVFP4")
+    convert(source, tmp_path / "two", 2, 1)
+    with pytest.raises(
+        CompatibilityError, match=r"has 64 outputs and 128 inputs in .*mlp\.fc; NVFP4 experts of Tensor"
+    ):
+        convert(source, tmp_path / "four", 4, 1)
 
 
 def test_key_heads_that_neither_divide_nor_spread(tmp_path: Path) -> None:
@@ -177,9 +242,11 @@ def test_excluded_layers(made: Callable[..., Path], tmp_path: Path) -> None:
         load_file(tmp_path / "one" / "rank0.safetensors")["transformer.layers.1.mlp.proj.weight"].dtype
         == torch.bfloat16
     )
-    convert(made(algo="FP8", tensors=exclude((0, 1))), tmp_path / "both", 1, 2)
+    # Stages of two layers and of one: the second layer is only in the first stage, the others are first in theirs.
+    for number, layers in enumerate(((0, 2), (1,), (0, 1, 2))):
+        convert(made(algo="FP8", tensors=exclude(layers)), tmp_path / f"alike{number}", 1, 2)
     with pytest.raises(CompatibilityError, match="pipeline stages exclude different layers"):
-        convert(made(algo="FP8", tensors=exclude((1,))), tmp_path / "none", 1, 2)
+        convert(made(algo="FP8", tensors=exclude((2,))), tmp_path / "none", 1, 2)
 
 
 def test_requests() -> None:

@@ -19,7 +19,7 @@ from trtbuild.releases import Release, containers, find_release, known_versions,
 from trtbuild.settings import recipe_value
 from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version, speculative_method
 
-TABLES = ("containers", "lines", "gpus", "speculative", "architectures", "engine_names", "legacy_names")
+TABLES = ("containers", "lines", "build_flags", "gpus", "speculative", "architectures", "engine_names", "legacy_names")
 SCALARS = {"str", "int", "float", "bool", "None", "Any", "object", "Literal", "list", "dict", "union", "tuple"}
 
 
@@ -61,7 +61,7 @@ def test_rows_have_a_source_and_a_date(name: str) -> None:
 
 
 def test_rows_have_no_unknown_keys() -> None:
-    line = {"name", "first", "last", "flows", "schema", "build_flags", "base", "source", "date"}
+    line = {"name", "first", "last", "flows", "schema", "unserved", "unread", "base", "source", "date"}
     assert [row["name"] for row in facts("lines")["line"] if set(row) - line] == []
     method = {"name", "decoding_type", "engine", "needs_draft", "source", "date"}
     assert [row["name"] for row in facts("speculative")["method"] if set(row) - method] == []
@@ -69,7 +69,7 @@ def test_rows_have_no_unknown_keys() -> None:
     assert [row["name"] for row in facts("gpus")["support"] if set(row) - support] == []
     renamed = {"from", "to", "source", "date"}
     assert [row["from"] for row in facts("lines")["renamed"] if set(row) - renamed] == []
-    assert set(facts("lines")) == {"line", "releases", "renamed", "build_flags"}
+    assert set(facts("lines")) == {"line", "releases", "renamed"}
 
 
 def test_containers_begin_with_25_01_and_have_a_line() -> None:
@@ -87,11 +87,11 @@ def test_lines_do_not_overlap_and_name_what_exists() -> None:
         assert len([line for line in lines() if line.has(version)]) == 1, version
     for line in lines():
         assert line.schema is None or line.schema in schema_names()
-        assert line.build_flags is None or line.build_flags in facts("lines")["build_flags"]
         assert (line.schema is not None) == ("llm-api" in line.flows)
         assert ("engine" in line.flows) == (line.name not in {"1.3", "1.4"})
     named = {name for row in facts("gpus")["support"] for name in row["lines"]}
-    assert named == {line.name for line in lines() if "llm-api" in line.flows}
+    assert named == {line.name for line in lines()}
+    assert {name for row in facts("gpus")["support"] for name in row["lines"] if row["name"] == "1.2"} >= {"1.2"}
 
 
 def test_renamed_arguments_exist_in_one_schema_and_not_in_the_same() -> None:
@@ -120,7 +120,8 @@ def test_schema_headers(schema: Schema) -> None:
     header = schema.header
     assert re.fullmatch(r"[0-9a-f]{40}", header.commit)
     assert re.fullmatch(r"[\w-]+/[\w.-]+", header.repo)
-    assert header.path.startswith(("tensorrt_llm/llmapi/", f"{header.release}/_modules/"))
+    read = ("tensorrt_llm/llmapi/", "third_party/tensorrt_llm/tensorrt_llm/llmapi/", f"{header.release}/_modules/")
+    assert header.path.startswith(read)
     assert bool(header.release) != bool(header.era)
     assert header.proof
     assert isinstance(header.date, dt.date)

@@ -27,12 +27,12 @@ def problems(document: dict[str, Any], schema: str = "1.2.1", **options: Any) ->
         (
             {"model_kwargs": {}},
             "1.2.1",
-            f"model_kwargs: is not an argument of {OLD}; it came with TensorRT-LLM 1.3rc (649b10e5); remove it, or cha",
+            f"model_kwargs: is not an argument of {OLD}; it came with TensorRT-LLM 1.3.0rc3 (5978a465); remove it",
         ),
         (
             {"kv_cache_config": {"onboard_blocks": True}},
             "newest",
-            f"kv_cache_config.onboard_blocks: is not an argument of {NEW}; it was removed after {OLD}; remove it, or c",
+            f"kv_cache_config.onboard_blocks: is not an argument of {NEW}; it was removed after TensorRT-LLM 1.3.0rc3",
         ),
         ({"sleep_config": {}}, "1.2.1", f"sleep_config: is not an argument of {OLD}; there it is called enable_sleep"),
         (

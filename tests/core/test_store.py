@@ -103,6 +103,21 @@ def test_sweep_removes_leftovers_but_not_what_is_being_built(tmp_path: Path) -> 
         assert [path.name for path in (tmp_path / "s" / "staging").iterdir()] == ["kind-alive"]
 
 
+def test_unfinished_files_stay_until_published_or_abandoned(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    kept, abandoned = (store.stage("kind", name) for name in ("kept", "abandoned"))
+    for staging in (kept, abandoned):
+        staging.unfinished.mkdir()
+        (staging.unfinished / "half").write_bytes(b"x")
+    long_ago = time.time() - 15 * 24 * 3600
+    os.utime(abandoned.unfinished, (long_ago, long_ago))
+    store.sweep()
+    assert [path.name for path in (tmp_path / "s" / "unfinished").iterdir()] == ["kind-kept"]
+    assert (store.stage("kind", "kept").unfinished / "half").read_bytes() == b"x"
+    store.publish(store.stage("kind", "kept"), "kind", "kept", {})
+    assert list((tmp_path / "s" / "unfinished").iterdir()) == []
+
+
 def test_unwritable_store_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HostError, match=r"the store .* cannot be written .*; set `store:` to a writable directory"):

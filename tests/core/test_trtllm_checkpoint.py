@@ -25,6 +25,9 @@ def number(value: float, dtype: str = "F32") -> tuple[str, list[int], bytes]:
     return dtype, [], raw[2:] if dtype == "BF16" else raw
 
 
+number_of = number
+
+
 def zeros(dtype: str, *shape: int) -> tuple[str, list[int], bytes]:
     return dtype, list(shape), bytes(math.prod(shape) * DTYPE_BITS[dtype] // 8)
 
@@ -46,8 +49,10 @@ def linear(algo: str | None, short: str, outputs: int, inputs: int) -> Tensors:
         }
     packed = {
         "weight": zeros("U8", outputs // 2, inputs),
-        "weight_scale": zeros("F32", outputs, inputs // GROUP),
+        "weight_scale": zeros("F32", outputs, inputs // (128 if algo == "W4A8_AWQ" else GROUP)),
     }
+    if algo == "W4A8_AWQ":
+        packed |= {"weight_scale_2": number(0.5), "input_scale": number(0.25)}
     return packed | ({"pre_quant_scale": zeros("BF16", inputs)} if short in {"o_proj", "down_proj"} else {})
 
 
@@ -69,6 +74,37 @@ def tensors_of(algo: str | None, *, kv: bool = True) -> Tensors:
     return found
 
 
+def experts_of(algo: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Tensors:
+    """A good checkpoint whose layers have two experts instead of an MLP; FP8 has scales of its own everywhere."""
+    found = {name: tensor for name, tensor in tensors_of(algo).items() if ".mlp." not in name}
+    for number in range(LAYERS * 2):
+        prefix = f"model.layers.{number // 2}.mlp.experts.{number % 2}"
+        for index, short in enumerate(names):
+            outputs, inputs = (HIDDEN, INNER) if index == 2 else (INNER, HIDDEN)
+            for suffix, tensor in linear(algo, short, outputs, inputs).items():
+                found[f"{prefix}.{short}.{suffix}"] = tensor
+            if algo == "FP8":
+                found[f"{prefix}.{short}.weight_scale"] = number_of(0.1 + number + index)
+                found[f"{prefix}.{short}.input_scale"] = number_of(0.2 + number)
+            if algo == "W4A8_AWQ":
+                found[f"{prefix}.{short}.pre_quant_scale"] = zeros("BF16", inputs)
+    return found
+
+
+def prefused_of(algo: str) -> Tensors:
+    """A good checkpoint of Phi-3's shape: query, key and value, and gate and up, stored as one."""
+    found = {
+        name: tensor
+        for name, tensor in tensors_of(algo, kv=False).items()
+        if not any(f".{short}." in name for short in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
+    }
+    for layer in range(LAYERS):
+        for short, outputs in (("self_attn.qkv_proj", 512), ("mlp.gate_up_proj", 2 * INNER)):
+            for suffix, tensor in linear(algo, short, outputs, HIDDEN).items():
+                found[f"model.layers.{layer}.{short}.{suffix}"] = tensor
+    return found
+
+
 def write(path: Path, tensors: Tensors, quantization: dict[str, Any] | None, **config: Any) -> Path:
     path.mkdir()
     header, data = {}, b""
@@ -85,7 +121,7 @@ def write(path: Path, tensors: Tensors, quantization: dict[str, Any] | None, **c
 
 
 def said(algo: str | None, **changes: Any) -> dict[str, Any]:
-    group = {"W4A16_AWQ": GROUP, "NVFP4": 16}.get(algo or "")
+    group = {"W4A16_AWQ": GROUP, "W4A8_AWQ": 128, "NVFP4": 16}.get(algo or "")
     usual = {"quant_algo": algo, "kv_cache_quant_algo": "FP8", "group_size": group, "exclude_modules": ["lm_head"]}
     return usual | changes
 
@@ -175,6 +211,57 @@ def test_broken_tensors(
     assert any(sentence in problem for problem in found[rule]), found
 
 
+E0 = "model.layers.1.mlp.experts.0"
+E1 = "model.layers.1.mlp.experts.1"
+
+
+@pytest.mark.parametrize(
+    ("made", "detail"),
+    [
+        (experts_of("FP8"), "2 groups, 12 projections of experts"),
+        (experts_of("FP8", ("w1", "w3", "w2")), "2 groups, 12 projections of experts"),
+        (experts_of("NVFP4"), "2 groups, 12 projections of experts"),
+        (experts_of("W4A8_AWQ"), "2 groups, 12 projections of experts"),
+        (prefused_of("FP8"), "0 groups, 4 projections stored as one"),
+        (prefused_of("NVFP4"), "0 groups, 4 projections stored as one"),
+    ],
+    ids=["FP8", "FP8 of Mixtral", "NVFP4", "W4A8", "FP8 as one", "NVFP4 as one"],
+)
+def test_experts_and_projections_stored_as_one(tmp_path: Path, made: Tensors, detail: str) -> None:
+    """FP8 may differ from expert to expert, and gate from up: the largest scale is taken."""
+    weight = next(tensor for name, tensor in made.items() if name.endswith("o_proj.weight"))
+    algo = {"F8_E4M3": "FP8", "U8": "NVFP4" if weight[1][1] < HIDDEN else "W4A8_AWQ"}[weight[0]]
+    path = write(tmp_path / "c", made, said(algo, kv_cache_quant_algo="FP8" if "0 groups" not in detail else None))
+    assert problems(path) == {}
+    found = {rule.name: rule.detail for rule in check(LocalFiles(path), "1.2.1", Layout())}
+    assert found["fused projections"] == detail
+
+
+@pytest.mark.parametrize(
+    ("algo", "made", "sentence"),
+    [
+        ("NVFP4", experts_of("NVFP4") | {f"{E1}.up_proj.weight_scale_2": number(0.7)},
+         f"{E1}.{{gate_proj,up_proj}}: weight_scale_2 must be equal, but they are 0.5, 0.7"),
+        ("NVFP4", experts_of("NVFP4", ("w1", "w3", "w2")) | {f"{E1}.w3.input_scale": number(0.7)},
+         f"{E1}.{{w1,w3}}: input_scale must be equal, but they are 0.25, 0.7"),
+        ("W4A8_AWQ", experts_of("W4A8_AWQ") | {f"{E0}.up_proj.pre_quant_scale": ("BF16", [256], b"\1" * 512)},
+         f"{E0}.{{gate_proj,up_proj}}: pre_quant_scale must be equal, but they are not"),
+        ("W4A8_AWQ", drop(f"{E0}.down_proj.pre_quant_scale")(experts_of("W4A8_AWQ")),
+         f"{E0}.down_proj: pre_quant_scale is missing, TensorRT-LLM does not load the expert"),
+        ("W4A16_AWQ", experts_of("W4A16_AWQ"),
+         "model.layers.0.mlp.experts: TensorRT-LLM's experts with weights of 4 bits have inputs in FP8"),
+        ("FP8", experts_of("FP8") | {f"{E1}.up_proj.weight": zeros("BF16", 512, 256)},
+         "model.layers.1.mlp.experts: quantized only in part; TensorRT-LLM joins them into one layer"),
+        ("W4A16_AWQ", prefused_of("W4A16_AWQ"),
+         "model.layers.0.self_attn.qkv_proj: TensorRT-LLM takes the rows of query, key and value"),
+        ("W4A16_AWQ", prefused_of("W4A16_AWQ"), "in W4A16_AWQ a row holds two"),
+    ],
+)  # fmt: skip
+def test_broken_experts(tmp_path: Path, algo: str, made: Tensors, sentence: str) -> None:
+    found = problems(write(tmp_path / "c", made, said(algo)))["fused projections"]
+    assert any(sentence in problem for problem in found), found
+
+
 @pytest.mark.parametrize(
     ("changes", "rule", "sentence"),
     [
@@ -226,13 +313,10 @@ def test_recognition(tmp_path: Path) -> None:
     assert "hf_quant_config.json is missing: only newer releases read" in problems(path)["recognition"][0]
 
 
-def test_experts_and_routers_are_not_judged_by_the_rules_of_dense_layers(tmp_path: Path) -> None:
-    tensors = tensors_of("W4A16_AWQ")
-    for name in ("gate_proj", "up_proj"):
-        for suffix, tensor in linear("W4A16_AWQ", "o_proj", INNER, HIDDEN).items():
-            tensors[f"model.layers.0.mlp.experts.0.{name}.{suffix}"] = tensor
-    tensors["model.layers.0.mlp.gate.weight"] = zeros("BF16", 4, HIDDEN)
-    path = write(tmp_path / "c", tensors, said("W4A16_AWQ"))
+@pytest.mark.parametrize("algo", ["FP8", "W4A8_AWQ"])
+def test_routers_and_factors_of_experts_are_not_judged_by_the_rules_of_dense_layers(tmp_path: Path, algo: str) -> None:
+    tensors = experts_of(algo) | {"model.layers.0.mlp.gate.weight": zeros("BF16", 4, HIDDEN)}
+    path = write(tmp_path / "c", tensors, said(algo))
     assert problems(path, tensor_parallel_size=2) == {}
 
 

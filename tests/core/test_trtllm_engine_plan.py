@@ -9,16 +9,21 @@ from pathlib import Path
 import pytest
 
 from core.test_model import edit_config
+from tiny import save_checkpoint
 from trtbuild.checkpoint_files import open_directory
 from trtbuild.compat import facts
 from trtbuild.console import plan_text
 from trtbuild.convert.architectures import ARCHITECTURES
-from trtbuild.errors import CompatibilityError, RecipeError
+from trtbuild.errors import CompatibilityError, RecipeError, TrtbuildError
+from trtbuild.migrate.target import Target
 from trtbuild.model import read_facts
 from trtbuild.pipeline import prepare
 from trtbuild.plan import Plan, Source
 from trtbuild.planner import make_plan
+from trtbuild.recipe import json_schema
 from trtbuild.recipe_file import load_recipe
+from trtbuild.releases import lines
+from trtbuild.support import refused_in_line
 from trtbuild.toolchain import tool_versions
 from trtbuild.trtllm_build import arguments, choose, spec_from_json
 
@@ -43,9 +48,14 @@ def flags(plan: Plan) -> dict[str, str]:
 
 def test_the_default_plan(tiny_llama: Path, tmp_path: Path) -> None:
     plan = plan_for(tiny_llama, tmp_path)
-    assert origins(plan)["runtime.version"] == "default: the newest with a container; container 26.07"
+    assert origins(plan)["runtime.version"] == (
+        "default: the newest with a container; container 26.07; "
+        "flags of trtllm-build: 58fb435e, proven identical to 1.2.1"
+    )
     assert origins(plan)["target.gpu"] == "recipe; SM90"
-    assert (plan.value("serving.layout"), plan.value("deploy.files")) == ("ensemble", ("launch",))
+    assert (plan.value("serving.layout"), plan.value("deploy.files")) == (
+        "ensemble", ("dockerfile", "compose", "launch"),
+    )  # fmt: skip
     assert plan.step("evaluate").parameters["device"] == "auto"
     assert plan.estimates["kv_bytes_per_token"] == 2 * plan.facts.kv_elements_per_token
     engine = plan.step("engine").parameters
@@ -54,9 +64,41 @@ def test_the_default_plan(tiny_llama: Path, tmp_path: Path) -> None:
         "max_batch_size": "8", "max_seq_len": "512", "max_input_len": "511", "max_num_tokens": "4096",
         "max_beam_width": "1", "kv_cache_type": "paged", "tokens_per_block": "32", "use_paged_context_fmha": "enable",
         "use_fp8_context_fmha": "disable", "gemm_plugin": "auto", "input_timing_cache": "/build/timing.cache",
-        "output_timing_cache": "/build/timing.cache", "workers": "1", "monitor_memory": "",
+        "output_timing_cache": "/build/timing.new", "workers": "1", "monitor_memory": "",
     }  # fmt: skip
-    assert any("not proven identical to 1.2.1" in warning for warning in plan.warnings)
+    assert not any("proven" in warning for warning in plan.warnings)
+
+
+def test_older_releases_are_planned_with_their_own_facts(tiny_llama: Path, tmp_path: Path) -> None:
+    """0.20 and 0.21 build engines; what was not read of them is said, what they do not have is refused."""
+    plan = plan_for(tiny_llama, tmp_path, "runtime.version=0.21.0", "compress.format=int4_awq")
+    assert plan.step("engine").parameters["container"] == "25.08"
+    assert origins(plan)["runtime.version"].endswith("flags of trtllm-build: b8e38f9c, proven identical to 0.21.0")
+    sentence = "TensorRT-LLM 0.21.0: the inputs of its backend are taken from releases before and after it"
+    assert any(sentence in warning for warning in plan.warnings)
+    for changes, refusal in (
+        (("compress.format=fp8", "target.gpu=B200"), "TensorRT-LLM 0.20 lists FP8 for SM89, SM90 only"),
+        (
+            ("runtime.extra.log_level=trace",),
+            "'trace' is not allowed by trtllm-build 0.20; write one of internal_error",
+        ),
+    ):
+        with pytest.raises(TrtbuildError) as caught:
+            plan_for(tiny_llama, tmp_path, "runtime.version=0.20.0", *changes)
+        assert refusal in str(caught.value)
+
+
+def test_classes_that_a_release_or_format_does_not_have(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
+    edit_config(checkpoint, architectures=["Qwen3ForCausalLM"], model_type="qwen3")
+    plan_for(checkpoint, tmp_path, "runtime.version=1.0.0")
+    with pytest.raises(TrtbuildError) as caught:
+        plan_for(checkpoint, tmp_path, "runtime.version=0.21.0")
+    assert "TensorRT-LLM 0.21 builds no engines of Qwen3ForCausalLM, 1.0 is the first" in str(caught.value)
+    line = lines()[-1]
+    assert refused_in_line(line, "Qwen2MoeForCausalLM", "FP8") is None
+    refusal = "TensorRT-LLM's own class for Qwen2MoeForCausalLM cannot load W4A16_AWQ experts"
+    assert refused_in_line(line, "Qwen2MoeForCausalLM", "W4A16_AWQ") == refusal
 
 
 def test_everything_that_decides_the_engine_arrives(tiny_llama: Path, tmp_path: Path) -> None:
@@ -111,6 +153,7 @@ def test_what_the_server_reads(tiny_llama: Path, tmp_path: Path) -> None:
     assert engine["runtime"]["capacity_scheduler_policy"] == "MAX_UTILIZATION"
     assert engine["more"] == {
         "kv_cache_host_memory_bytes": 1024, "max_attention_window_size": [64, 512], "cuda_graph_mode": True,
+        "backend": "tensorrtllm",
     }  # fmt: skip
 
 
@@ -136,21 +179,30 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
     ("overrides", "sentence"),
     [
         (["runtime.version=1.3.0rc22"], "TensorRT-LLM 1.3.0rc22 builds no engines, the last that did is 1.3.0rc20; us"),
-        (["runtime.version=0.21.0"], "runtime.version: the flags of trtllm-build 0.21.0 are not known; known are 1.2"),
-        (["runtime.version=1.3.0rc5"], "runtime.version: the flags of trtllm-build 1.3.0rc5 are not known"),
+        (
+            ["runtime.version=0.19.0"],
+            "its backend calls the inputs seed and min_tokens random_seed and min_length, which the models that",
+        ),
+        (
+            ["runtime.version=1.3.0rc5"],
+            "runtime.version: no Triton container has TensorRT-LLM 1.3.0rc5, and engines are",
+        ),
         (
             ["runtime.version=1.2.9", "runtime.allow_unknown_version=true"],
             "no Triton container has TensorRT-LLM 1.2.9, and engines are built and served in one; use 1.2.1",
         ),
         (["serving.layout=llm"], "serving.layout: llm: TensorRT engines are served by the five models of layout ensem"),
-        (["deploy.files=[compose, launch]"], "deploy.files: compose: this version of trtbuild writes a launch script"),
-        (["model.adapters=[a]"], "model.adapters: this version of trtbuild packages no adapters for engines"),
+        (["serving.model_py=upstream"], "serving.model_py: upstream: only the runtime trtllm has it; remove it"),
+        (
+            ["serving.layout=tokens", "serving.default_max_tokens=5"],
+            "serving.default_max_tokens: nothing of layout tokens heeds it: every request says request_output_len; rem",
+        ),
+        (["model.adapters=[a]"], "runtime.lora_config.max_lora_rank: is not set; an adapter of a higher rank than"),
         (["runtime.device=cpu"], "runtime.device: cpu: only the embedded runtime has it; use auto"),
-        (["compress.max_memory=8GiB"], "compress.max_memory: 8GiB: this version of trtbuild holds the model in memory"),
         (["runtime.attn_backend=FLASHINFER"], "runtime.attn_backend: TensorRT engines have no counterpart of it; remo"),
         (["runtime.enable_attention_dp=true"], "runtime.enable_attention_dp: TensorRT engines have no counterpart"),
         (["runtime.context_parallel_size=2"], "the conversion divides models over tensor and pipeline ranks only"),
-        (["runtime.guided_decoding_backend=xgrammar"], "the C++ backend wants a file on the tokenizer that trtbuild"),
+        (["runtime.guided_decoding_backend=llguidance"], "llguidance: the backends of TensorRT engines know xgrammar"),
         (["target.gpu=H1000"], "target.gpu: 'H1000' is no known GPU; did you mean H100"),
         (["target.gpu=A100", "compress.format=fp8"], "compress.format: fp8 does not run on A100 (SM80): TensorRT-LLM"),
         (["target.gpu=A100", "compress.kv_cache=fp8"], "an FP8 KV cache needs compute capability 8.9, the target has"),
@@ -162,9 +214,8 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
         ),
         (["compress.format=int4_awq", "compress.group_size=32"], "TensorRT-LLM's INT4 kernels take groups of 64 or 12"),
         (["runtime.pipeline_parallel_size=9"], "9 is more than the model's 3 layers; use at most 3"),
-        (["runtime.pipeline_parallel_size=2"], "2 does not divide the model's 3 layers; use one of 1, 3"),
         (["speculative.method=ngram"], "speculative.method: ngram: trtllm-build has no such mode; use none, or runtim"),
-        (["speculative.method=medusa"], "medusa: this version of trtbuild cannot build an engine with drafts (trtllm-"),
+        (["speculative.method=eagle3"], "speculative.method: eagle3: trtllm-build has no such mode; use none, or runt"),
         (
             ["speculative.method=medusa", "runtime.pipeline_parallel_size=3"],
             "speculative decoding does not run with pipeline_parallel_size 3; use tensor_parallel_size instead",
@@ -172,6 +223,10 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
         (
             ["runtime.pipeline_parallel_size=3", "compress.format=fp8", "compress.exclude=['*.1.mlp.*']"],
             "compress.exclude: leaves out other layers in some of 3 pipeline stages, which TensorRT-LLM cannot be told",
+        ),
+        (
+            ["runtime.pipeline_parallel_size=2", "compress.format=fp8", "compress.exclude=['*.2.mlp.*']"],
+            "compress.exclude: leaves out other layers in some of 2 pipeline stages, which TensorRT-LLM cannot be told",
         ),
         (["speculative.draft=x"], "speculative.draft: x: of no use without a speculative.method; remove it"),
         (
@@ -189,6 +244,20 @@ def test_what_engines_do_not_do(tiny_llama: Path, tmp_path: Path, overrides: lis
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
+        (
+            ["serving.gpu_device_ids=[[0], [1]]", "serving.communication_mode=leader"],
+            "serving.communication_mode: leader: 2 instances of an engine (serving.gpu_device_ids) have no common",
+        ),
+        (
+            ["serving.gpu_device_ids=[[0], [1]]", "serving.backend=python"],
+            "serving.gpu_device_ids: names GPUs for 2 instances, and the container's python model reads one list o",
+        ),
+        (["serving.gpu_device_ids=[[0, 1]]"], "serving.gpu_device_ids.0: names 2 GPUs, and one engine takes 1 (tensor"),
+        (
+            ["runtime.tensor_parallel_size=2", "serving.gpu_device_ids=[[3, 3]]"],
+            "serving.gpu_device_ids.0: [3, 3] names a GPU twice; give each rank a GPU of its own",
+        ),
+        (["serving.layout=tokens", "serving.model_name=chat"], "'chat': the model of layout tokens has a fixed name"),
         (["target.gpu=null"], "target.gpu: is missing, and an engine is built for one GPU architecture; name the GPU"),
         (["runtime.extra.gemm_plugins=auto"], "is no flag of trtllm-build 1.2; did you mean gemm_plugin?"),
         (["runtime.extra.kv_cache_config={}"], "runtime.extra.kv_cache_config: is no flag of trtllm-build 1.2"),
@@ -202,7 +271,7 @@ def test_what_engines_do_not_do(tiny_llama: Path, tmp_path: Path, overrides: lis
             "1 is not allowed by trtllm-build 1.2; write true, or leave it out",
         ),
         (["runtime.extra.opt_num_tokens=0"], "0 is not allowed by trtllm-build 1.2; write a whole number above 0"),
-        (["runtime.extra.log_level=3"], "3 is not allowed by trtllm-build 1.2; write a word"),
+        (["runtime.extra.log_level=3"], "3 is not allowed by trtllm-build 1.2; write one of internal_error, error"),
         (["runtime.extra.max_seq_len=64"], "runtime.extra.max_seq_len: the recipe says it in runtime.max_seq_len; set"),
         (["runtime.extra.max_beam_width=4"], "the package's models answer with one beam; remove it"),
         (["runtime.extra.context_fmha=disable"], "in-flight batching needs it as it is; remove it"),
@@ -222,9 +291,10 @@ def test_mistakes(tiny_llama: Path, tmp_path: Path, overrides: list[str], senten
 
 
 def test_stages_may_leave_out_the_same_layers(tiny_llama: Path, tmp_path: Path) -> None:
-    plan_for(
-        tiny_llama, tmp_path, "runtime.pipeline_parallel_size=3", "compress.format=fp8", "compress.exclude=['*.mlp.*']"
-    )
+    """Of three layers on two stages, the second is alone in its place; the others are first in theirs."""
+    for size, pattern in ((3, "*.mlp.*"), (2, "*.1.mlp.*"), (2, "*.[02].mlp.*")):
+        stages, exclude = f"runtime.pipeline_parallel_size={size}", f"compress.exclude=['{pattern}']"
+        plan_for(tiny_llama, tmp_path, stages, "compress.format=fp8", exclude)
 
 
 def test_what_the_conversion_would_refuse_is_refused_before_anything_is_compressed(
@@ -234,8 +304,8 @@ def test_what_the_conversion_would_refuse_is_refused_before_anything_is_compress
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"schema_version: 1\nmodel: {{path: {checkpoint}}}\n{RUNTIME}")
     assert prepare(recipe).plan.value("runtime.kind") == "trtllm-engine"
-    edit_config(checkpoint, rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0})
-    with pytest.raises(CompatibilityError, match="yarn"):
+    edit_config(checkpoint, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0})
+    with pytest.raises(CompatibilityError, match="dynamic"):
         prepare(recipe)
     assert prepare(recipe, ["runtime.kind=trtllm"]).plan.value("runtime.kind") == "trtllm"
 
@@ -251,3 +321,43 @@ def test_architectures(tiny_llama: Path, tmp_path: Path) -> None:
     edit_config(checkpoint, architectures=["Phi3ForCausalLM"], model_type="phi3")
     with pytest.raises(CompatibilityError, match="3: TensorRT-LLM cannot split Phi3ForCausalLM over pipeline stages"):
         plan_for(checkpoint, tmp_path, "runtime.pipeline_parallel_size=3")
+
+
+def test_where_the_engine_is_built(tiny_llama: Path, tmp_path: Path) -> None:
+    plan, named = plan_for(tiny_llama, tmp_path), plan_for(tiny_llama, tmp_path, "runtime.build_in=podman")
+    assert (plan.value("runtime.build_in"), origins(plan)["runtime.build_in"]) == ("auto", "default")
+    assert (named.value("runtime.build_in"), origins(named)["runtime.build_in"]) == ("podman", "--set")
+    assert plan.digest == named.digest, "who builds an engine decides nothing of it"
+    with pytest.raises(RecipeError, match="runtime.build_in: 'slrum' is not allowed; .*; did you mean slurm"):
+        plan_for(tiny_llama, tmp_path, "runtime.build_in=slrum")
+    for kind in ("trtllm", "embedded"):
+        with pytest.raises(CompatibilityError, match="build_in: docker: only the runtime trtllm-engine has it"):
+            plan_for(tiny_llama, tmp_path, f"runtime.kind={kind}", "runtime.build_in=docker")
+        assert Target(kind).refuses("runtime.build_in", "docker") == "only TensorRT engines are built"
+    assert Target("trtllm-engine").refuses("runtime.build_in", "docker") is None
+    described = json_schema()["$defs"]["Runtime"]["properties"]["build_in"]
+    assert described["enum"] == ["auto", "docker", "podman", "enroot", "slurm", "script"]
+    assert "engine/build.sh" in described["description"]
+
+
+def test_quality_is_measured_with_the_scales_of_the_engine(tiny_llama: Path, tmp_path: Path) -> None:
+    """Only FP8 has them, only for TensorRT-LLM; each runtime joins in its own way."""
+
+    def joined(*overrides: str) -> object:
+        return plan_for(tiny_llama, tmp_path, *overrides).step("evaluate").parameters.get("joined_scales")
+
+    assert joined("compress.format=fp8") == {"gate_up": True, "kv_cache": True, "intermediate": "float32"}
+    apart = joined("compress.format=fp8", "runtime.extra.use_fused_mlp=disable")
+    assert apart == {"gate_up": False, "kv_cache": True, "intermediate": "float32"}
+    api = joined("runtime.kind=trtllm", "compress.format=fp8")
+    assert api == {"gate_up": True, "kv_cache": False, "intermediate": "bfloat16"}
+    for kind in ("trtllm", "trtllm-engine"):
+        assert joined(f"runtime.kind={kind}") is None
+        assert joined(f"runtime.kind={kind}", "compress.format=int4_awq", "compress.group_size=64") is None
+    assert joined("runtime.kind=embedded", "target.gpu=null", "compress.format=fp8") is None
+
+
+def test_gate_and_up_of_gemma_stay_apart(tmp_path: Path) -> None:
+    """Its activation is none that trtllm-build joins them for."""
+    plan = plan_for(save_checkpoint(tmp_path / "gemma", "gemma2"), tmp_path, "compress.format=fp8")
+    assert plan.step("evaluate").parameters["joined_scales"]["gate_up"] is False

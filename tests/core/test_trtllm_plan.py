@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from core.test_model import edit_config
+from tiny import save_checkpoint
 from trtbuild.adapters import trtllm
 from trtbuild.checkpoint_files import open_directory
 from trtbuild.console import plan_text
@@ -53,7 +54,7 @@ def test_the_default_plan(tiny_llama: Path, tmp_path: Path) -> None:
     assert origins(plan)["runtime.stream_interval"] == "default of TensorRT-LLM 1.2.1"
     assert origins(plan)["runtime.max_num_tokens"] == "default of TensorRT-LLM 1.2.1"
     assert (plan.value("target.count"), plan.value("runtime.kv_cache.max_tokens")) == (1, None)
-    assert plan.value("deploy.files") == ()
+    assert plan.value("deploy.files") == ("dockerfile", "compose", "launch")
     evaluate = plan.step("evaluate").parameters
     assert (evaluate["device"], evaluate["kv_cache_dtype"]) == ("auto", "auto")
     assert plan.estimates["kv_bytes_per_token"] == 2 * plan.facts.kv_elements_per_token
@@ -227,13 +228,19 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
             "27.01: there is no Triton image 27.01-trtllm-python-py3 in compatibility data; near",
         ),
         (
-            ["deploy.files=[compose]"],
-            "deploy.files: compose: this version of trtbuild has no deployment files for trtllm",
+            ["deploy.files=[compose, launch]", "runtime.version=1.4.0rc1"],
+            "deploy.files: compose, launch: no Triton container has TensorRT-LLM 1.4.0rc1; remove it, or use a release",
         ),
         (
             ["compress.format=fp8", "compress.exclude=['*.1.self_attn.q_proj']"],
             "compress.exclude: names model.layers.1.self_attn.q_proj, but not model.layers.1.self_attn.k_proj: Tensor",
         ),
+        (["serving.backend=python"], "serving.backend: python: only the runtime trtllm-engine has it; remove it"),
+        (
+            ["serving.communication_mode=leader"],
+            "serving.communication_mode: leader: only the runtime trtllm-engine ha",
+        ),
+        (["serving.layout=tokens"], "serving.layout: tokens: the LLM API is served by one model; use llm"),
         (["runtime.device=cpu"], "runtime.device: cpu: only the embedded runtime has it; use auto"),
         (
             ["runtime.compute_dtype=float32"],
@@ -241,7 +248,6 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
         ),
         (["runtime.weights=packed"], "runtime.weights: packed: only the embedded runtime has it; use auto"),
         (["serving.layout=ensemble"], "serving.layout: ensemble: the LLM API is served by one model; use llm"),
-        (["compress.max_memory=8GiB"], "compress.max_memory: 8GiB: this version of trtbuild holds the model in memory"),
         (["target.gpu=H1000"], "target.gpu: 'H1000' is no known GPU; did you mean H100"),
         (
             ["target.gpu=V100"],
@@ -425,7 +431,7 @@ def test_a_release_without_a_default(tiny_llama: Path, tmp_path: Path) -> None:
 def test_the_version_decides_the_engine_and_nothing_before(tiny_llama: Path, tmp_path: Path) -> None:
     first, second = (plan_for(tiny_llama, tmp_path, f"runtime.version={version}") for version in ("1.2.1", "1.4.0rc1"))
     changed = {step.kind for step in first.steps if step != second.step(step.kind)}
-    assert changed == {"engine"}
+    assert changed == {"engine", "deploy"}
 
 
 def test_what_runs_where(tiny_llama: Path, tmp_path: Path) -> None:
@@ -468,3 +474,18 @@ def test_a_release_without_engines(tiny_llama: Path, tmp_path: Path) -> None:
     assert found["columns"] == ("1.4.0rc1 engine", "1.4.0rc1 LLM API")
     assert {row["cells"][0]["status"] for row in found["rows"]} == {"not available"}
     assert found["rows"][0]["cells"][0]["detail"] == "engines ended with 1.3.0rc20"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("mixtral", "int4_awq: TensorRT-LLM's experts with weights of 4 bits have inputs in FP8"),
+        ("phi3", "int4_awq: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output"),
+    ],
+)
+def test_weights_of_4_bits_that_would_not_load(name: str, sentence: str, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / name, name)
+    with pytest.raises(CompatibilityError) as caught:
+        plan_for(checkpoint, tmp_path, "compress.format=int4_awq", "compress.group_size=64")
+    assert sentence in str(caught.value)
+    plan_for(checkpoint, tmp_path, "compress.format=fp8")

@@ -1,19 +1,19 @@
-"""Arguments of ``trtllm-build``, the script that runs it (with stand-ins for container tools), and the read-back."""
+"""Arguments of ``trtllm-build``, and what a built engine is held against."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import tomllib
+import re
 from dataclasses import replace
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from trtbuild.adapters.trtllm_engine import RECORD, build_script, check_engine
+from trtbuild.adapters.trtllm_engine import RECORD, check_engine
+from trtbuild.build_flags import FlagTable, flag_table, flag_tables
+from trtbuild.compat import facts
 from trtbuild.errors import CompatibilityError
+from trtbuild.releases import lines
 from trtbuild.trtllm_build import (
     EngineSpec,
     Limits,
@@ -21,8 +21,6 @@ from trtbuild.trtllm_build import (
     Speculation,
     arguments,
     choose,
-    release_line,
-    release_lines,
 )
 
 LIMITS = Limits(max_batch_size=64, max_seq_len=4096, max_num_tokens=8192)
@@ -30,7 +28,6 @@ SPEC = EngineSpec(
     version="1.2.1", architecture="LlamaForCausalLM", format="FP8", kv_cache="FP8", gpu=90, tp_size=2, pp_size=1,
     limits=LIMITS,
 )  # fmt: skip
-IMAGE = "nvcr.io/nvidia/tritonserver:26.04-trtllm-python-py3"
 
 
 def values(spec: EngineSpec) -> dict[str, str]:
@@ -44,7 +41,7 @@ def test_the_whole_argument_list_of_fp8_llama_on_two_gpus() -> None:
         "--max_beam_width", "1", "--kv_cache_type", "paged", "--tokens_per_block", "32",
         "--use_paged_context_fmha", "enable", "--use_fp8_context_fmha", "enable", "--gemm_plugin", "disable",
         "--reduce_fusion", "enable", "--user_buffer", "enable",
-        "--input_timing_cache", "/build/timing.cache", "--output_timing_cache", "/build/timing.cache",
+        "--input_timing_cache", "/build/timing.cache", "--output_timing_cache", "/build/timing.new",
         "--workers", "2", "--monitor_memory",
     )  # fmt: skip
     assert all(choice.reason for choice in choose(SPEC))
@@ -90,7 +87,7 @@ def test_what_is_left_out() -> None:
         ({"speculation": Speculation(mode="mtp", max_draft_len=3)}, "--speculative_decoding_mode mtp is not one of"),
         ({"sparse": True, "gpu": 75, "format": None, "kv_cache": None}, "2:4 sparsity needs compute capability 8.0"),
         ({"version": "1.3.0rc21"}, "the flags of trtllm-build 1.3.0rc21 are not known"),
-        ({"version": "0.16.0"}, "known are 1.2"),
+        ({"version": "0.16.0"}, "known are 0.17 to 1.3rc"),
         ({"version": "newest"}, "is no TensorRT-LLM version"),
     ],
 )
@@ -100,17 +97,88 @@ def test_refused(changes: dict[str, Any], sentence: str) -> None:
     assert sentence in str(caught.value)
 
 
-def test_every_flag_has_a_source_and_every_default_is_allowed() -> None:
-    for line in release_lines():
-        assert all("@" in source and len(source.rpartition("@")[2]) == 40 for source in line["sources"])
-        assert line["date"].year >= 2026
-        for flags in (line["build"], line["plugin"]):
-            for name, flag in flags.items():
-                assert flag["kind"] in {"value", "switch", "list", "plugin"}, name
-                assert flag["kind"] != "plugin" or flag["default"] in flag["allowed"], name
-    assert release_line("1.2.0rc7")["name"] == release_line("1.0.0")["name"] == "1.2"
-    path = Path(release_line.__globals__["_FLAGS"])
-    assert tomllib.loads(path.read_text(encoding="utf-8"))
+OLDER = [table for table in flag_tables() if table.name != "1.2"]
+
+
+def test_lines_and_tables_of_flags_belong_together() -> None:
+    """Every line with engines has one table, whose releases are its own; every row of a flag names tables in order."""
+    tables = flag_tables()
+    covered = [name for table in tables for name in table.lines]
+    assert covered == [line.name for line in lines() if "engine" in line.flows]
+    names = [table.name for table in tables]
+    for table in tables:
+        assert re.fullmatch(r"[0-9a-f]{40}", table.commit)
+        assert table.proof
+        assert table.date.year >= 2026
+        for release in table.releases:
+            assert flag_table(release) is table
+        # What was read for a release is the page of that release; everything else says that it is nearest.
+        assert bool(table.releases) == (table.repo == "NVIDIA/TensorRT-LLM")
+        assert not table.releases or table.path == f"{table.releases[-1]}/commands/trtllm-build.html"
+    for part in ("build", "plugin"):
+        for name, rows in facts("build_flags")[part].items():
+            ends = [(names.index(row.get("from", names[0])), names.index(row.get("to", names[-1]))) for row in rows]
+            assert all(first <= last for first, last in ends), name
+            assert all(one[1] + 1 == other[0] for one, other in pairwise(ends)), name
+
+
+def test_every_default_of_a_flag_is_allowed() -> None:
+    for table in flag_tables():
+        for name, flag in table.flags.items():
+            assert flag.kind in {"number", "text", "path", "choice", "switch", "list"}, name
+            assert bool(flag.allowed) == (flag.kind == "choice") or flag.kind == "list", name
+            assert flag.default is None or flag.kind != "choice" or flag.default in flag.allowed, name
+            assert flag.default is None or (flag.kind == "number") == isinstance(flag.default, int), name
+
+
+def test_flags_of_releases() -> None:
+    """A sample of what changed, against upstream's pages of 0.18.2, 0.19.0, 0.21.0, 1.1.0 and 1.2.1."""
+    found = {table.name: table.flags for table in flag_tables()}
+    assert {name: len(flags) for name, flags in found.items()} == {
+        "0.17": 66, "0.18": 66, "0.19": 70, "0.20": 70, "0.21": 70, "1.0": 70, "1.1": 70, "1.2": 67, "1.3rc": 67,
+    }  # fmt: skip
+    assert (found["0.18"]["tokens_per_block"].default, found["0.19"]["tokens_per_block"].default) == (64, 32)
+    for name in ("use_paged_context_fmha", "use_fp8_context_fmha"):
+        assert (found["0.18"][name].default, found["0.19"][name].default) == ("disable", "enable")
+    assert "nvfp4" not in found["0.17"]["gemm_plugin"].allowed
+    assert "trace" not in found["0.20"]["log_level"].allowed
+    assert "trace" in found["0.21"]["log_level"].allowed
+    assert {"auto_parallel", "gpus_per_node", "cluster_key"} == set(found["1.1"]) - set(found["1.2"])
+    assert found["1.2"]["max_num_tokens"].default == 8192
+    assert {flag.plugin for flag in (found["1.2"]["gemm_plugin"], found["1.2"]["workers"])} == {True, False}
+    assert flag_table("1.2.0").note("1.2.0") == "flags of trtllm-build: 58fb435e, proven identical to 1.2.0"
+    assert flag_table("1.2.0rc7").note("1.2.0rc7").endswith("not proven identical to 1.2.0rc7")
+    assert flag_table("0.17.0").note("0.17.0") == "flags of trtllm-build: be178810, not proven identical to 0.17.0"
+
+
+@pytest.mark.parametrize("table", OLDER, ids=lambda table: table.name)
+def test_every_argument_of_ours_exists_in_every_line(table: FlagTable) -> None:
+    """The choice is made of flags that all lines have, with values that each line allows."""
+    version = table.releases[0] if table.releases else {"0.17": "0.17.0", "1.3rc": "1.3.0rc3"}[table.name]
+    spec = replace(
+        SPEC, version=version, tp_size=2, multiple_profiles=True, gather_generation_logits=True, experts=True
+    )
+    drafts = Speculation(mode="medusa", max_draft_len=3)
+    for one in (spec, replace(spec, format=None, kv_cache=None, sparse=True), replace(spec, speculation=drafts)):
+        assert {row.flag for row in choose(one)} <= set(table.flags)
+    with pytest.raises(CompatibilityError, match=f"trtllm-build {table.name} has no flag --nonsense$"):
+        choose(replace(spec, extra={"nonsense": ("1",)}))
+
+
+@pytest.mark.parametrize(
+    ("version", "extra", "sentence"),
+    [
+        ("1.2.1", {"cluster_key": ("L4",)}, "trtllm-build 1.2 has no flag --cluster_key, 0.17 to 1.1 have it"),
+        ("0.18.2", {"dora_plugin": ("enable",)}, "trtllm-build 0.18 has no flag --dora_plugin, 0.19 to 1.3rc have it"),
+        ("0.17.0", {"gemm_plugin": ("nvfp4",)}, "trtllm-build 0.17: --gemm_plugin nvfp4 is not one of auto"),
+        ("0.20.0", {"log_level": ("trace",)}, "trtllm-build 0.20: --log_level trace is not one of"),
+        ("1.2.1", {"lora_target_modules": ("attn_q", "nose")}, "--lora_target_modules nose is none of attn_qkv"),
+    ],
+)
+def test_flags_of_other_lines_are_refused(version: str, extra: dict[str, tuple[str, ...]], sentence: str) -> None:
+    with pytest.raises(CompatibilityError) as caught:
+        choose(replace(SPEC, version=version, extra=extra))
+    assert sentence in str(caught.value)
 
 
 def engine_config(spec: EngineSpec) -> dict[str, Any]:
@@ -149,89 +217,3 @@ def test_read_back() -> None:
     assert [p.path for p in check_engine(engine_config(drafts), record, drafts)] == [
         "config.json: build_config.max_seq_len"
     ]
-
-
-class Host:
-    """A machine with stand-ins for nvidia-smi and docker; docker's records its arguments and makes an engine."""
-
-    def __init__(self, path: Path, *, gpus: str = "9.0\n9.0", tools: tuple[str, ...] = ("docker",)) -> None:
-        self.path, self.log = path, path / "log"
-        self.bin = path / "bin"
-        self.bin.mkdir(parents=True)
-        (path / "check point").mkdir()
-        (path / "check point" / "config.json").write_text("{}")
-        self._tool("nvidia-smi", f"printf '%s\\n' '{gpus}'")
-        for tool in tools:
-            self._tool(tool, self._container())
-
-    def _tool(self, name: str, body: str) -> None:
-        script = self.bin / name
-        script.write_text(f"#!/bin/sh\n{body}\n")
-        script.chmod(0o755)
-
-    def _container(self) -> str:
-        made = "$(printf '%s\\n' \"$@\" | sed -n 's|^\\(.*\\):/build$|\\1|p')/engine.part"
-        return (
-            f'printf "%s\\n" "$0" "$@" >>{self.log}\n'
-            f'case "$1" in import) touch "$3"; exit 0;; esac\n'
-            f'[ -z "${{FAIL:-}}" ] || exit 9\nmkdir -p "{made}"\necho "{{}}" >"{made}/config.json"'
-        )
-
-    def run(self, script: str, *extra: str, **env: str) -> subprocess.CompletedProcess[str]:
-        (self.path / "build.sh").write_text(script)
-        system = os.pathsep.join(p for p in ("/usr/bin", "/bin"))
-        environment = {"PATH": f"{self.bin}{os.pathsep}{system}", **env}
-        command = ["/bin/sh", str(self.path / "build.sh"), str(self.path / "check point"), str(self.path / "engine")]
-        return subprocess.run([*command, *extra], env=environment, capture_output=True, text=True, check=False)
-
-
-SCRIPT = build_script(SPEC, image=IMAGE, name="it's")
-
-
-def test_the_script_builds_once(tmp_path: Path) -> None:
-    host = Host(tmp_path / "host")
-    done = host.run(SCRIPT, "docker")
-    assert (done.returncode, done.stdout.strip()) == (0, str(host.path / "engine")), done.stderr
-    called = host.log.read_text().splitlines()
-    assert called[called.index("trtllm-build") - 1] == IMAGE
-    assert tuple(called[called.index("trtllm-build") + 1 :]) == arguments(
-        choose(SPEC), "/checkpoint", "/build/engine.part"
-    )
-    assert f"{host.path}/check point:/checkpoint:ro" in called
-    record = json.loads((host.path / "engine" / RECORD).read_text())
-    assert check_engine(engine_config(SPEC), record, SPEC) == ()
-    again = host.run(SCRIPT, "docker")
-    assert again.returncode == 0
-    assert host.log.read_text().splitlines() == called
-
-
-def test_the_script_starts_over_after_a_failure(tmp_path: Path) -> None:
-    host = Host(tmp_path / "host")
-    assert host.run(SCRIPT, "docker", FAIL="1").returncode == 9
-    assert not (host.path / "engine").exists()
-    assert host.run(SCRIPT, "docker").returncode == 0
-    assert (host.path / "engine" / "config.json").exists()
-
-
-def test_enroot_imports_the_image_once(tmp_path: Path) -> None:
-    host = Host(tmp_path / "host", tools=("enroot",))
-    assert host.run(SCRIPT, "enroot").returncode == 0
-    called = host.log.read_text().splitlines()
-    assert "docker://nvcr.io#nvidia/tritonserver:26.04-trtllm-python-py3" in called
-    assert called.count("import") == 1
-
-
-@pytest.mark.parametrize(
-    ("gpus", "extra", "code", "sentence"),
-    [
-        ("8.9\n8.9", ("docker",), 6, "have compute capability 8.9, this engine is for 9.0"),
-        ("9.0", ("docker",), 6, "2 ranks need as many GPUs, there are 1"),
-        ("9.0\n9.0", ("lxc",), 2, "lxc is none of docker, podman, enroot"),
-    ],
-)
-def test_the_script_refuses(gpus: str, extra: tuple[str, ...], code: int, sentence: str, tmp_path: Path) -> None:
-    host = Host(tmp_path / "host", gpus=gpus)
-    done = host.run(SCRIPT, *extra)
-    assert done.returncode == code
-    assert sentence in done.stderr
-    assert not (host.path / "engine").exists()

@@ -297,6 +297,6 @@ def test_all_problems_are_reported_at_once() -> None:
 
 
 @pytest.mark.parametrize("runtime", ["trtllm", "trtllm-engine"])
-def test_a_runtime_without_a_serve_image_is_refused(tmp_path: Path, runtime: str) -> None:
-    with pytest.raises(CompatibilityError, match=f"no serve image for the runtime '{runtime}'"):
+def test_a_runtime_without_its_container_is_refused(tmp_path: Path, runtime: str) -> None:
+    with pytest.raises(CompatibilityError, match=f"the runtime '{runtime}' needs a container and a"):
         write_deploy(replace(SPEC, runtime=runtime), tmp_path)

@@ -50,6 +50,20 @@ def test_unchanged_model_scores_as_the_original(source: Path, make_engine: MakeE
     json.dumps(result, allow_nan=False)
 
 
+def test_the_report_says_how_scales_were_joined(source: Path, make_engine: MakeEngine) -> None:
+    joined = {"gate_up": True, "kv_cache": True, "intermediate": "float32"}
+    engine = make_engine()
+    short = {"tokens": 64, "length": 32}
+    how = run(request(source, engine, joined_scales=joined, **short), silent)["how"]
+    assert "scales of joined projections (query, key and value, gate and up) brought to the largest" in how
+    assert "rounded again through float32; keys and values with the larger of their scales, against" in how
+    api = joined | {"gate_up": False, "kv_cache": False, "intermediate": "bfloat16"}
+    how = run(request(source, engine, joined_scales=api, **short), silent)["how"]
+    assert "(query, key and value, gate and up of experts) brought to the largest" in how
+    assert "rounded again through bfloat16, against" in how
+    assert "joined" not in run(request(source, engine, **short), silent)["how"]
+
+
 def test_changed_weights_score_as_transformers_says(source: Path, make_engine: MakeEngine) -> None:
     """The numbers equal those of another program: Transformers on the changed weights, in float64."""
     import torch

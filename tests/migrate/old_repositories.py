@@ -1,9 +1,13 @@
 """Older model repositories, written from upstream's names: every parameter of its templates, and how each is declared.
 
 Facts from config.pbtxt of the five models, read at
-- 0.17: triton-inference-server/tensorrtllm_backend v0.17.0 (368eea9b), all_models/inflight_batcher_llm/
-- 1.0: NVIDIA/TensorRT-LLM @2a9abd95, triton_backend/all_models/inflight_batcher_llm/ (the stored version before 1.0.0)
-- 1.2: the same path @0c8de69a (tensorrt_llm), @08dc37e3 (preprocessing), @89fd9b74, @0193dbd4
+- 0.17: triton-inference-server/tensorrtllm_backend, tag v0.17.0 (368eea9b), all_models/inflight_batcher_llm/
+- 0.19: the same path at tag v0.19.0 (c1e1963)
+- 1.0: NVIDIA/TensorRT-LLM @2a9abd95, triton_backend/all_models/inflight_batcher_llm/, the stored version before 1.0.0.
+  The parameters are those of tag v0.19.0 and of branch r25.05 (c2e65b8), which came before it
+- 1.2: what 1.0 and 1.3.0rc3 enclose; the latter is nctu6/vllm-tensorrt @5978a465, third_party/tensorrt_llm/, whose
+  version.py says 1.3.0rc3. It has one parameter more than 1.0, enable_trt_overlap, which @0c8de69a has too
+- newest: NVIDIA/TensorRT-LLM @0c8de69a (tensorrt_llm), @08dc37e3 (preprocessing), @89fd9b74, @0193dbd4
 """
 
 from __future__ import annotations
@@ -82,6 +86,13 @@ PARAMETERS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "ensemble": {},
         "tensorrt_llm_bls": _BLS,
     },
+    "0.19": {
+        "tensorrt_llm": _ENGINE_017 | _LATER,
+        "preprocessing": _PRE | {"multimodal_model_path": "/visual"},
+        "postprocessing": _POST,
+        "ensemble": {},
+        "tensorrt_llm_bls": _BLS,
+    },
     "1.0": {
         "tensorrt_llm": _ENGINE_017 | _LATER,
         "preprocessing": _PRE | {"multimodal_model_path": "/visual"},
@@ -90,6 +101,13 @@ PARAMETERS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "tensorrt_llm_bls": _BLS,
     },
     "1.2": {
+        "tensorrt_llm": _ENGINE_017 | _LATER | {"enable_trt_overlap": "true"},
+        "preprocessing": _PRE | {"multimodal_model_path": "/visual"},
+        "postprocessing": _POST,
+        "ensemble": {},
+        "tensorrt_llm_bls": _BLS,
+    },
+    "newest": {
         "tensorrt_llm": _ENGINE_017 | _LATER | {"enable_trt_overlap": "true"},
         "preprocessing": _PRE | {"multimodal_model_path": "/visual", "hf_model_path": "/hf"},
         "postprocessing": _POST,

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from migrate.old_repositories import write_repository
 from migrate.test_old_deployments import write_engine
+from trtbuild.build_flags import flag_tables
 from trtbuild.cli import main
 from trtbuild.compat import facts
 from trtbuild.migrate.fates import Fate, table
@@ -124,6 +125,11 @@ def test_bad_sources(make: Callable[[Path], Path], code: int, sentence: str, tmp
     [
         (["--version", "9.9.9"], 2, "--version: 9.9.9 is in no known release line"),
         (["--version", "0.17.0"], 3, "TensorRT-LLM 0.17.0 has TensorRT engines only; use 1.2.1"),
+        (
+            ["--to", "trtllm-engine", "--version", "0.18.2"],
+            3,
+            "TensorRT-LLM 0.18.2 builds engines, but its backend calls",
+        ),
         (["--to", "trtllm-engine", "--version", "1.4.0rc1"], 3, "1.4.0rc1 has the LLM API only; use 1.2.1"),
         (["--to", "embedded", "--version", "1.2.1"], 2, "--version: 1.2.1: the embedded runtime has trtbuild's own"),
         (["--to", "vllm"], 2, "is not one of"),
@@ -192,5 +198,5 @@ def test_the_table_of_names_is_sound() -> None:
         for path, old in names[part].items():
             if path != "source":
                 assert table()[section]["names"][old.lstrip("-")]["field"] == path
-    flags = {flag for line in facts("lines")["build_flags"].values() for flag in line["flags"]}
+    flags = {flag.name for line in flag_tables() for flag in line.flags.values() if not flag.plugin}
     assert flags <= set(table()["build"]["names"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from migrate.old_repositories import ENGINE_CONFIG, PARAMETERS, PLACEHOLDERS, STRUCTURE, write_repository
 from trtbuild.migrate.legacy import leaves
-from trtbuild.migrate.run import Migration, migrate, write_recipe
+from trtbuild.migrate.run import Migration, migrate, next_command, write_recipe
 from trtbuild.migrate.translate import Row
 from trtbuild.pipeline import prepare
 from trtbuild.plan import Plan
@@ -134,12 +135,81 @@ def test_an_embedded_recipe_keeps_the_five_models(tmp_path: Path, tiny_llama: Pa
 
 
 def test_an_engine_recipe_fits_too(tmp_path: Path, tiny_llama: Path) -> None:
-    repository = write_repository(tmp_path / "repository", "1.2")
+    repository = write_repository(tmp_path / "repository", "1.2", changes={"decoding_mode": "lookahead"})
     done = migrate(str(repository), "trtllm-engine", model=str(tiny_llama), gpu="H100")
-    assert "makes no engine with it" in row_of(done, "decoding_mode").note
+    assert "lookahead drafts do not follow a grammar" in row_of(done, "decoding_mode").note
+    assert "speculative" not in done.document
+    assert done.document["runtime"]["guided_decoding_backend"] == "xgrammar"
     assert "onboard_blocks" not in str(done.document)
     plan = plan_of(done, tmp_path / "recipe.yaml")
     assert plan.value("runtime.kv_cache.max_attention_window") == (4096, 1024)
+
+
+def test_lookahead_decoding_goes_on_with_an_engine(tmp_path: Path, tiny_llama: Path) -> None:
+    changes = {"decoding_mode": "lookahead", "guided_decoding_backend": ""}
+    repository = write_repository(tmp_path / "repository", "1.2", changes=changes)
+    done = migrate(str(repository), "trtllm-engine", model=str(tiny_llama), gpu="H100")
+    assert done.document["speculative"] == {
+        "method": "lookahead", "max_window_size": 7, "max_ngram_size": 7, "max_verification_set_size": 7,
+    }  # fmt: skip
+    assert row_of(done, "eagle_choices").note == "nothing is lost: speculative.choices: follows from lookahead"
+    plan = plan_of(done, tmp_path / "recipe.yaml")
+    assert plan.value("speculative.max_draft_len") == 83
+
+
+def with_draft(repository: Path) -> Path:
+    """Add upstream's second engine: the same model under another name."""
+    draft = repository / "tensorrt_llm_draft"
+    shutil.copytree(repository / "tensorrt_llm", draft)
+    text = (draft / "config.pbtxt").read_text()
+    for old, new in (
+        ('"tensorrt_llm"', '"tensorrt_llm_draft"'),
+        ('"0.8"', '"0.1"'),
+        ("/engines/target", "/engines/draft"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    (draft / "config.pbtxt").write_text(text)
+    return repository
+
+
+def test_a_draft_and_its_target(tmp_path: Path, tiny_llama: Path) -> None:
+    changes = {"decoding_mode": "", "guided_decoding_backend": ""}
+    repository = with_draft(write_repository(tmp_path / "repository", "1.2", changes=changes))
+    done = migrate(str(repository), "trtllm-engine", model=str(tiny_llama), gpu="H100")
+    assert done.document["speculative"] == {
+        "method": "draft_target", "draft": "/FILL-IN/draft-checkpoint", "draft_kv_cache_share": 0.111,
+    }  # fmt: skip
+    cache = done.document["runtime"]["kv_cache"]
+    assert (cache["free_gpu_memory_fraction"], cache["enable_block_reuse"]) == (0.9, True)
+    row = row_of(done, "draft_gpt_model_path")
+    assert (row.old_value, row.is_loss) == ("/engines/draft", False)
+    assert "--set speculative.draft=..." in next_command(done, tmp_path / "recipe.yaml")
+    write_recipe(done, tmp_path / "recipe.yaml")
+    assert "# FILL IN: the draft model's original checkpoint" in (tmp_path / "recipe.yaml").read_text()
+    other = migrate(str(repository), "trtllm", model=str(tiny_llama))
+    assert {"tensorrt_llm_draft_model_name", "draft_kv_cache_free_gpu_mem_fraction"} <= losses(other)
+    assert "speculative" not in other.document
+
+
+@pytest.mark.parametrize(
+    ("mode", "method"), [(2, "draft_target"), (4, "medusa"), (16, "redrafter"), (32, "eagle"), ("EAGLE", "eagle")]
+)
+def test_an_engine_that_drafts(tmp_path: Path, mode: int | str, method: str) -> None:
+    engine = write_engine(tmp_path / "engine")
+    config = json.loads((engine / "config.json").read_text())
+    config["build_config"]["speculative_decoding_mode"] = mode
+    config["pretrained_config"]["mapping"] |= {"pp_size": 1, "world_size": 2}
+    (engine / "config.json").write_text(json.dumps(config))
+    done = migrate(str(engine), "trtllm-engine", gpu="H100")
+    assert done.document["speculative"]["method"] == method
+    assert done.document["speculative"]["draft"] == "/FILL-IN/draft-checkpoint"
+    assert done.document["speculative"].get("max_draft_len") == (63 if method == "draft_target" else None)
+    assert done.document["runtime"]["lora_config"] == {"max_lora_rank": 16, "lora_target_modules": ["attn_q", "attn_v"]}
+    config["pretrained_config"]["mapping"] |= {"pp_size": 2, "world_size": 4}
+    (engine / "config.json").write_text(json.dumps(config))
+    stages = migrate(str(engine), "trtllm-engine", gpu="H100")
+    assert "does not run with pipeline_parallel_size 2" in row_of(stages, "speculative_decoding_mode").note
 
 
 def test_an_argument_that_the_newest_version_removed(tmp_path: Path) -> None:
@@ -149,6 +219,30 @@ def test_an_argument_that_the_newest_version_removed(tmp_path: Path) -> None:
     assert (row.kind, row.is_loss) == ("dropped", True)
     assert "onboard_blocks" not in done.document["runtime"]["extra"].get("kv_cache_config", {})
     assert done.document["runtime"]["version"] == "1.4.0rc1"
+
+
+@pytest.mark.parametrize(
+    ("backend", "groups", "expected"),
+    [
+        ("tensorrtllm", "0;1", {"gpu_device_ids": [[0], [1]]}),
+        ("python", "1", {"backend": "python", "gpu_device_ids": [[1]]}),
+        ("python", "0;1", {"backend": "python"}),
+    ],
+)
+def test_engines_keep_their_instances_and_their_backend(
+    tmp_path: Path, tiny_llama: Path, backend: str, groups: str, expected: dict[str, Any]
+) -> None:
+    repository = write_repository(
+        tmp_path / "repository", "1.2", structure=STRUCTURE | {"triton_backend": backend},
+        changes={"gpu_device_ids": groups}, only=frozenset({"gpu_device_ids"}),
+    )  # fmt: skip
+    done = migrate(str(repository), "trtllm-engine", model=str(tiny_llama), gpu="H100")
+    serving = {name: done.document["serving"].get(name) for name in ("backend", "gpu_device_ids")}
+    assert {name: value for name, value in serving.items() if value is not None} == expected
+    plan = plan_of(done, tmp_path / "recipe.yaml")
+    several = len(expected.get("gpu_device_ids", ())) > 1
+    assert plan.value("serving.communication_mode") == ("orchestrator" if several else "leader")
+    assert ("gpu_device_ids" in losses(done)) == (groups == "0;1" and backend == "python")
 
 
 def test_unfilled_placeholders_are_unset_and_listed(tmp_path: Path, tiny_llama: Path) -> None:

@@ -157,7 +157,7 @@ def test_tensorrt_engines(tiny_llama: Path, tmp_path: Path) -> None:
     more = {name: tuple(value) if isinstance(value, list) else value for name, value in described["more"].items()}
     write_atomic(
         tmp_path / "engine.json",
-        canonical_json(trtllm_engine.engine_json(json.loads(json.dumps(dict(plan.step("engine").parameters))))),
+        canonical_json(trtllm_engine.engine_json(json.loads(json.dumps(dict(plan.step("engine").parameters))), "key")),
     )
     engine = from_runtime(described["runtime"], str(tmp_path), **more)
     render_repository(RepositorySpec(**parameters | {"engine": engine}), tmp_path / "model_repository")

@@ -10,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from trtbuild.cli import main
+from trtbuild.pipeline import prepare
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 VERBS = ("init", "check", "plan", "build", "inspect", "serve", "ask", "verify", "doctor")
@@ -32,6 +36,56 @@ def test_init_writes_a_recipe_that_plans_as_it_is(
     assert cli("check", out).stdout == f"{out}: no problems\n"
     assert "exists; name another file" in cli("init", tiny_llama, "-o", out, check=2).stderr
     assert "does not exist" in cli("init", tmp_path / "no", "-o", tmp_path / "b.yaml", check=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "values"),
+    [
+        (("--runtime", "trtllm", "--gpu", "H100"), ("trtllm", "1.2.1", "H100")),
+        (("--runtime", "trtllm", "--version", "26.03", "--format", "none"), ("trtllm", "1.2.0", None)),
+        (
+            ("--runtime", "trtllm-engine", "--gpu", "L40S", "--format", "int4_awq", "--version", "1.2.1"),
+            ("trtllm-engine", "1.2.1", "L40S"),
+        ),
+    ],
+)
+def test_init_writes_recipes_for_tensorrt_llm(
+    tiny_llama: Path, tmp_path: Path, options: tuple[str, ...], values: tuple[str | None, ...]
+) -> None:
+    out = tmp_path / "my.yaml"
+    done = CliRunner().invoke(main, ["init", str(tiny_llama), "-o", str(out), *options])
+    assert (done.exit_code, done.stdout) == (0, f"{out}\n"), done.output
+    checked = CliRunner().invoke(main, ["check", str(out)])
+    assert (checked.exit_code, checked.stdout) == (0, f"{out}: no problems\n"), checked.output
+    plan = prepare(out).plan
+    assert tuple(plan.value(path) for path in ("runtime.kind", "runtime.version", "target.gpu")) == values
+    if plan.value("compress.format") == "int4_awq":
+        assert plan.value("compress.group_size") in (64, 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "sentence"),
+    [
+        (("--runtime", "trtllm-engine"), 2, "--gpu: is missing, and an engine is built for one GPU architecture; name"),
+        (("--version", "1.2.1"), 2, "--version: 1.2.1: the embedded runtime has trtbuild's own; remove it"),
+        (("--runtime", "trtllm", "--version", "9.9"), 2, "--version: 9.9 is in no known release line"),
+        (
+            ("--runtime", "trtllm-engine", "--gpu", "H100", "--version", "1.3.0rc22"),
+            3,
+            "--version: TensorRT-LLM 1.3.0rc22 has the LLM API only; use 1.2.1, or another --runtime",
+        ),
+        (("--runtime", "trtllm", "--gpu", "A100"), 3, "compress.format: fp8 does not run on A100 (SM80)"),
+        (("--runtime", "trtllm", "--gpu", "H1000"), 3, "'H1000' is no known GPU; did you mean H100"),
+        (("--runtime", "vllm"), 2, "'vllm' is not one of 'embedded', 'trtllm', 'trtllm-engine'"),
+    ],
+)
+def test_init_refuses_what_would_not_pass_check(
+    tiny_llama: Path, tmp_path: Path, options: tuple[str, ...], code: int, sentence: str
+) -> None:
+    done = CliRunner().invoke(main, ["init", str(tiny_llama), "-o", str(tmp_path / "my.yaml"), *options])
+    assert done.exit_code == code, done.output
+    assert sentence in done.stderr
+    assert not (tmp_path / "my.yaml").exists()
 
 
 def test_the_recipe_that_init_writes_builds_as_it_is(cli: Cli, tiny_llama: Path, tmp_path: Path, store: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,18 +39,42 @@ def test_killed_builds_leave_an_intact_store(recipe: Path, tmp_path: Path, overr
         time.sleep(moments.uniform(0.1, duration))
         children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
+        finished = process.wait() != -signal.SIGKILL
         psutil.wait_procs(children, timeout=20)
         assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
         check_store(tmp_path / "killed")
         check_package(tmp_path / "killed" / "out")
+        killed += not finished
+        if finished:  # whatever an earlier run had done was reused: begin anew
+            shutil.rmtree(tmp_path / "killed")
     assert killed >= KILLS // 2
     subprocess.run(command("killed"), check=True, capture_output=True)
     check_store(tmp_path / "killed")
     digests = {place: check_package(tmp_path / place / "out") for place in ("killed", "whole")}
     assert digests["killed"] == digests["whole"] is not None
-    assert not list((tmp_path / "killed" / "staging").iterdir())
+    for name in ("staging", "unfinished"):
+        assert not list((tmp_path / "killed" / name).iterdir())
     assert not [path.name for path in (tmp_path / "killed").iterdir() if path.name.startswith(".out")]
+
+
+def test_a_killed_compression_goes_on(recipe: Path, tmp_path: Path) -> None:
+    """Killed as soon as the journal has two layers; the next build does the third, and says so."""
+    command = [sys.executable, "-m", "trtbuild", "build", str(recipe), "-o", str(tmp_path / "out")]
+    for change in (f"store={tmp_path / 'store'}", *FP8[:1], "compress.calibration={count: 64, length: 128}", FP8[2]):
+        command += ["--set", change]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journals = tmp_path / "store" / "unfinished"
+    while process.poll() is None:
+        lines = [line for path in journals.glob("*/journal.jsonl") for line in path.read_bytes().splitlines()]
+        if len(lines) >= 4:  # the key, what lies outside the layers, two layers
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "compress: an earlier run had finished" in done.stderr
+    assert check_package(tmp_path / "out") is not None
+    assert not list(journals.iterdir())
 
 
 def check_store(root: Path) -> None:

@@ -84,11 +84,13 @@ def test_the_engine_directory(engine: Path) -> None:
     assert "model" not in arguments
 
 
-def as_package(engine: Path, tmp_path: Path, gpu: str) -> Path:
+def as_package(engine: Path, tmp_path: Path, gpu: str, recipe: Path, *changes: str) -> Path:
     """What `verify` looks at besides the bytes."""
     package = tmp_path / "package"
     shutil.copytree(engine, package / "engine")
-    lock = {"plan": {"values": [{"path": "target.gpu", "value": gpu, "origin": "recipe"}]}}
+    planned = dict(prepare(recipe, changes).plan.step("engine").parameters)
+    values = [{"path": "target.gpu", "value": gpu, "origin": "recipe"}]
+    lock = {"plan": {"values": values, "steps": [{"kind": "engine", "parameters": planned}]}}
     (package / "plan.lock.json").write_text(json.dumps(lock))
     return package
 
@@ -99,21 +101,22 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(document))
 
 
-def test_verify_reports_every_check(engine: Path, tmp_path: Path) -> None:
-    checks = verify_trtllm(as_package(engine, tmp_path, "H100"))
+def test_verify_reports_every_check(engine: Path, trtllm_recipe: Path, tmp_path: Path) -> None:
+    checks = verify_trtllm(as_package(engine, tmp_path, "H100", trtllm_recipe))
     assert all(check.passed for check in checks), checks
     assert [check.name for check in checks] == [
-        "LLM arguments",
+        *("engine.json", "LLM arguments"),
         *("checkpoint: recognition", "checkpoint: packing", "checkpoint: excluded modules", "checkpoint: scales"),
         *("checkpoint: fused projections", "checkpoint: AWQ input scales", "checkpoint: KV cache scales"),
         *("checkpoint: tensor parallel", "checkpoint: GPU"),
     ]
-    assert checks[0].detail == "16 arguments, TensorRT-LLM 1.2.1, schema 1.2.1"
-    assert checks[2].detail == "21 layers in FP8"
+    assert checks[0].detail == "TensorRT-LLM 1.2.1, container 26.07, world size 1"
+    assert checks[1].detail == "16 arguments, TensorRT-LLM 1.2.1, schema 1.2.1"
+    assert checks[3].detail == "21 layers in FP8"
 
 
-def test_verify_finds_what_was_changed_by_hand(engine: Path, tmp_path: Path) -> None:
-    package = as_package(engine, tmp_path, "A100")
+def test_verify_finds_what_was_changed_by_hand(engine: Path, trtllm_recipe: Path, tmp_path: Path) -> None:
+    package = as_package(engine, tmp_path, "A100", trtllm_recipe)
     arguments = package / "engine" / "llm_args.yaml"
     text = arguments.read_text().replace("max_batch_size: 8", "max_batch_size: 9\nmodel_kwargs: {}\nmodel: x")
     arguments.write_text(text.replace("tensor_parallel_size: 1", "tensor_parallel_size: 3"))
@@ -131,6 +134,16 @@ def test_verify_finds_what_was_changed_by_hand(engine: Path, tmp_path: Path) -> 
     assert "holds no mapping of LLM arguments; build the package again" in verify_trtllm(package)[0].problems[0]
 
 
+def test_verify_holds_engine_json_against_the_plan(engine: Path, trtllm_recipe: Path, tmp_path: Path) -> None:
+    package = as_package(engine, tmp_path, "H100", trtllm_recipe)
+    rewrite(package / "engine" / "engine.json", lambda found: found.update(container="26.03", more=1))
+    checks = {check.name: check.problems for check in verify_trtllm(package)}
+    assert checks["engine.json"] == (
+        "container is '26.03', the plan says '26.07'; build the package again",
+        "more is 1, the plan says None; build the package again",
+    )
+
+
 def change_a_scale(weights: Path) -> None:
     """Another input scale for the keys of one layer than for its queries."""
     weights.chmod(0o644)
@@ -145,8 +158,8 @@ def change_a_scale(weights: Path) -> None:
 UNEQUAL = "model.layers.1.self_attn.{q_proj,k_proj,v_proj}: input_scale must be equal, but they are "
 
 
-def test_verify_finds_an_unequal_scale(engine: Path, tmp_path: Path) -> None:
-    package = as_package(engine, tmp_path, "H100")
+def test_verify_finds_an_unequal_scale(engine: Path, trtllm_recipe: Path, tmp_path: Path) -> None:
+    package = as_package(engine, tmp_path, "H100", trtllm_recipe)
     change_a_scale(package / "engine" / "model.safetensors")
     checks = {check.name: check.problems for check in verify_trtllm(package)}
     assert checks.pop("checkpoint: fused projections")[0].startswith(UNEQUAL)
@@ -156,7 +169,7 @@ def test_verify_finds_an_unequal_scale(engine: Path, tmp_path: Path) -> None:
 def test_the_engine_step_refuses_a_checkpoint_that_would_not_load(
     engine: Path, trtllm_recipe: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    checkpoint, staging = tmp_path / "content", Staging(tmp_path / "staging")
+    checkpoint, staging = tmp_path / "content", Staging(tmp_path / "staging", tmp_path / "unfinished")
     shutil.copytree(engine, checkpoint, ignore=shutil.ignore_patterns("adapters", "engine.json", "llm_args.yaml"))
     staging.content.mkdir(parents=True)
     plan = prepare(trtllm_recipe).plan
@@ -184,14 +197,18 @@ def test_int4_checkpoints_are_taken(trtllm_recipe: Path, cli: Cli, tmp_path: Pat
     changes = ("compress.format=int4_awq", "compress.group_size=64", "compress.kv_cache=none", "model.adapters=[]")
     options = [word for change in changes for word in ("--set", change)]
     engine = Path(cli("build", trtllm_recipe, "--until", "engine", *options).stdout.strip())
-    checks = {check.name: check for check in verify_trtllm(as_package(engine, tmp_path, "A100"))}
+    checks = {
+        check.name: check for check in verify_trtllm(as_package(engine, tmp_path, "A100", trtllm_recipe, *changes))
+    }
     assert all(check.passed for check in checks.values()), checks
     assert checks["checkpoint: AWQ input scales"].detail.startswith("6 layers with a scale of their own")
 
 
-def test_there_are_no_deployment_files(trtllm_recipe: Path, cli: Cli) -> None:
+def test_the_deployment_files(trtllm_recipe: Path, cli: Cli) -> None:
     deploy = Path(cli("build", trtllm_recipe, "--until", "deploy").stdout.strip())
-    assert list(deploy.iterdir()) == []
+    assert sorted(path.name for path in deploy.iterdir()) == ["Dockerfile", "OCI.md", "compose.yaml", "launch.sh"]
+    assert "ARG BASE_IMAGE=nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3\n" in (deploy / "Dockerfile").read_text()
+    assert "TRTLLM_LOAD_KV_SCALES" in (deploy / "launch.sh").read_text()
 
 
 @pytest.mark.parametrize(
@@ -228,10 +245,17 @@ def test_doctor_versions(cli: Cli) -> None:
     assert newest.split()[1:4] == ["1.2.1", "10.14.1.48", "13.1.0.036"]
     assert "unknown" in newest
     assert any(line.startswith("1.3 ") and "not proven for a release" in line for line in lines)
+    # Every table is there, and the flags of each line say what they hold for and what changed.
+    for title in ("flags of trtllm-build", "quantization: the SM versions", "speculative decoding", "architectures"):
+        assert any(line.startswith(title) for line in lines), title
+    assert any("58fb435e" in line and "removed auto_parallel, cluster_key, gpus_per_node" in line for line in lines)
+    assert any(line.startswith("W4A16_AWQ") and line.split()[1:5] == ["80", "86", "89", "90"] for line in lines)
     found = json.loads(cli("doctor", "--versions", "--json").stdout)
+    assert {row["name"]: row["releases"] for row in found["build_flags"]}["1.2"] == ["1.2.0", "1.2.1"]
+    assert all(row["commit"] and row["proof"] and row["date"] for row in found["build_flags"])
     assert found["containers"][0]["image"] == "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
     assert found["containers"][0]["transformers"] is None
-    assert {row["name"] for row in found["schemas"]} == {"1.0.0", "1.1.0", "1.2.1", "1.3rc", "newest"}
+    assert {row["name"] for row in found["schemas"]} == {"1.0.0", "1.1.0", "1.2.1", "1.3.0rc3", "1.3rc", "newest"}
 
 
 def test_a_whole_package(trtllm_recipe: Path, cli: Cli, tmp_path: Path) -> None:
@@ -240,6 +264,10 @@ def test_a_whole_package(trtllm_recipe: Path, cli: Cli, tmp_path: Path) -> None:
     cli("build", trtllm_recipe, "-o", package, "--set", "quality.max_perplexity_ratio=10.0")
     lines = cli("verify", package).stdout.splitlines()
     assert all(line.startswith("passed") for line in lines)
+    names = [line.removeprefix("passed  ").split(": ")[0] for line in lines]
+    assert names[:3] + names[-2:] == ["bytes", "lock", "engine", "model repository", "deployment files"]
+    assert "passed  engine.json: TensorRT-LLM 1.2.1, container 26.07, world size 1" in lines
+    assert lines[-1].endswith("nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3; world size 1")
     assert {"passed  model repository: tensorrt_llm", "passed  checkpoint: packing: 21 layers in FP8"} <= set(lines)
     config = (package / "model_repository" / "tensorrt_llm" / "config.pbtxt").read_text()
     assert 'key: "runtime" value { string_value: "trtllm" }' in config
@@ -291,7 +319,16 @@ def test_instances_that_do_not_fit(trtllm_recipe: Path, cli: Cli, changes: list[
 
 
 def test_other_runtimes_have_neither(recipe: Path, cli: Cli) -> None:
-    options = ("--set", "serving.model_py=upstream", "--set", "serving.gpu_device_ids=[[0]]")
+    changes = (
+        "model_py=upstream",
+        "gpu_device_ids=[[0]]",
+        "backend=tensorrtllm",
+        "layout=tokens",
+        "model_name=tensorrt_llm",
+    )
+    options = [word for change in changes for word in ("--set", f"serving.{change}")]
     done = cli("check", recipe, *options, check=3)
     assert "serving.model_py: upstream: only the runtime trtllm has it; remove it" in done.stderr
-    assert "serving.gpu_device_ids: [[0]]: only the runtime trtllm has it; remove it" in done.stderr
+    assert "serving.backend: tensorrtllm: only the runtime trtllm-engine has it; remove it" in done.stderr
+    assert "serving.layout: tokens: only TensorRT engines are served without text; use llm" in done.stderr
+    assert "serving.gpu_device_ids: [[0]]: only the runtimes trtllm and trtllm-engine have it; remove" in done.stderr

@@ -12,38 +12,16 @@ from typing import Any
 
 import pytest
 
+from engine_host import EngineHost
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 IMAGE = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
 
 
-@pytest.fixture(scope="module")
-def engine_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, store: Path) -> Path:
-    """FP8 weights and KV cache on two H100."""
-    path = tmp_path_factory.mktemp("engine") / "engine.yaml"
-    path.write_text(
-        f"schema_version: 1\nmodel: {{path: {tiny_llama}}}\n"
-        "compress: {format: fp8, kv_cache: fp8, calibration: {count: 2, length: 32}}\n"
-        "target: {gpu: H100}\n"
-        "runtime: {kind: trtllm-engine, tensor_parallel_size: 2, max_batch_size: 4, max_seq_len: 256}\n"
-        f"serving: {{max_input_tokens: 200, max_output_tokens: 56}}\nstore: {store}\n",
-        encoding="utf-8",
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, engine_recipe: Path, cli: Cli) -> tuple[Path, str]:
-    """The package, and what the build said."""
-    out = tmp_path_factory.mktemp("engine-out") / "package"
-    done = cli("build", engine_recipe, "-o", out)
-    assert done.stdout.strip() == str(out)
-    return out, done.stderr
-
-
 @pytest.fixture
-def package(built: tuple[Path, str], tmp_path: Path) -> Path:
+def package(engine_package: tuple[Path, str], tmp_path: Path) -> Path:
     """A copy that a test may change."""
-    return Path(shutil.copytree(built[0], tmp_path / "package"))
+    return Path(shutil.copytree(engine_package[0], tmp_path / "package"))
 
 
 def checks(cli: Cli, package: Path, code: int) -> dict[str, dict[str, Any]]:
@@ -56,7 +34,7 @@ def change(path: Path, *changes: tuple[str, Any]) -> None:
     path.chmod(0o644)
     document = json.loads(path.read_text())
     for place, value in changes:
-        *sections, last = place.split(".")
+        *sections, last = place.split(".", 1) if place.startswith("bytes.") else place.split(".")
         inner = document
         for section in sections:
             inner = inner[section]
@@ -64,9 +42,10 @@ def change(path: Path, *changes: tuple[str, Any]) -> None:
     path.write_text(json.dumps(document))
 
 
-def test_the_package(built: tuple[Path, str], cli: Cli) -> None:
-    package, said = built
-    assert f"the engine itself is built by {package}/engine/build.sh in {IMAGE}, on 2 x SM90" in said
+def test_the_package(engine_package: tuple[Path, str], cli: Cli) -> None:
+    package, said = engine_package
+    why = "the engine was not built here (nvidia-smi is not on PATH)"
+    assert f"{why}: run {package}/engine/build.sh in reach of {IMAGE}, on 2 x SM90, then this build again" in said
     names = {path.relative_to(package / "engine").as_posix() for path in (package / "engine").rglob("*")}
     assert {"checkpoint/config.json", "checkpoint/rank0.safetensors", "checkpoint/rank1.safetensors"} <= names
     assert {"tokenizer.json", "tokenizer_config.json", "engine.json", "build.sh"} <= names
@@ -77,7 +56,8 @@ def test_the_package(built: tuple[Path, str], cli: Cli) -> None:
     )  # fmt: skip
     assert engine["limits"]["max_num_tokens"] == 4 * 256
     assert os.access(package / "engine" / "build.sh", os.X_OK)
-    assert sorted(path.name for path in (package / "deploy").iterdir()) == ["launch.sh"]
+    deploy = sorted(path.name for path in (package / "deploy").iterdir())
+    assert deploy == ["Dockerfile", "OCI.md", "compose.yaml", "launch.sh"]
     launch = (package / "deploy" / "launch.sh").read_text()
     assert "engine=/package/engine/built" in launch
     assert launch.count('-n 1 "$server"') == 2
@@ -90,62 +70,40 @@ def test_the_package(built: tuple[Path, str], cli: Cli) -> None:
     assert found["engine"] == engine
 
 
-def test_verify_reports_every_check(built: tuple[Path, str], cli: Cli) -> None:
-    found = checks(cli, built[0], 0)
+def test_verify_reports_every_check(engine_package: tuple[Path, str], cli: Cli) -> None:
+    found = checks(cli, engine_package[0], 0)
     assert list(found) == [
         "bytes", "lock", "engine.json", "TensorRT-LLM checkpoint: config", "TensorRT-LLM checkpoint: ranks",
-        "TensorRT engine", "model repository",
+        "TensorRT engine", "model repository", "deployment files",
     ]  # fmt: skip
     assert found["TensorRT engine"]["detail"] == f"not built yet: engine/build.sh builds it in {IMAGE}"
     assert found["TensorRT-LLM checkpoint: config"]["detail"] == "LlamaForCausalLM, FP8, KV cache FP8"
     assert found["TensorRT-LLM checkpoint: ranks"]["detail"].endswith("tensors on 2 ranks")
+    assert found["deployment files"]["detail"] == (
+        f"Dockerfile, OCI.md, compose.yaml, launch.sh; {IMAGE}; world size 2"
+    )
 
 
-def test_what_cannot_be_served_here_says_where(built: tuple[Path, str], cli: Cli) -> None:
+def test_what_cannot_be_served_here_says_where(engine_package: tuple[Path, str], cli: Cli) -> None:
     sentence = f"is for a TensorRT engine, which is built and served in {IMAGE}; there, run engine/build.sh, then"
-    assert sentence in cli("serve", built[0], check=6).stderr
-    assert sentence in cli("verify", built[0], "--served", check=6).stderr
+    assert sentence in cli("serve", engine_package[0], check=6).stderr
+    assert sentence in cli("verify", engine_package[0], "--served", check=6).stderr
 
 
-def script(package: Path, tmp_path: Path, *, gpu: str = "9.0") -> subprocess.CompletedProcess[str]:
+def script(package: Path, tmp_path: Path, *, gpus: str = "9.0 9.0") -> subprocess.CompletedProcess[str]:
     """Run the package's own script on a host with stand-ins for nvidia-smi and docker, which leaves an engine."""
-    tools, planned = tmp_path / "tools", json.loads((package / "engine" / "engine.json").read_text())
-    tools.mkdir(exist_ok=True)
-    checkpoint = json.loads((package / "engine" / "checkpoint" / "config.json").read_text())
-    limits = dict(planned["limits"])
-    plugins = {"tokens_per_block": limits.pop("tokens_per_block"), "use_paged_context_fmha": True}
-    config = {
-        "version": planned["version"],
-        "pretrained_config": checkpoint,
-        "build_config": limits | {"plugin_config": plugins, "speculative_decoding_mode": "NONE"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    part = "$(printf '%s\\n' \"$@\" | sed -n 's|^\\(.*\\):/build$|\\1|p')/engine.part"
-    for name, body in {
-        "nvidia-smi": f"printf '%s\\n' {gpu} {gpu}",
-        "docker": f'mkdir -p "{part}"; cp {tmp_path}/config.json "{part}/"; '
-        f'touch "{part}/rank0.engine" "{part}/rank1.engine"; touch "{part}/../timing.cache"',
-    }.items():
-        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tools / name).chmod(0o755)
-    environment = {"PATH": f"{tools}{os.pathsep}/usr/bin{os.pathsep}/bin"}
-    command = [str(package / "engine" / "build.sh")]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    host = EngineHost(tmp_path / "host", "nvidia-smi", "docker", gpus=gpus)
+    command = ["/usr/bin/env", "bash", str(package / "engine" / "build.sh")]
+    return subprocess.run(command, env=host.environment(), capture_output=True, text=True, check=False)
 
 
-def test_the_engine_that_the_script_built(package: Path, tmp_path: Path, cli: Cli, engine_recipe: Path) -> None:
+def test_the_engine_that_the_script_built(package: Path, tmp_path: Path, cli: Cli) -> None:
     done = script(package, tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, str(package / "engine" / "built")), done.stderr
     found = checks(cli, package, 0)
     assert found["TensorRT engine"]["detail"] == "TensorRT-LLM 1.2.1, 2 ranks, SM90"
     assert json.loads(cli("inspect", package, "--json").stdout)["built"] is True
-    cli("build", engine_recipe, "-o", package)
-    other = cli("build", engine_recipe, "-o", package, "--set", "runtime.max_batch_size=5", check=2)
-    assert "holds engine/built, which engine/build.sh made, and the package would be replaced by anoth" in other.stderr
-    assert (package / "engine" / "built" / "rank1.engine").is_file()
-    shutil.rmtree(package / "engine" / "built")
-    working = cli("build", engine_recipe, "-o", package, "--set", "runtime.max_batch_size=5", check=2)
-    assert "holds engine/built.work, which engine/build.sh made" in working.stderr
+    assert "; there, run deploy/launch.sh with the package at /package" in cli("serve", package, check=6).stderr
 
 
 @pytest.mark.parametrize(
@@ -156,6 +114,8 @@ def test_the_engine_that_the_script_built(package: Path, tmp_path: Path, cli: Cl
         ("config.json", ("build_config.max_seq_len", 128), "build_config.max_seq_len: is 128, the plan says 256"),
         ("config.json", ("build_config.max_input_len", 100), "build_config.max_input_len: is 100, the plan says 200"),
         ("trtbuild.json", ("compute_capability", "8.9"), "compute_capability: is '8.9', the plan says '9.0'"),
+        ("trtbuild.json", ("key", "another"), "key: is 'another', another checkpoint or other arguments than"),
+        ("trtbuild.json", ("bytes.rank1.engine", 7), "rank1.engine has 16 bytes, and 7 were written"),
     ],
 )
 def test_an_engine_that_is_another(
@@ -184,7 +144,7 @@ def test_an_engine_with_less_than_it_should_have(package: Path, tmp_path: Path, 
 
 
 def test_a_host_with_another_gpu_builds_nothing(package: Path, tmp_path: Path) -> None:
-    done = script(package, tmp_path, gpu="8.9")
+    done = script(package, tmp_path, gpus="8.9 8.9")
     assert done.returncode == 6
     assert "the GPUs here have compute capability 8.9, this engine is for 9.0" in done.stderr
     assert not (package / "engine" / "built").exists()
@@ -215,6 +175,12 @@ def rename_a_tensor(path: Path) -> None:
          "TensorRT-LLM checkpoint: ranks", "rank0.safetensors is truncated"),
         (lambda package: rename_a_tensor(package / "engine/checkpoint/rank1.safetensors"),
          "TensorRT-LLM checkpoint: ranks", "ln_f.weight differs between rank0.safetensors and rank1.safetensors"),
+        (lambda package: shutil.rmtree(package / "model_repository/tensorrt_llm_bls"),
+         "model repository", "has ensemble, postprocessing, preprocessing, tensorrt_llm, and the plan says ensemble"),
+        (lambda package: (package / "deploy/Dockerfile").write_text("ARG BASE_IMAGE=x:1\n"),
+         "deployment files", f"deploy/Dockerfile: starts from x:1, and the plan says {IMAGE}; build the package again"),
+        (lambda package: (package / "deploy/compose.yaml").unlink(),
+         "deployment files", "deploy/compose.yaml is missing; build the package again"),
         (lambda package: (package / "engine/added.json").write_text("{}"),
          "bytes", "engine/added.json was not part of it"),
     ],

@@ -204,7 +204,10 @@ def test_the_prompt_is_echoed_where_asked_for(served: RestartingServer) -> None:
         ({"prompt": "a", "num_return_sequences": 2}, "num_return_sequences: one answer a request is served"),
         ({"prompt": "a", "return_context_logits": True}, "return_context_logits: the embedded engine returns log-prob"),
         ({"prompt": "a", "lora_task_id": 3}, "lora_task_id: this package was built without LoRA adapters"),
-        ({"prompt": "a", "guided_decoding_guide": "{}"}, "guided_decoding_guide: the embedded engine does no guided"),
+        (
+            {"prompt": "a", "guided_decoding_guide_type": "json"},
+            "guided_decoding_guide_type: the embedded engine does no guided",
+        ),
         (
             {"prompt": "a", "embedding_bias_words": ["x"], "embedding_bias_weights": [1.0]},
             "embedding_bias: the embedded engine adds nothing to logits by token",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,10 @@ def launch(tensor: int = 1, pipeline: int = 1, mode: Any = "leader", **more: Any
     return LaunchSpec(engine, world, IMAGE, mode, package=package)
 
 
-def expected(world: int, *, ranks: str, gpus: int | None = None) -> str:
+def expected(tensor: int, pipeline: int, *, ranks: str) -> str:
     """The script of leader mode; the sentences are written once more, from the launcher's description."""
+    world = need = tensor * pipeline
     plural = "s" if world > 1 else ""
-    need = world if gpus is None else gpus
     return f"""#!/bin/sh
 # Serve this package's TensorRT engine in leader mode: one tritonserver for each of {world} rank{plural}, \
 under one mpirun.
@@ -49,6 +51,13 @@ engine=/package/engine
 command -v mpirun >/dev/null 2>&1 || fail "mpirun is not on PATH; start this in the container"
 [ -f "$engine/rank{world - 1}.engine" ] || fail "$engine/rank{world - 1}.engine is not here; \
 build the engine for world size {world}, and put the package at $package"
+# The ranks follow from the engine that the server will load, not from what this script remembers.
+mapping='import json, sys; m = json.load(open(sys.argv[1]))["pretrained_config"]["mapping"]; \
+print(*(m[n] for n in sys.argv[2:]))'
+found=$(python3 -c "$mapping" "$engine/config.json" world_size tp_size pp_size) || \
+fail "$engine/config.json cannot be read"
+[ "$found" = '{world} {tensor} {pipeline}' ] || fail "$engine has the world size, tensor and pipeline parallel sizes \
+$found, and this package is for {world} {tensor} {pipeline}; it is another engine"
 [ ! -e "$engine/rank{world}.engine" ] || fail "$engine was built for more than world size {world}; it is another engine"
 gpus=$(nvidia-smi --list-gpus | wc -l)
 [ "$gpus" -ge {need} ] || fail "$gpus GPUs are visible, and {need} are needed"
@@ -72,7 +81,7 @@ OTHER = '    -n 1 "$server" "$@" --model-control-mode=explicit --load-model=tens
 def test_the_exact_text_of_leader_mode(tensor: int, pipeline: int) -> None:
     world = tensor * pipeline
     ranks = " : \\\n".join([FIRST, *(OTHER.format(rank=rank) for rank in range(1, world))]) + "\n"
-    assert render_launch(launch(tensor, pipeline)) == expected(world, ranks=ranks)
+    assert render_launch(launch(tensor, pipeline)) == expected(tensor, pipeline, ranks=ranks)
 
 
 @pytest.mark.parametrize("world", [1, 2, 8])
@@ -135,13 +144,23 @@ def test_a_world_that_is_not_the_engine_s_is_refused(spec: LaunchSpec, sentence:
         render_launch(spec)
 
 
-def run(tmp_path: Path, spec: LaunchSpec, *, ranks: int, gpus: int, arguments: tuple[str, ...] = ()) -> Any:
+def run(
+    tmp_path: Path,
+    spec: LaunchSpec,
+    *,
+    ranks: int,
+    gpus: int,
+    sizes: tuple[int, int, int] = (2, 2, 1),
+    arguments: tuple[str, ...] = (),
+) -> Any:
     """The script with stand-ins for mpirun (prints its arguments, one a line), the server and nvidia-smi."""
     tools, engine = tmp_path / "tools", tmp_path / "pack age" / "engine"
     for folder in (tools, engine):
         folder.mkdir(parents=True, exist_ok=True)
     for rank in range(ranks):
         (engine / f"rank{rank}.engine").touch()
+    mapping = dict(zip(("world_size", "tp_size", "pp_size"), sizes, strict=True))
+    (engine / "config.json").write_text(json.dumps({"pretrained_config": {"mapping": mapping}}))
     scripts = {
         "mpirun": 'printf "%s\\n" "$@"\nprintf "orchestrator=%s\\n" "${TRTLLM_ORCHESTRATOR:-}"',
         "nvidia-smi": f"yes GPU | head -n {gpus}" if gpus else "exit 9",
@@ -206,3 +225,25 @@ def test_a_host_that_does_not_fit_is_named(tmp_path: Path, ranks: int, gpus: int
     done = run(tmp_path, here(tmp_path, 2), ranks=ranks, gpus=gpus)
     assert done.returncode == 6
     assert sentence in done.stderr
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (4, 4, 1), (2, 2, 2)])
+def test_an_engine_of_other_sizes_is_named(tmp_path: Path, sizes: tuple[int, int, int]) -> None:
+    done = run(tmp_path, here(tmp_path, 2), ranks=2, gpus=4, sizes=sizes)
+    shown = " ".join(map(str, sizes))
+    assert done.returncode == 6
+    assert (
+        f"has the world size, tensor and pipeline parallel sizes {shown}, and this package is for 2 2 1" in done.stderr
+    )
+
+
+def test_a_draft_model_beside_the_engine() -> None:
+    draft = EngineParameters("/package/engine/draft/built", tensor_parallel_size=2)
+    problems = launch_problems(replace(launch(2), draft=draft))
+    assert [str(one) for one in problems] == [
+        "speculative.draft: a draft model's engine beside this one, with 2 ranks each; use orchestrator mode"
+    ]
+    text = render_launch(replace(launch(2, mode="orchestrator"), draft=draft))
+    assert "draft=/package/engine/draft/built" in text
+    assert '[ -f "$draft/rank1.engine" ] || fail "$draft/rank1.engine is not here; build the draft model' in text
+    assert launch_problems(replace(launch(1), draft=draft)) == []

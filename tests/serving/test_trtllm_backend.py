@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -342,6 +342,35 @@ def test_an_abort_without_an_answer_still_ends_the_request(monkeypatch: pytest.M
         assert collector.wait().finish_reason == "cancelled"
         assert silent.aborted.is_set()
         backend.close()
+
+
+class SlowStats(Silent):
+    """Its statistics take a moment to be given up, as those of a queue that is awaited with a limit."""
+
+    given_up = False
+
+    async def get_stats_async(self, timeout: float) -> AsyncIterator[dict[str, Any]]:  # noqa: ASYNC109 - upstream's name
+        try:
+            await asyncio.sleep(60 * timeout)
+            yield {}
+        finally:
+            await asyncio.sleep(0.2)
+            self.given_up = True
+
+
+def test_nothing_is_pending_once_the_backend_is_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(backend_trtllm, "_ABORT_TIMEOUT_S", 0.1)
+    collector, slow = Collector(), SlowStats()
+    with fake_in_process("newest", tmp_path / "log"):
+        backend = TrtllmBackend(slow, {"enable_iter_perf_stats": True}, Model(320, (2,)), {})
+        handle = backend.submit(PROMPT, Sampling(max_tokens=4), [], collector)
+        loop = backend._loop
+        backend.close()
+    assert slow.given_up
+    assert collector.wait().finish_reason == "cancelled"
+    assert not asyncio.all_tasks(loop)
+    assert loop.is_closed()
+    handle.cancel()  # of a request that has ended with everything
 
 
 def result(*ids: int, reason: str | None = None, **more: Any) -> Any:

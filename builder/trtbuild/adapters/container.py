@@ -1,5 +1,8 @@
 """The deployment files of a package: Dockerfile, compose file, launch script and notes on the image.
 
+Packages of the embedded engine go on the serve image of docker/serve.Dockerfile. Those of TensorRT-LLM go on its Triton
+container, and are started there by the launch script, which the caller gives.
+
 The files decide everything at build time except what belongs to a host (addresses, published ports); nothing is read
 from the environment. Whatever a user may choose is checked against the grammar of the place where it is written, or
 quoted there.
@@ -28,6 +31,9 @@ import http.client, sys; c = http.client.HTTPConnection('127.0.0.1', {HTTP_PORT}
 c.request('GET', '/v2/health/ready'); sys.exit(c.getresponse().status != 200)"""
 HEALTHCHECK = ("CMD", "python3", "-c", _ASK_READY)
 
+# Where the container has its own files of the llmapi model; see the README.md in such a repository.
+_STOCK_FILES = tuple(f"/app/all_models/llmapi/tensorrt_llm/1/{name}.py" for name in ("model", "helpers"))
+
 # Labels under this prefix are written by us: what an image says of its origin must not be overridden by a recipe.
 LABEL_PREFIX = "io.trtbuild."
 
@@ -50,7 +56,8 @@ class DeploySpec:
 
     Args:
         model_name: the Triton model's name.
-        runtime: what executes the engine; ``embedded`` is the one that the serve image carries.
+        runtime: what executes the engine; ``embedded`` is the one that the serve image carries, the others have a
+            container of their own, which `serve_image` names.
         image: name of the image that is built from the package, ``[host[:port]/]path[:tag]``.
         engine_digest: digest of the engine that the package holds.
         labels: the user's labels, by key; a value is any text on one line.
@@ -58,6 +65,10 @@ class DeploySpec:
         serve_image: the image to start from; empty for the one that docker/serve.Dockerfile of this version makes.
         gpus: how many NVIDIA GPUs the compose file reserves.
         shm_size: size of /dev/shm in the notation of Docker.
+        launch: text of the launch script; empty for the embedded engine's.
+        engine_files: for TensorRT engines, the files that a server needs of ``engine/`` itself.
+        engine_trees: and the directories below it: the built engines, adapters.
+        stock_model: the served model's files are the container's own.
     """
 
     model_name: str
@@ -70,6 +81,10 @@ class DeploySpec:
     serve_image: str = ""
     gpus: int = 0
     shm_size: str = "1gb"
+    launch: str = ""
+    engine_files: Sequence[str] = ()
+    engine_trees: Sequence[str] = ()
+    stock_model: bool = False
 
 
 def check_deploy(spec: DeploySpec) -> list[Problem]:
@@ -90,13 +105,13 @@ def write_deploy(spec: DeploySpec, out: Path) -> None:
     """Write the chosen deployment files into `out`, the future ``deploy`` directory of a package.
 
     Raises:
-        CompatibilityError: there is no serve image for this runtime.
+        CompatibilityError: a runtime with a container of its own, without that.
         RecipeError: the image's name or a label cannot be written into the files; all problems at once.
     """
-    if spec.runtime != "embedded" and spec.files:
+    if spec.runtime != "embedded" and spec.files and not (spec.serve_image and spec.launch):
         raise CompatibilityError(
-            f"deploy: there is no serve image for the runtime {spec.runtime!r} in this version of trtbuild",
-            "use runtime.kind: embedded, or leave the deployment files out with deploy.files: []",
+            f"deploy: the runtime {spec.runtime!r} needs a container and a script that starts it there",
+            "use a release with a container, or leave the deployment files out with deploy.files: []",
         )
     problems = check_deploy(spec)
     if problems:
@@ -133,6 +148,13 @@ def _context(spec: DeploySpec) -> dict[str, Any]:
     return {
         "image": spec.image,
         "serve_image": spec.serve_image or default_serve_image(spec),
+        "model_name": spec.model_name,
+        "runtime": spec.runtime,
+        "launch": spec.launch,
+        "engine_files": list(spec.engine_files),
+        "engine_trees": list(spec.engine_trees),
+        "stock_model": spec.stock_model,
+        "stock_copy": json.dumps(["cp", *_STOCK_FILES, f"/package/model_repository/{spec.model_name}/1/"]),
         "trtbuild_version": spec.trtbuild_version,
         "labels": list(labels.items()),
         "labels_json": json.dumps(labels, indent=2),
@@ -141,13 +163,16 @@ def _context(spec: DeploySpec) -> dict[str, Any]:
         "grpc_port": GRPC_PORT,
         "metrics_port": METRICS_PORT,
         "healthcheck": HEALTHCHECK,
+        "healthcheck_json": json.dumps(HEALTHCHECK[1:]),
+        "engine_copy": json.dumps([*(f"engine/{name}" for name in spec.engine_files), "/package/engine/"]),
         "gpus": spec.gpus,
         "shm_size": spec.shm_size,
     }
 
 
 def _write_dockerfile(context: Mapping[str, Any], out: Path) -> None:
-    _write(out / "Dockerfile", render("deploy/Dockerfile.j2", context))
+    template = "Dockerfile" if context["runtime"] == "embedded" else "Dockerfile-trtllm"
+    _write(out / "Dockerfile", render(f"deploy/{template}.j2", context))
     _write(out / "OCI.md", render("deploy/OCI.md.j2", context))
 
 
@@ -156,7 +181,7 @@ def _write_compose(context: Mapping[str, Any], out: Path) -> None:
 
 
 def _write_launch(context: Mapping[str, Any], out: Path) -> None:
-    _write(out / "launch.sh", render("deploy/launch.sh.j2", context))
+    _write(out / "launch.sh", context["launch"] or render("deploy/launch.sh.j2", context))
     (out / "launch.sh").chmod(0o755)
 
 

@@ -16,13 +16,21 @@ from trtbuild.adapters import (
 from trtbuild.adapters.triton_spec import RepositorySpec
 from trtbuild.errors import Problem, RecipeError
 
-__all__ = ["RepositorySpec", "check_repository", "render_repository"]
+__all__ = ["RepositorySpec", "check_repository", "model_names", "render_repository"]
 
 # A file in the place of the directory for byte code, where Python would leave some and take some for the source.
 # Triton's python stub isolates its Python from the environment: PYTHONDONTWRITEBYTECODE does not reach it.
 _NO_BYTE_CODE = "__pycache__"
-_WRITERS = {triton_llm.LAYOUT: triton_llm.write, triton_five.LAYOUT: triton_five.write}
-_RUNTIMES = {triton_llm.LAYOUT: ("embedded", "trtllm"), triton_five.LAYOUT: ("embedded", "trtllm-engine")}
+_WRITERS = {
+    triton_llm.LAYOUT: triton_llm.write,
+    triton_five.LAYOUT: triton_five.write,
+    triton_five.TOKENS: triton_five.write,
+}
+_RUNTIMES = {
+    triton_llm.LAYOUT: ("embedded", "trtllm"),
+    triton_five.LAYOUT: ("embedded", "trtllm-engine"),
+    triton_five.TOKENS: ("trtllm-engine",),
+}
 
 
 def render_repository(spec: RepositorySpec, out: Path) -> None:
@@ -35,6 +43,11 @@ def render_repository(spec: RepositorySpec, out: Path) -> None:
     _WRITERS[spec.layout](spec, out)
     for version in {path.parent for path in out.rglob("*.py")}:
         (version / _NO_BYTE_CODE).touch()
+
+
+def model_names(layout: str, model_name: str, *, drafts: bool = False) -> tuple[str, ...]:
+    """The models that a repository of this layout consists of, with a draft model's where it `drafts`."""
+    return (model_name,) if layout == triton_llm.LAYOUT else triton_five.model_names(layout, drafts=drafts)
 
 
 def check_repository(repo: Path, *, engine: Path | None) -> list[Problem]:

@@ -11,8 +11,10 @@ from typing import Any
 from trtbuild.adapters import triton_built, triton_llmapi
 from trtbuild.adapters.triton_config import Model
 from trtbuild.errors import Problem
+from trtbuild.trtllm_build import DRAFT
 
 _LIMITS = ("max_seq_len", "max_input_tokens", "max_output_tokens", "default_max_tokens", "cancellation_check_period_ms")
+_DRAFT_MODEL = "tensorrt_llm_draft"
 _PROBE = "The quick brown fox: 1 + 1 = 2."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -26,7 +28,9 @@ def check_against_engine(model: Model, engine: Path | None) -> list[Problem]:
     A TensorRT engine lies where the server sees it: without `engine` it is judged only if it lies there on this host.
     """
     if model.parameter("gpt_model_path"):
-        built = Path(str(model.parameter("gpt_model_path"))) if engine is None else triton_built.place(engine)
+        built = Path(str(model.parameter("gpt_model_path")))
+        if engine is not None:
+            built = triton_built.place(engine / DRAFT if model.name == _DRAFT_MODEL else engine)
         return triton_built.check_engine(model, built)
     name = next((name for name in ("engine_dir", "tokenizer_dir") if model.parameter(name) is not None), None)
     if name is None:

@@ -1,7 +1,9 @@
 """Layout `ensemble`: the five models of TensorRT-LLM's `inflight_batcher_llm` repository.
 
-`tensorrt_llm` takes and gives token ids. Behind it is the embedded engine (our python model), TensorRT-LLM's C++
-backend, or the container's own python model over the same executor. Clients ask `ensemble` or `tensorrt_llm_bls`.
+`tensorrt_llm` takes and gives token ids; in layout `tokens` it stands alone. Behind it is the embedded engine (our
+python model), TensorRT-LLM's C++ backend, or the container's own python model over the same executor. Clients of the
+five ask `ensemble` or `tensorrt_llm_bls`.
+With a draft model there is a sixth, `tensorrt_llm_draft`, which `tensorrt_llm_bls` alone asks.
 """
 
 from __future__ import annotations
@@ -11,15 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtbuild.adapters import triton_contract, triton_parameters
+from trtbuild.adapters import triton_contract, triton_draft, triton_parameters
 from trtbuild.adapters.triton_config import Model, parse
 from trtbuild.adapters.triton_copy import copy_model
 from trtbuild.adapters.triton_spec import RepositorySpec, boolean
 from trtbuild.errors import Problem
 from trtbuild.render import render
 
-LAYOUT = "ensemble"
-ENGINE_MODEL = "tensorrt_llm"
+LAYOUT, TOKENS = "ensemble", "tokens"
+ENGINE_MODEL, DRAFT_MODEL = "tensorrt_llm", "tensorrt_llm_draft"
+_EXECUTED = (ENGINE_MODEL, DRAFT_MODEL)
 MODELS = ("ensemble", "postprocessing", "preprocessing", ENGINE_MODEL, "tensorrt_llm_bls")
 _EMBEDDED = "embedded"
 _CANCELLATION_CHECK_PERIOD_MS = 50
@@ -37,17 +40,24 @@ class _Written:
 
 
 def write(spec: RepositorySpec, out: Path) -> None:
-    """Write the five models of `spec` under `out`."""
-    for name, written in _models(spec).items():
+    """Write the models of `spec` under `out`: all five, or for layout `tokens` the one with the engine."""
+    models = _models(spec)
+    for name in model_names(spec.layout, drafts=spec.draft is not None):
+        written = models[name]
         version = out / name / "1"
         version.mkdir(parents=True)
-        text = render(f"ensemble/{name}.pbtxt.j2", written.context)
+        text = render(_template(name), written.context)
         (out / name / "config.pbtxt").write_text(text, encoding="utf-8", newline="\n")
         if written.source is not None:
             copy_model(written.source, version)
         else:
             # Triton wants a version directory, and archives and copies drop empty ones.
             (version / ".keep").write_bytes(b"")
+
+
+def model_names(layout: str, *, drafts: bool = False) -> tuple[str, ...]:
+    """The models of a repository of layout `ensemble` or `tokens`."""
+    return (ENGINE_MODEL,) if layout == TOKENS else (*MODELS, DRAFT_MODEL) if drafts else MODELS
 
 
 def check(models: Sequence[Model]) -> list[Problem]:
@@ -57,7 +67,7 @@ def check(models: Sequence[Model]) -> list[Problem]:
     """
     ours = {model.name: model for model in models if model.parameter("layout") == LAYOUT}
     expected = MODELS if ours else ()
-    ours |= {model.name: model for model in models if model.name == ENGINE_MODEL and _is_trtllm(model)}
+    ours |= {model.name: model for model in models if model.name in _EXECUTED and _is_trtllm(model)}
     if not ours:
         return []
     problems = [
@@ -66,16 +76,23 @@ def check(models: Sequence[Model]) -> list[Problem]:
         if name not in ours
     ]
     for name, model in ours.items():
-        if name in MODELS:
+        if name in (*MODELS, DRAFT_MODEL):
             problems += triton_contract.differences(model, _contract(model, ours), LAYOUT)
-    engine = ours.get(ENGINE_MODEL)
-    if engine is not None and _is_trtllm(engine):
-        given = {name: str(value.string_value) for name, value in engine.config.parameters.items()}
-        problems += triton_parameters.parameter_problems(
-            {name: text for name, text in given.items() if name not in _OURS}, f"{engine.name}/config.pbtxt"
-        )
-        problems += _instances(engine, given.get("gpu_device_ids", ""))
+    for engine in (ours[name] for name in _EXECUTED if name in ours):
+        problems += _parameters(engine) if _is_trtllm(engine) else []
     return problems + _agreement(ours)
+
+
+def _template(name: str) -> str:
+    """The template of a model's configuration: a draft is an engine of another name."""
+    return f"ensemble/{ENGINE_MODEL if name == DRAFT_MODEL else name}.pbtxt.j2"
+
+
+def _parameters(engine: Model) -> list[Problem]:
+    given = {name: str(value.string_value) for name, value in engine.config.parameters.items()}
+    theirs = {name: text for name, text in given.items() if name not in _OURS}
+    problems = triton_parameters.parameter_problems(theirs, f"{engine.name}/config.pbtxt")
+    return problems + _instances(engine, given.get("gpu_device_ids", ""))
 
 
 def _instances(engine: Model, gpu_device_ids: str) -> list[Problem]:
@@ -99,9 +116,13 @@ def _contract(model: Model, models: Mapping[str, Model]) -> Any:
     if engine is not None and _is_trtllm(engine):
         parameters = triton_parameters.EngineParameters(gpt_model_path="/any")
         spec = replace(spec, runtime="trtllm-engine", engine=parameters)
-    written = _models(spec)[model.name]
-    wanted = parse(render(f"ensemble/{model.name}.pbtxt.j2", written.context))
-    if engine is not None and _is_trtllm(engine) and model.name == ENGINE_MODEL:
+        if DRAFT_MODEL in models:
+            spec = replace(spec, draft=parameters, draft_tokens=1)
+    written = _models(spec).get(model.name)
+    if written is None:
+        return model.config  # a draft of the embedded engine, which `_agreement` refuses
+    wanted = parse(render(_template(model.name), written.context))
+    if _is_trtllm(model) and model.name in _EXECUTED:
         wanted.ClearField("parameters")  # judged by triton_parameters
     return wanted
 
@@ -123,6 +144,7 @@ def _agreement(models: Mapping[str, Model]) -> list[Problem]:
         for name in ("runtime", "streaming", "max_seq_len", "max_input_tokens", "max_output_tokens", "tokenizer_dir"):
             problems += _differs(model, models, name)
     bls = models.get("tensorrt_llm_bls")
+    problems += triton_draft.check(models) if DRAFT_MODEL in models else []
     return problems + ([] if bls is None else _bls(bls, models))
 
 
@@ -146,10 +168,13 @@ def _bls(bls: Model, models: Mapping[str, Model]) -> list[Problem]:
     if engine is not None and engine not in models:
         message = f"parameter tensorrt_llm_model_name is {engine!r}, which is not in this repository"
         problems.append(bls.problem(message, f"write {ENGINE_MODEL}"))
-    for name in ("tensorrt_llm_draft_model_name", "multimodal_encoders_name"):
-        if bls.parameter(name):
-            message = f"parameter {name} is {bls.parameter(name)!r}, and this model uses none"
-            problems.append(bls.problem(message, "leave it empty"))
+    draft = bls.parameter("tensorrt_llm_draft_model_name")
+    if draft and draft not in models:
+        message = f"parameter tensorrt_llm_draft_model_name is {draft!r}, which is not in this repository"
+        problems.append(bls.problem(message, "put the model there, or leave the parameter empty"))
+    if bls.parameter("multimodal_encoders_name"):
+        message = f"parameter multimodal_encoders_name is {bls.parameter('multimodal_encoders_name')!r}"
+        problems.append(bls.problem(f"{message}, and this model uses none", "leave it empty"))
     postprocessing = models.get("postprocessing")
     count = 0 if postprocessing is None else sum(group.count for group in postprocessing.config.instance_group)
     if postprocessing is not None and count > 1:
@@ -185,10 +210,14 @@ def _models(spec: RepositorySpec) -> dict[str, _Written]:
     bls = {
         "accumulate_tokens": "true",
         "tensorrt_llm_model_name": ENGINE_MODEL,
-        "tensorrt_llm_draft_model_name": "",
+        "tensorrt_llm_draft_model_name": "" if spec.draft is None else DRAFT_MODEL,
         "multimodal_encoders_name": "",
         "max_running_requests": threads,
     }
+    if spec.draft is not None:
+        bls["num_draft_tokens"] = spec.draft_tokens
+    if spec.lora_adapters_dir is not None:
+        bls["lora_adapters_dir"] = f"{spec.engine_dir}/{spec.lora_adapters_dir}"
     parameters = {
         "preprocessing": base | tokenizer | {"add_special_tokens": "true"} | no_images | limits,
         "postprocessing": base | tokenizer | {"skip_special_tokens": "true"},
@@ -201,27 +230,34 @@ def _models(spec: RepositorySpec) -> dict[str, _Written]:
         )
         for name, chosen in parameters.items()
     }
-    return made | {ENGINE_MODEL: _engine_model(spec, common, base | streams | limits)}
+    made[ENGINE_MODEL] = _engine_model(spec, common, base | streams | limits)
+    if spec.draft is not None:
+        made[DRAFT_MODEL] = _trtllm_model(spec.draft, common, DRAFT_MODEL)
+    return made
 
 
 def _engine_model(spec: RepositorySpec, common: Mapping[str, Any], ours: Mapping[str, Any]) -> _Written:
-    types = {"encoder_input_features_type": "TYPE_FP16", "prompt_embedding_table_type": "TYPE_FP16"}
-    context = dict(common) | types | {"name": ENGINE_MODEL, "backend": "python", "unset": []}
-    if spec.engine is None:
-        chosen = {name: value for name, value in ours.items() if name != "default_max_tokens"}
-        chosen |= {"engine_dir": spec.engine_dir, "exclude_input_in_output": "true", "max_beam_width": 1}
-        return _Written(context | {"parameters": list(chosen.items())}, f"ensemble/{ENGINE_MODEL}")
-    chosen = spec.engine.written()
-    # One model instance for each group of GPUs.
-    context |= {"backend": spec.engine.backend, "unset": spec.engine.unset()}
-    context |= {"instance_count": len(spec.engine.gpu_device_ids or ((),))}
+    if spec.engine is not None:
+        return _trtllm_model(spec.engine, common, ENGINE_MODEL)
+    context = dict(common) | _TYPES | {"name": ENGINE_MODEL, "backend": "python", "unset": []}
+    chosen = {name: value for name, value in ours.items() if name != "default_max_tokens"}
+    chosen |= {"engine_dir": spec.engine_dir, "exclude_input_in_output": "true", "max_beam_width": 1}
+    return _Written(context | {"parameters": list(chosen.items())}, f"ensemble/{ENGINE_MODEL}")
+
+
+def _trtllm_model(engine: triton_parameters.EngineParameters, common: Mapping[str, Any], name: str) -> _Written:
+    """A model that TensorRT-LLM executes, with one instance for each group of GPUs."""
+    chosen: dict[str, Any] = engine.written()
+    context = dict(common) | _TYPES | {"name": name, "backend": engine.backend, "unset": engine.unset()}
+    context |= {"instance_count": len(engine.gpu_device_ids or ((),))}
     source = None
-    if spec.engine.backend == "python":
+    if engine.backend == "python":
         chosen["container_model_py"] = _CONTAINER_MODEL
         source = "ensemble/tensorrt_llm_container"
     return _Written(context | {"parameters": list(chosen.items())}, source)
 
 
+_TYPES = {"encoder_input_features_type": "TYPE_FP16", "prompt_embedding_table_type": "TYPE_FP16"}
 # Parameters of trtbuild's own in a model that TensorRT-LLM executes.
 _OURS = ("container_model_py",)
 _ANY_SPEC = RepositorySpec(

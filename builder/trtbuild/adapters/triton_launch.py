@@ -1,10 +1,12 @@
 """The script that starts Triton over a TensorRT engine on one or several GPUs of one host.
 
 The commands are those of TensorRT-LLM's own launcher (NVIDIA/TensorRT-LLM triton_backend/scripts/
-launch_triton_server.py @0b06796b): in leader mode one ``-n 1 tritonserver`` for each rank under one mpirun, where ranks
-above 0 load the engine's model explicitly; in orchestrator mode (``--multi-model``) one server with
-``TRTLLM_ORCHESTRATOR=1``, without pinned and CUDA memory pools, that starts the workers itself. Each server's Python
-backend gets a prefix of its own for shared memory.
+launch_triton_server.py @0b06796b, @0a2e2c1f): in leader mode one ``-n 1 tritonserver`` for each rank under one mpirun,
+where ranks above 0 load the engine's model explicitly; in orchestrator mode (``--multi-model``) one server with
+``TRTLLM_ORCHESTRATOR=1``, without pinned and CUDA memory pools, that starts the workers itself
+(``TRTLLM_ORCHESTRATOR_SPAWN_PROCESSES=1``, world size 1). Each server's Python backend gets a prefix of its own for
+shared memory. Several instances with GPUs of their own, ``0,1;2,3``, need the orchestrator (triton-inference-server/
+tensorrtllm_backend docs/llama_multi_instance.md @05ceae03).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ class LaunchSpec:
         mode: ``leader`` or ``orchestrator``.
         model: name of the model with the engine.
         package: where the container sees the package.
+        draft: the parameters of the draft model's engine, which has as many ranks.
     """
 
     engine: EngineParameters
@@ -37,6 +40,7 @@ class LaunchSpec:
     container: str
     mode: Literal["leader", "orchestrator"] = "leader"
     model: str = "tensorrt_llm"
+    draft: EngineParameters | None = None
     package: str = _PACKAGE
 
 
@@ -58,6 +62,9 @@ def launch_problems(spec: LaunchSpec) -> list[Problem]:
     if spec.mode == "leader" and len(groups) > 1:
         message = f"{len(groups)} instances of the engine cannot be started in leader mode"
         problems.append(Problem("gpu_device_ids", message, "use orchestrator mode"))
+    if spec.mode == "leader" and spec.draft is not None and spec.world_size > 1:
+        message = f"a draft model's engine beside this one, with {spec.world_size} ranks each"
+        problems.append(Problem("speculative.draft", message, "use orchestrator mode"))
     if spec.mode == "orchestrator" and engine.backend == "tensorrtllm" and engine.participant_ids is not None:
         message = "are for servers that do not start their workers, and orchestrator mode starts them"
         problems.append(Problem("participant_ids", message, "leave them out"))
@@ -87,6 +94,8 @@ def render_launch(spec: LaunchSpec) -> str:
         "container": spec.container,
         "package": spec.package,
         "engine_dir": spec.engine.gpt_model_path,
+        "mapping": f"{spec.world_size} {spec.engine.tensor_parallel_size} {spec.engine.pipeline_parallel_size}",
+        "draft_dir": spec.draft.gpt_model_path if spec.draft else None,
         "model": spec.model,
     }
     return render("deploy/launch-engine.sh.j2", context)

@@ -22,7 +22,7 @@ from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.llm_schema import load_schema
 from trtbuild.llm_validate import validate
 from trtbuild.manifest import canonical_json, write_atomic
-from trtbuild.yaml_text import parse_yaml
+from trtbuild.yaml_text import parse_yaml, yaml_key, yaml_scalar
 
 ARGS_FILE, ENGINE_FILE, ADAPTERS = "llm_args.yaml", "engine.json", "adapters"
 _LIMITS = ("max_batch_size", "max_num_tokens", "max_seq_len")
@@ -197,28 +197,7 @@ def _lines(section: Mapping[str, Any], indent: str) -> list[str]:
     lines = []
     for key, value in sorted(section.items()):
         if isinstance(value, Mapping) and value:
-            lines += [f"{indent}{_key(key)}:\n", *_lines(value, f"{indent}  ")]
+            lines += [f"{indent}{yaml_key(key)}:\n", *_lines(value, f"{indent}  ")]
         else:
-            lines.append(f"{indent}{_key(key)}: {_scalar(value)}\n")
+            lines.append(f"{indent}{yaml_key(key)}: {yaml_scalar(value)}\n")
     return lines
-
-
-def _key(key: object) -> str:
-    text = str(key)
-    return text if text.isidentifier() and text.isascii() and text not in _WORDS else json.dumps(text)
-
-
-_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "Y", "N", "Yes", "No", "On", "Off"}
-
-
-def _scalar(value: Any) -> str:
-    """JSON is YAML, but for numbers like 1e-05, which YAML 1.1 takes for text."""
-    if isinstance(value, float):
-        text = repr(value)
-        mantissa, e, exponent = text.partition("e")
-        return f"{mantissa}{'' if '.' in mantissa else '.0'}e{exponent}" if e else text
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_scalar(item) for item in value)}]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(key)}: {_scalar(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=True)

@@ -2,8 +2,8 @@
 
 Only headers and the scales of one number are read. Rules: NVIDIA/TensorRT-LLM, tensorrt_llm/_torch/modules/linear.py
 @ed53795b33fc139493f762a1c6c53f691cf52d38 (what each linear method loads) and tensorrt_llm/_torch/model_config.py
-@008e0af8 (how quantization is recognized). Tensors of experts, and layers whose projections are stored as one, are
-loaded by other code, which was not read: they are checked for their packing alone.
+@008e0af8 (how quantization is recognized). `trtllm_fused` has the rules on projections that become one layer, also in
+experts and where the file has one matrix for them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trtbuild.adapters import trtllm_fused
 from trtbuild.adapters import trtllm_tensors as rules
 from trtbuild.checkpoint_files import CheckpointFiles
 from trtbuild.errors import ArtifactError, Problem
@@ -70,8 +71,8 @@ def check(files: CheckpointFiles, version: str, layout: Layout) -> list[Checkpoi
         ("packing", lambda: rules.packing(linears, found)),
         ("excluded modules", lambda: rules.exclusions(linears, found)),
         ("scales", lambda: rules.scales(linears, reader)),
-        ("fused projections", lambda: rules.fused(linears, reader)),
-        ("AWQ input scales", lambda: rules.pre_quant_scales(linears, found)),
+        ("fused projections", lambda: trtllm_fused.fused(linears, found, reader)),
+        ("AWQ input scales", lambda: trtllm_fused.pre_quant_scales(linears, found)),
         ("KV cache scales", lambda: rules.kv_scales(tensors, found, reader)),
         ("tensor parallel", lambda: rules.divisions(linears, found, layout.tensor_parallel_size, layout.attention_dp)),
     ]

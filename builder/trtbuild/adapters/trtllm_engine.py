@@ -2,44 +2,86 @@
 
 The directory holds ``checkpoint/`` (TensorRT-LLM's own format), the tokenizer, ``engine.json`` (what this is, for
 people and checks) and ``build.sh``, which makes ``built/``, the engine that a server loads.
+
+Sources of the script's command lines: docker run and docker info (docker/cli docs/reference/commandline @0638fe26);
+``--device nvidia.com/gpu=all`` and ``--security-opt label=disable`` (NVIDIA Container Toolkit, cdi-support);
+``--ulimit host`` (podman-run(1)); enroot import, create, start and remove (NVIDIA/enroot doc/cmd @2c410f2a, the fields
+of a mount in doc/image-format.md); pyxis' options of srun (NVIDIA/pyxis README.md @046f4149); srun itself
+(SchedMD/slurm doc/man/man1/srun.1 @000729e6).
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trtbuild.errors import Problem
-from trtbuild.manifest import canonical_json, write_atomic
-from trtbuild.render import render
+from trtbuild.draft import HEADS, rank_files, read_draft
+from trtbuild.errors import ArtifactError, Problem
+from trtbuild.manifest import canonical_json, digest_json, write_atomic
+from trtbuild.render import data_dir, render
 from trtbuild.trtllm_build import BUILT, EngineSpec, arguments, built_limits, choose, spec_from_json
 
 CHECKPOINT, ENGINE_FILE, SCRIPT = "checkpoint", "engine.json", "build.sh"
 # Of the compressed checkpoint: what the conversion has replaced.
 _CONVERTED = ("*.safetensors", "*.safetensors.index.json", "hf_quant_config.json")
-RECORD = "trtbuild.json"  # what the script leaves in the engine directory: TensorRT-LLM's config names no GPU
+# What the script leaves in the engine directory, last: TensorRT-LLM's config names neither GPU nor checkpoint.
+RECORD = "trtbuild.json"
 
 
-def write_engine(parameters: Mapping[str, Any], source: Path, out: Path) -> None:
+def build_key(parameters: Mapping[str, Any], checkpoint: str, revision: str) -> str:
+    """What one built engine is known by: everything that decides it, and nothing of where or when it is built.
+
+    Args:
+        parameters: of the planned step.
+        checkpoint: the digest of the compressed checkpoint.
+        revision: of the conversion.
+    """
+    return digest_json({"parameters": dict(parameters), "checkpoint": checkpoint, "convert": revision})
+
+
+def copy_checkpoint(parameters: Mapping[str, Any], source: Path, out: Path) -> dict[str, Any]:
+    """Take a checkpoint that TensorRT-LLM's own scripts converted, a model with heads, as ``checkpoint/``.
+
+    Raises:
+        ArtifactError: it changed since the plan was made.
+    """
+    target = out / CHECKPOINT
+    target.mkdir(parents=True)
+    for name in ("config.json", *rank_files(parameters["world_size"])):
+        shutil.copyfile(source / name, target / name)
+    heads = read_draft(target, _method(parameters)).heads
+    if heads is None or asdict(heads) != parameters["heads"]:
+        raise ArtifactError(f"{source} changed while it was being built from", "start the build again")
+    return {"result": {"architecture": parameters["heads"]["architecture"], "notes": []}}
+
+
+def _method(parameters: Mapping[str, Any]) -> str:
+    architecture = parameters["heads"]["architecture"]
+    return next(method for method, classes in HEADS.items() if architecture in classes)
+
+
+def write_engine(parameters: Mapping[str, Any], source: Path | None, out: Path, key: str) -> None:
     """Write what stands beside ``checkpoint/`` in an engine directory.
 
     Args:
         parameters: of the planned step.
-        source: the compressed checkpoint, for its tokenizer and config.
+        source: the compressed checkpoint, for its tokenizer and config; None for a draft model, which needs none.
         out: the engine directory, whose ``checkpoint/`` is finished.
+        key: of the engine that is built from it, see `build_key`.
     """
-    for path in sorted(source.iterdir()):
+    for path in sorted(source.iterdir()) if source else ():
         if path.is_file() and not any(path.match(pattern) for pattern in _CONVERTED):
             shutil.copyfile(path, out / path.name)
-    spec = spec_from_json(parameters["spec"])
-    write_atomic(out / ENGINE_FILE, canonical_json(engine_json(parameters)))
-    write_atomic(out / SCRIPT, build_script(spec, image=parameters["image"], name=spec.architecture))
+    write_atomic(out / ENGINE_FILE, canonical_json(engine_json(parameters, key)))
+    write_atomic(out / SCRIPT, planned_script(parameters, key))
     (out / SCRIPT).chmod(0o755)
 
 
-def engine_json(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def engine_json(parameters: Mapping[str, Any], key: str) -> dict[str, Any]:
     """The contents of ``engine.json``; `gpu` is the compute capability, the limits are those of the finished engine."""
     spec = spec_from_json(parameters["spec"])
     names = ("runtime", "version", "container", "image", "world_size", "dtype", "trust_remote_code")
@@ -51,20 +93,32 @@ def engine_json(parameters: Mapping[str, Any]) -> dict[str, Any]:
         "spec": parameters["spec"],
         "checkpoint": CHECKPOINT,
         "built": BUILT,
+        "key": key,
+        # The number that a client sends as lora_task_id, and whose adapter it is.
+        **({"adapters": parameters["lora"]["adapters"]} if "lora" in parameters else {}),
     }
 
 
-def build_script(spec: EngineSpec, *, image: str, name: str) -> str:
-    """A POSIX shell script that builds the engine in `image` with docker, podman or enroot, and resumes.
+def planned_script(parameters: Mapping[str, Any], key: str) -> str:
+    """The script that builds the engine of a planned step."""
+    spec = spec_from_json(parameters["spec"])
+    return build_script(spec, image=parameters["image"], name=spec.architecture, key=key)
 
-    It takes the checkpoint's and the engine's directories as arguments (by default those beside it), keeps TensorRT's
-    timing cache beside the engine, and renames a finished engine into place, so that a second run after a kill starts
-    the build anew and a run after success does nothing.
+
+def build_script(spec: EngineSpec, *, image: str, name: str, key: str) -> str:
+    """A bash script that builds the engine in `image` with docker, podman, enroot or Slurm's srun, and resumes.
+
+    It takes the checkpoint's and the engine's directories as arguments (by default those beside it), keeps finished
+    ranks and TensorRT's timing cache beside the engine, and renames a finished engine into place, so that a second run
+    after a kill goes on and a run after success does nothing. With ``--check`` it prints what would run it here, or
+    ends with exit code 6 and one sentence on standard error.
     """
-    command = ("trtllm-build", *arguments(choose(spec), "/checkpoint", "/build/engine.part"))
+    gpu = f"{spec.gpu // 10}.{spec.gpu % 10}"
+    facts = {"key": key, "image": image, "version": spec.version, "gpu": gpu, "ranks": spec.world_size}
     context = {
-        "image": image, "name": name, "command": list(command), "gpu": f"{spec.gpu // 10}.{spec.gpu % 10}",
-        "version": spec.version, "world_size": spec.world_size, "record": RECORD, "built": BUILT,
+        "image": image, "name": name, "key": key, "gpu": gpu, "ranks": spec.world_size, "facts": json.dumps(facts),
+        "arguments": arguments(choose(spec), "/checkpoint", "/build/engine.part"), "record": RECORD, "built": BUILT,
+        "ranks_py": (data_dir("templates") / "trtllm_engine" / "ranks.py").read_text(encoding="utf-8"),
     }  # fmt: skip
     return render("trtllm_engine/build.sh.j2", context)
 

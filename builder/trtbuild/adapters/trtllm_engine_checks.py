@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trtbuild.adapters.trtllm_engine import CHECKPOINT, ENGINE_FILE, RECORD, SCRIPT, check_engine
+from trtbuild.adapters.trtllm_tokenizer import tokenizer_info
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import ArtifactError
 from trtbuild.manifest import read_json
 from trtbuild.safetensors_header import HeaderError, TensorInfo, read_header
-from trtbuild.trtllm_build import BUILT, EngineSpec, spec_from_json
+from trtbuild.trtllm_build import BUILT, DRAFT, EngineSpec, spec_from_json
+from trtbuild.trtllm_engine_lora import ADAPTERS
 
 _AGAIN = "build the package again"
 
@@ -39,12 +41,37 @@ def check(directory: Path, planned: Mapping[str, Any]) -> list[EngineCheck]:
     """
     engine = read_json(directory / ENGINE_FILE)
     spec = spec_from_json(planned["spec"])
-    return [
+    checks = [
         EngineCheck("engine.json", tuple(_against_plan(engine, planned)), f"TensorRT-LLM {engine['version']}"),
         _checkpoint(directory / CHECKPOINT, spec, str(planned["dtype"])),
         _ranks(directory / CHECKPOINT, spec),
-        _built(directory, spec, engine["image"]),
+        _built(directory, spec, engine),
     ]
+    if "tokenizer_info" in planned:
+        checks.append(_tokenizer(directory, planned["tokenizer_info"]))
+    if planned.get("lora", {}).get("adapters"):
+        checks.append(_adapters(directory / ADAPTERS, planned["lora"]))
+    if "draft" not in planned:
+        return checks
+    return checks + [replace(one, name=f"draft: {one.name}") for one in check(directory / DRAFT, planned["draft"])]
+
+
+def _adapters(directory: Path, lora: Mapping[str, Any]) -> EngineCheck:
+    from trtbuild.convert.lora.write import check_arrays  # numpy, which only this check needs
+
+    problems = tuple(f"{problem}; {_AGAIN}" for problem in check_arrays(directory, lora))
+    shown = ", ".join(f"{task}: {name}" for task, name in lora["adapters"].items())
+    return EngineCheck("LoRA adapters", problems, shown)
+
+
+def _tokenizer(directory: Path, name: str) -> EngineCheck:
+    found, wanted = read_json(directory / name), tokenizer_info(directory)
+    wrong = tuple(
+        f"{name}: {key} is not that of the tokenizer beside it; {_AGAIN}"
+        for key in wanted
+        if found.get(key) != wanted[key]
+    )
+    return EngineCheck("guided decoding", wrong, f"{len(wanted['encoded_vocab'])} tokens")
 
 
 def _against_plan(engine: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
@@ -114,23 +141,50 @@ def _layout(tensor: TensorInfo | None) -> tuple[str, tuple[int, ...]] | None:
     return None if tensor is None else (tensor.dtype, tensor.shape)
 
 
-def _built(directory: Path, spec: EngineSpec, image: str) -> EngineCheck:
-    """The engine that the script has built, if it has."""
+def _built(directory: Path, spec: EngineSpec, engine: Mapping[str, Any]) -> EngineCheck:
+    """The engine that was built, if it was."""
     built, name = directory / BUILT, "TensorRT engine"
     if not built.is_dir():
-        return EngineCheck(name, (), f"not built yet: engine/{SCRIPT} builds it in {image}")
+        return EngineCheck(name, (), f"not built yet: engine/{SCRIPT} builds it in {engine['image']}")
     again = f"move engine/{BUILT} away and run engine/{SCRIPT}"
+    found = tuple(f"{problem}; {again}" for problem in check_built(built, spec, key=engine["key"]))
+    return EngineCheck(name, found, f"TensorRT-LLM {spec.version}, {spec.world_size} ranks, SM{spec.gpu}")
+
+
+def check_built(built: Path, spec: EngineSpec, *, key: str) -> list[str]:
+    """What is wrong with a built engine, read back: its config, its record, a whole file for each rank.
+
+    Args:
+        built: what ``trtllm-build`` has made.
+        spec: what it was to be built for.
+        key: of the engine, see `trtllm_engine.build_key`.
+    """
     try:
-        config = read_json(built / "config.json")
+        config, record = read_json(built / "config.json"), read_record(built)
     except ArtifactError as error:
-        return EngineCheck(name, (f"{error}; {again}",))
-    record = read_json(built / RECORD) if (built / RECORD).is_file() else None
-    found = [f"{problem.path}: {problem.message}; {again}" for problem in check_engine(config, record, spec)]
-    found += [
-        f"rank{rank}.engine is missing, and there are {spec.world_size} ranks; {again}"
-        for rank in range(spec.world_size)
-        if not (built / f"rank{rank}.engine").is_file()
-    ]
-    return EngineCheck(
-        name, tuple(found), f"TensorRT-LLM {config.get('version')}, {spec.world_size} ranks, SM{spec.gpu}"
-    )
+        return [str(error)]
+    problems = [f"{problem.path}: {problem.message}" for problem in check_engine(config, record, spec)]
+    if record is not None and record.get("key") != key:
+        problems.append(f"{RECORD}: key: is {record.get('key')!r}, another checkpoint or other arguments than {key!r}")
+    sizes = (record or {}).get("bytes", {})
+    for name in (f"rank{rank}.engine" for rank in range(spec.world_size)):
+        path = built / name
+        if not path.is_file():
+            problems.append(f"{name} is missing, and there are {spec.world_size} ranks")
+        elif name in sizes and path.stat().st_size != sizes[name]:
+            problems.append(f"{name} has {path.stat().st_size} bytes, and {sizes[name]} were written")
+    return problems
+
+
+def read_record(built: Path) -> dict[str, Any] | None:
+    """What the script has recorded about an engine, or None where it has not.
+
+    Raises:
+        ArtifactError: the record cannot be read.
+    """
+    if not (built / RECORD).is_file():
+        return None
+    record = read_json(built / RECORD)
+    if not isinstance(record, dict):
+        raise ArtifactError(f"{built / RECORD} holds no JSON object", "build the engine again")
+    return record

@@ -18,9 +18,9 @@ from trtbuild.safetensors_header import TensorInfo
 from trtbuild.support import group_sizes
 
 Found = tuple[list[str], str]
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_ROW_PARALLEL = ("o_proj", "down_proj")
-_COLUMN_PARALLEL = tuple(name for names in _FUSED for name in names)
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+ROW_PARALLEL = ("o_proj", "down_proj")
+COLUMN_PARALLEL = tuple(name for names in FUSED for name in names)
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Modules that TensorRT-LLM never builds as quantized linear layers.
 _NEVER_QUANTIZED = ("gate", "router", "shared_expert_gate")
@@ -85,14 +85,18 @@ LAYOUTS: Mapping[str, Storage] = {
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Reads scales of one number."""
+    """Reads scales."""
 
     files: CheckpointFiles
     tensors: Mapping[str, TensorInfo]
 
+    def raw(self, tensor: TensorInfo) -> bytes:
+        """The bytes of `tensor`."""
+        return self.files.read(tensor.shard, tensor.begin, tensor.bytes)
+
     def number(self, tensor: TensorInfo) -> float:
         """The one value of `tensor`."""
-        raw = self.files.read(tensor.shard, tensor.begin, tensor.bytes)
+        raw = self.raw(tensor)
         if tensor.dtype == "BF16":  # the upper half of a float32
             return float(struct.unpack("<f", b"\0\0" + raw)[0])
         return float(struct.unpack(_UNPACK[tensor.dtype], raw)[0])
@@ -110,7 +114,7 @@ def linears(tensors: Mapping[str, TensorInfo]) -> list[Linear]:
     return found
 
 
-def _few(problems: list[str]) -> list[str]:
+def few(problems: list[str]) -> list[str]:
     """The first problems, and how many more there are."""
     more = len(problems) - _SHOWN
     return problems if more <= 0 else [*problems[:_SHOWN], f"and {more} more of this kind"]
@@ -124,7 +128,7 @@ def packing(layers: Iterable[Linear], quantized: Quantized) -> Found:
             for layer in layers
             if layer.is_quantized
         ]
-        return _few(wrong), "weights in floating point"
+        return few(wrong), "weights in floating point"
     storage, problems, count = LAYOUTS[quantized.algo], [], 0
     for layer in layers:
         if not layer.is_quantized:
@@ -140,7 +144,7 @@ def packing(layers: Iterable[Linear], quantized: Quantized) -> Found:
         problems += _grouped(layer, storage, quantized)
     if not count:
         problems.append(f"quant_algo is {quantized.algo}, but no layer is quantized")
-    return _few(problems), f"{count} layers in {quantized.algo}"
+    return few(problems), f"{count} layers in {quantized.algo}"
 
 
 def _one_number(layer: Linear, names: Iterable[str]) -> list[str]:
@@ -188,7 +192,7 @@ def exclusions(layers: Iterable[Linear], quantized: Quantized) -> Found:
         if not layer.is_quantized and not named and layer.short not in _NEVER_QUANTIZED:
             problems.append(f"{layer.name} is not quantized, but exclude_modules does not name it")
         plain += not layer.is_quantized
-    return _few(problems), f"{plain} layers left in floating point"
+    return few(problems), f"{plain} layers left in floating point"
 
 
 def scales(layers: Iterable[Linear], reader: Reader) -> Found:
@@ -202,65 +206,7 @@ def scales(layers: Iterable[Linear], reader: Reader) -> Found:
             value = reader.number(tensor)
             if not (math.isfinite(value) and value > 0):
                 problems.append(f"{layer.name}.{name} is {value}")
-    return _few(problems), f"{count} numbers, positive and finite"
-
-
-def fused(layers: Iterable[Linear], reader: Reader) -> Found:
-    """Projections that TensorRT-LLM joins are quantized together and share their scales.
-
-    NVFP4 and W4A8_AWQ assert that input_scale and weight_scale_2 are equal. FP8 would take the largest input_scale for
-    all of them: other numbers than those that were measured.
-    """
-    by_name = {layer.name: layer for layer in layers if not layer.is_expert}
-    problems, groups = [], 0
-    for layer in by_name.values():
-        for names in _FUSED:
-            if layer.short != names[0]:
-                continue
-            parent = layer.name.removesuffix(names[0])
-            members = [by_name[f"{parent}{name}"] for name in names if f"{parent}{name}" in by_name]
-            groups += 1
-            problems += _unequal(f"{parent}{{{','.join(names)}}}", members, reader)
-    return _few(problems), f"{groups} groups; experts are not judged"
-
-
-def _unequal(name: str, members: list[Linear], reader: Reader) -> list[str]:
-    if len({member.is_quantized for member in members}) > 1:
-        return [f"{name}: quantized only in part; TensorRT-LLM joins them into one layer"]
-    problems = []
-    for suffix in ("input_scale", "weight_scale_2"):
-        present = [member.scales[suffix] for member in members if suffix in member.scales]
-        if present and len(present) < len(members):
-            problems.append(f"{name}: {suffix} is missing in some")
-        values = [reader.number(tensor) for tensor in present if tensor.elements == 1]
-        if len(set(values)) > 1:
-            shown = ", ".join(f"{value:g}" for value in values)
-            problems.append(f"{name}: {suffix} must be equal, but they are {shown}")
-    return problems
-
-
-def pre_quant_scales(layers: Iterable[Linear], quantized: Quantized) -> Found:
-    """W4A16_AWQ: joined projections ignore pre_quant_scale, other layers do not load without it."""
-    if quantized.algo != "W4A16_AWQ":
-        return [], f"not of {quantized.algo or 'an unquantized checkpoint'}"
-    problems, count = [], 0
-    for layer in layers:
-        if not layer.is_quantized or layer.is_expert:
-            continue
-        scale = layer.scales.get("pre_quant_scale")
-        if layer.short in _COLUMN_PARALLEL and scale is not None:
-            problems.append(f"{layer.name}: pre_quant_scale would be ignored; it belongs into the norm before")
-        if layer.short in _ROW_PARALLEL:
-            count += 1
-            if scale is None:
-                problems.append(
-                    f"{layer.name}: pre_quant_scale is missing, TensorRT-LLM does not load the layer without"
-                )
-            elif scale.elements != layer.weight.shape[1]:
-                problems.append(
-                    f"{layer.name}: pre_quant_scale has {scale.elements} numbers, not {layer.weight.shape[1]}"
-                )
-    return _few(problems), f"{count} layers with a scale of their own; experts are not judged"
+    return few(problems), f"{count} numbers, positive and finite"
 
 
 def kv_scales(tensors: Mapping[str, TensorInfo], quantized: Quantized, reader: Reader) -> Found:
@@ -281,7 +227,7 @@ def kv_scales(tensors: Mapping[str, TensorInfo], quantized: Quantized, reader: R
     every = {match[1] for name in tensors if (match := re.match(r"(.*\.layers\.\d+\.)self_attn\.", name))}
     partial = sorted(layer for layer in every if found and found.get(layer) != {"k_scale", "v_scale"})
     problems += [f"{layer}self_attn: k_scale or v_scale is missing, other layers have both" for layer in partial]
-    return _few(problems), f"{len(found)} layers with scales"
+    return few(problems), f"{len(found)} layers with scales"
 
 
 def divisions(layers: Iterable[Linear], quantized: Quantized, size: int, attention_dp: bool) -> Found:  # noqa: FBT001
@@ -296,10 +242,10 @@ def divisions(layers: Iterable[Linear], quantized: Quantized, size: int, attenti
             continue
         outputs, inputs = logical_shape(layer, storage)
         shared = layer.short in {"k_proj", "v_proj"}  # key-value heads may be repeated over ranks
-        if layer.short in _ROW_PARALLEL and inputs % size:
+        if layer.short in ROW_PARALLEL and inputs % size:
             problems.append(f"{layer.name}: {inputs} inputs are not divided by {size}")
-        elif layer.short in _ROW_PARALLEL and layer.is_quantized and (inputs // size) % group:
+        elif layer.short in ROW_PARALLEL and layer.is_quantized and (inputs // size) % group:
             problems.append(f"{layer.name}: {inputs} inputs are not divided by {size} into whole groups of {group}")
-        if layer.short in _COLUMN_PARALLEL and outputs % size and not shared:
+        if layer.short in COLUMN_PARALLEL and outputs % size and not shared:
             problems.append(f"{layer.name}: {outputs} outputs are not divided by {size}")
-    return _few(problems), f"{size} ranks"
+    return few(problems), f"{size} ranks"

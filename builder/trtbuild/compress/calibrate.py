@@ -16,11 +16,19 @@ from trtbuild.runtime.experts import UnfusedExperts
 Loop = Callable[[nn.Module], None]
 
 
+def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The name and the list of the decoder layers; None where the class has no such list."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    return None
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers in order; their number is what progress counts."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    return list(lists[0]) if lists else []
+    found = layer_list(model)
+    return list(found[1]) if found else []
 
 
 def calibration_loop(samples: Sequence[Sequence[int]], meter: Meter, passes: Sequence[tuple[str, int]]) -> Loop:
@@ -37,7 +45,7 @@ def calibration_loop(samples: Sequence[Sequence[int]], meter: Meter, passes: Seq
         what, cost = remaining.pop(0) if len(remaining) > 1 else remaining[0]
         layers = decoder_layers(model)
         device = next(model.parameters()).device
-        arguments = _forward_arguments(model)
+        arguments = forward_arguments(model)
         position = [0]
 
         def tick(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001  the signature of a hook
@@ -57,7 +65,7 @@ def calibration_loop(samples: Sequence[Sequence[int]], meter: Meter, passes: Seq
     return loop
 
 
-def _forward_arguments(model: nn.Module) -> dict[str, Any]:
+def forward_arguments(model: nn.Module) -> dict[str, Any]:
     """Keep no KV cache and, where the class can, compute the logits of one position only: they are not used."""
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if name in known}

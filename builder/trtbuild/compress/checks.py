@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
+from trtbuild.compress.blocks import TensorBlocks
 from trtbuild.compress.metadata import read_json
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import FUSED_BY_ENGINES, Selection
 from trtbuild.compress.source import read_tensors
 from trtbuild.errors import ToolError
-from trtbuild.runtime.linear import unpack_int4
 from trtbuild.safetensors_header import TensorInfo
+from trtbuild.weight_formats import is_searched
 
+_Form = tuple[str, tuple[int, ...]]  # type and shape of a tensor
 _SHOWN = 3
+_E4M3_NAN = 127  # less the sign
+_E8M0_NAN = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +43,18 @@ class Checked:
 
 
 class _Values:
-    """Tensor values of a checkpoint directory, file by file kept open."""
+    """Tensor values of a checkpoint directory, whole or block by block."""
 
     def __init__(self, directory: Path, infos: Mapping[str, TensorInfo]) -> None:
-        self._files = {
-            shard: safe_open(directory / shard, framework="pt") for shard in {i.shard for i in infos.values()}
-        }
+        self._blocks = TensorBlocks(directory, infos, finite=False)
         self._infos = infos
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        value: torch.Tensor = self._files[self._infos[name].shard].get_tensor(name)  # type: ignore[no-untyped-call]
-        return value
+        return self._blocks.value(self._infos[name])
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The elements of a tensor, flat; a block is gone when the next comes."""
+        return self._blocks.blocks(self._infos[name])
 
 
 def check_export(request: Request, selection: Selection, source: Mapping[str, TensorInfo]) -> Checked:
@@ -62,7 +66,8 @@ def check_export(request: Request, selection: Selection, source: Mapping[str, Te
     """
     infos = read_tensors(request.output)
     values = _Values(request.output, infos)
-    quantized = sorted(name.removesuffix(".weight") for name, info in infos.items() if info.dtype in {"F8_E4M3", "U8"})
+    weights = {name.removesuffix(".weight"): info for name, info in infos.items() if name.endswith(".weight")}
+    quantized = sorted(name for name, info in weights.items() if info.dtype in {"F8_E4M3", "U8", "I8"})
     wanted = sorted(selection.compressed.values())
     if request.format != "none":
         _refuse("not quantized, although compress.exclude does not name it", set(wanted) - set(quantized))
@@ -74,7 +79,7 @@ def check_export(request: Request, selection: Selection, source: Mapping[str, Te
     _check_source_is_covered(infos, source)
     if request.kv_cache == "fp8":
         _check_kv_scales(request, infos, values)
-    groups, conforming = _check_pattern(wanted, values) if request.sparse else (0, 0)
+    groups, conforming = _check_pattern(request, wanted, values) if request.sparse else (0, 0)
     return Checked(
         tensors=len(infos),
         bytes=sum(info.bytes for info in infos.values()),
@@ -117,14 +122,10 @@ def _check_layer(
 ) -> None:
     original = source.get(f"{layer}.weight")
     weight = infos[f"{layer}.weight"]
-    out, into = original.shape if original is not None else _logical_shape(weight)
-    if request.format == "fp8":
-        expected = {"weight": ("F8_E4M3", (out, into)), "weight_scale": ("F32", ()), "input_scale": ("F32", ())}
-    else:
-        groups = into // (request.group_size or into)
-        expected = {"weight": ("U8", (out // 2, into)), "weight_scale": ("F32", (out, groups))}
-        if f"{layer}.pre_quant_scale" in infos:
-            expected["pre_quant_scale"] = ("BF16", (into,))
+    out, into = original.shape if original is not None else _logical_shape(request, weight)
+    expected = expected_tensors(request.format, out, into, request.group_size or into)
+    if is_searched(request.format) and f"{layer}.pre_quant_scale" in infos:
+        expected["pre_quant_scale"] = ("BF16", (into,))
     for leaf, (dtype, shape) in expected.items():
         name = f"{layer}.{leaf}"
         info = infos.get(name)
@@ -134,15 +135,58 @@ def _check_layer(
             _refuse(f"{info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}", {name})
         elif leaf != "weight":
             _check_scale(name, values[name])
-    if weight.dtype == "F8_E4M3" and bool(values[f"{layer}.weight"].float().isnan().any()):
+    codes = values.blocks(f"{layer}.weight") if weight.dtype == "F8_E4M3" else iter(())
+    if any(int((block.view(torch.uint8) & _E4M3_NAN).max()) == _E4M3_NAN for block in codes):
         _refuse("holds NaN codes", {f"{layer}.weight"})
 
 
-def _logical_shape(info: TensorInfo) -> tuple[int, ...]:
-    return (info.shape[0] * 2, info.shape[1]) if info.dtype == "U8" else info.shape
+def expected_tensors(name: str, out: int, into: int, group: int) -> dict[str, _Form]:
+    """Type and shape of every tensor that a layer [out, into] must have in a format; AWQ's smoothing may be absent."""
+    one: _Form = ("F32", ())
+    rows: _Form = ("F32", (out,))
+    fp8: _Form = ("F8_E4M3", (out, into))
+    int4: dict[str, _Form] = {"weight": ("U8", (out // 2, into)), "weight_scale": ("F32", (out, into // group))}
+    fp4: dict[str, _Form] = {
+        "weight": ("U8", (out, into // 2)),
+        "weight_scale": ("F8_E4M3", (out, into // 16)),
+        "weight_scale_2": one,
+    }
+    blocks: tuple[int, ...] = (out // 128, 1, into // 128, 1)
+    if blocks == (1, 1, 1, 1):
+        blocks = ()  # the exporter drops the sides of whatever has one element
+    table: dict[str, dict[str, _Form]] = {
+        "fp8": {"weight": fp8, "weight_scale": one, "input_scale": one},
+        "fp8_per_channel_per_token": {"weight": fp8, "weight_scale": rows},
+        "fp8_block": {"weight": fp8, "weight_scale": ("F32", blocks)},
+        "int8_sq": {
+            "weight": ("I8", (out, into)),
+            "weight_scale": rows,
+            "input_scale": one,
+            "pre_quant_scale": ("BF16", (into,)),
+        },
+        "int8_weight_only": {"weight": ("I8", (out, into)), "weight_scale": rows},
+        "int4_awq": int4,
+        "w4a8_awq": int4 | {"weight_scale_2": one, "input_scale": one},
+        "nvfp4": fp4 | {"input_scale": one},
+        "w4a16_nvfp4": fp4,
+        "mxfp4": {"weight": ("U8", (out, into // 2)), "weight_scale": ("U8", (out, into // 32))},
+        "mxfp8": {"weight": fp8, "weight_scale": ("U8", (out, into // 32))},
+    }
+    return table[name]
+
+
+def _logical_shape(request: Request, info: TensorInfo) -> tuple[int, ...]:
+    if info.dtype != "U8":
+        return info.shape
+    return (info.shape[0] * 2, info.shape[1]) if is_searched(request.format) else (info.shape[0], info.shape[1] * 2)
 
 
 def _check_scale(name: str, scale: torch.Tensor) -> None:
+    if scale.dtype == torch.uint8:  # an exponent of two
+        if bool((scale == _E8M0_NAN).any()):
+            _refuse("scales must be finite", {name})
+        return
+    scale = scale.float()
     if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
         _refuse("scales must be positive and finite", {name})
 
@@ -152,6 +196,9 @@ def _check_shared_inputs(quantized: list[str], values: _Values, infos: Mapping[s
         scales = [name for layer in layers if (name := f"{layer}.input_scale") in infos]
         if len({float(values[name]) for name in scales}) > 1:
             _refuse("engines load them as one matrix, so their input scales must be equal", set(scales))
+        seconds = [name for layer in layers if (name := f"{layer}.weight_scale_2") in infos]
+        if len({float(values[name]) for name in seconds}) > 1:
+            _refuse("engines load them as one matrix, so their weight_scale_2 must be equal", set(seconds))
         smooth = [name for layer in layers if (name := f"{layer}.pre_quant_scale") in infos]
         if smooth and not all(torch.equal(values[smooth[0]], values[name]) for name in smooth[1:]):
             _refuse("engines load them as one matrix, so their pre_quant_scale must be equal", set(smooth))
@@ -179,18 +226,31 @@ def _check_kv_scales(request: Request, infos: Mapping[str, TensorInfo], values: 
             _check_scale(name, values[name])
 
 
-def _check_pattern(layers: list[str], values: _Values) -> tuple[int, int]:
+def _check_pattern(request: Request, layers: list[str], values: _Values) -> tuple[int, int]:
     """Groups of four neighbouring weights along the input, and how many have at most two that are not zero: all."""
     groups = conforming = 0
     dense = []
     for layer in layers:
-        stored = values[f"{layer}.weight"]
-        codes = unpack_int4(stored) if stored.dtype == torch.uint8 else stored.float()
-        used = (codes.reshape(-1, 4) != 0).sum(dim=1)
-        fitting = int((used <= 2).sum())
-        groups += used.numel()
+        found = fitting = 0
+        for block in values.blocks(f"{layer}.weight"):
+            used = (_codes(request, block).reshape(-1, 4) != 0).sum(dim=1)
+            found += used.numel()
+            fitting += int((used <= 2).sum())
+        groups += found
         conforming += fitting
-        if fitting != used.numel():
-            dense.append(f"{layer}.weight ({used.numel() - fitting:,} of {used.numel():,} groups)")
+        if fitting != found:
+            dense.append(f"{layer}.weight ({found - fitting:,} of {found:,} groups)")
     _refuse(f"not 2:4, only {conforming:,} of {groups:,} groups have at most two weights that are not zero", set(dense))
     return groups, conforming
+
+
+def _codes(request: Request, block: torch.Tensor) -> torch.Tensor:
+    """What is zero where a weight is, neighbours along the input beside each other.
+
+    A byte of INT4 holds two outputs, a byte of FP4 two inputs, each with a sign.
+    """
+    if block.dtype == torch.uint8 and is_searched(request.format):
+        return torch.stack((block & 15, block >> 4))
+    if block.dtype == torch.uint8:
+        return torch.stack((block & 7, block >> 4 & 7), dim=1)
+    return block.view(torch.int8) & 127 if block.dtype == torch.float8_e4m3fn else block

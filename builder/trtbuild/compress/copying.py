@@ -1,55 +1,73 @@
-"""Copy a checkpoint tensor by tensor, rounded to bf16: names and shards stay as they are, no model class is needed."""
+"""Copy a checkpoint block by block, rounded to bf16: names and shards stay as they are, no model class is needed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
+from trtbuild.compress.blocks import STORED_TYPES, TensorBlocks, rounded_type
 from trtbuild.compress.metadata import write_json, write_metadata
 from trtbuild.compress.request import Meter, Request
-from trtbuild.compress.source import refuse_nonfinite
+from trtbuild.compress.shards import Written, header_bytes, raw_bytes
 from trtbuild.model import INDEX
-
-_ROUNDED = (torch.float32, torch.float64, torch.float16)
+from trtbuild.safetensors_header import TensorInfo
 
 
 def copy_checkpoint(
-    request: Request, shards: list[str], meter: Meter, replaced: Mapping[str, torch.Tensor] | None = None
+    request: Request, source: Mapping[str, TensorInfo], meter: Meter, replaced: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Write the source's `shards` and metadata to the output, floating-point tensors in bf16.
+    """Write the source's tensors and metadata to the output, floating-point tensors in bf16.
 
     Args:
         request: Where the source, the tokenizer and the output are.
-        shards: The source's safetensors files.
-        meter: Told after every shard.
+        source: The source's tensors.
+        meter: Told after every file.
         replaced: Tensors, by their name in the files, that take the place of the source's.
 
     Raises:
-        ArtifactError: A tensor holds NaN or infinity.
+        ArtifactError: A tensor holds NaN or infinity; a file disappeared or changed.
     """
-    remaining = dict(replaced or {})
-    weight_map: dict[str, str] = {}
-    size = 0
-    for number, shard in enumerate(shards):
-        tensors = {}
-        with safe_open(request.source / shard, framework="pt") as file:
-            for name in sorted(file.keys()):
-                tensor = remaining.pop(name, None)
-                tensor = file.get_tensor(name) if tensor is None else tensor
-                tensors[name] = tensor.to(torch.bfloat16).contiguous() if tensor.dtype in _ROUNDED else tensor
-        refuse_nonfinite(
-            {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}, request.source
-        )
-        weight_map |= dict.fromkeys(tensors, shard)
-        size += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, request.output / shard, metadata={"format": "pt"})
+    lost = (replaced or {}).keys() - source.keys()
+    if lost:
+        raise KeyError(f"no tensor {min(lost)} in {request.source}")
+    blocks = TensorBlocks(request.source, source)
+    shards: dict[str, list[TensorInfo]] = defaultdict(list)
+    for info in source.values():
+        shards[info.shard].append(info)
+    for number, shard in enumerate(sorted(shards)):
+        _copy_shard(request.output / shard, shards[shard], blocks, replaced or {})
         meter.advance(1, f"copy: file {number + 1} of {len(shards)}")
-    if remaining:
-        raise KeyError(f"no tensor {next(iter(remaining))} in {request.source}")
     if (request.source / INDEX).exists():
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(request.output / INDEX, index)
+        size = sum(_size(info) for info in source.values())
+        weight_map = {name: source[name].shard for name in sorted(source)}
+        write_json(request.output / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     write_metadata(request, None)
+
+
+def _copy_shard(
+    path: Path, infos: Iterable[TensorInfo], blocks: TensorBlocks, replaced: Mapping[str, torch.Tensor]
+) -> None:
+    order = sorted(infos, key=lambda info: (-rounded_type(info).itemsize, info.name))
+    written, end = [], 0
+    for info in order:
+        begin, end = end, end + _size(info)
+        written.append(Written(0, info.name, STORED_TYPES[rounded_type(info)], info.shape, begin, end))
+    with path.open("wb") as file:
+        file.write(header_bytes(written))
+        for info in order:
+            for block in _values(info, blocks, replaced.get(info.name)):
+                file.write(raw_bytes(block))
+
+
+def _values(info: TensorInfo, blocks: TensorBlocks, replacement: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    if replacement is None:
+        return blocks.rounded(info)
+    return iter([replacement.to(rounded_type(info)).reshape(-1)])
+
+
+def _size(info: TensorInfo) -> int:
+    return math.prod(info.shape) * rounded_type(info).itemsize

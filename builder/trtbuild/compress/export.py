@@ -1,10 +1,16 @@
-"""Write the quantized model as ModelOpt's unified Hugging Face checkpoint."""
+"""ModelOpt's unified Hugging Face checkpoint: written from a whole model, or its tensors for one decoder layer.
+
+Codes are computed from the weights in float32, and only what stays uncoded is rounded to bf16, on its way out: a model
+rounded before would be rounded twice. (The exporter's `dtype` says in what type it computes codes; it casts nothing
+that it leaves uncoded.)
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +20,7 @@ from trtbuild.compress.metadata import read_json, write_json, write_metadata
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.errors import ToolError
+from trtbuild.weight_formats import is_searched
 
 _SHARD_BYTES = 5_000_000_000
 HF_QUANT_CONFIG = "hf_quant_config.json"
@@ -22,43 +29,120 @@ HF_QUANT_CONFIG = "hf_quant_config.json"
 def export(model: nn.Module, selection: Selection, request: Request) -> None:
     """Write `model` to the request's output directory; the model cannot be used afterwards.
 
-    Codes are computed from the weights in float32, and only what stays uncoded is rounded to bf16, on its way out:
-    a model rounded before would be rounded twice. (The exporter's `dtype` says in what type it computes codes; it casts
-    nothing that it leaves uncoded.)
-
     Raises:
         ToolError: ModelOpt could not undo the names that Transformers gave the tensors.
     """
     from modelopt.torch.export import export_hf_checkpoint
 
-    parameter_names = {
-        name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_floating_point()
-    }
-    handle = model.register_state_dict_post_hook(_caster(parameter_names))
-    with warnings.catch_warnings(record=True) as caught:
+    with _rounded(model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with _experts_as_they_are(request):
             export_hf_checkpoint(model, dtype=torch.float32, export_dir=request.output, max_shard_size=_SHARD_BYTES)
-    handle.remove()
     skipped = [str(item.message) for item in caught if "name" in str(item.message) and "skipped" in str(item.message)]
     if skipped:
         raise ToolError(f"ModelOpt exported tensors under names that no engine knows: {skipped[0]}")
-    _complete_metadata(selection, request)
+    nested = read_json(request.output / HF_QUANT_CONFIG)
+    flat = read_json(request.output / "config.json")["quantization_config"]
+    _complete_metadata(nested, flat, selection, request)
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """One decoder layer: its tensors by their names in files, and what ModelOpt's config is made from."""
+
+    tensors: dict[str, torch.Tensor]
+    layers: dict[str, Any]  # format and group size by module, as ModelOpt's exporter collects them
+    kv_cache: str | None
+
+
+def export_frame(frame: nn.Module, layer: str, request: Request) -> Exported:
+    """What ModelOpt's exporter makes of the decoder layer named `layer`, the only one that `frame` has.
+
+    These are the functions that `export_hf_checkpoint` calls in turn (modelopt/torch/export/unified_export_hf.py
+    @0.47.0), less those that write files. `frame` cannot be used afterwards.
+
+    Raises:
+        ToolError: ModelOpt could not undo the names that Transformers gave the tensors.
+    """
+    from modelopt.torch.export import quant_utils
+    from modelopt.torch.export import unified_export_hf as exporter
+    from modelopt.torch.export.quant_aware_conversion import QuantConversionUnsupportedError
+
+    layers: dict[str, Any] = {}
+    process = quant_utils.process_layer_quant_config
+
+    def keep(found: dict[str, Any]) -> Any:
+        layers.update(found)
+        return process(found)
+
+    quant_utils.process_layer_quant_config = keep
+    try:
+        with _rounded(frame), warnings.catch_warnings(), _experts_as_they_are(request):
+            warnings.simplefilter("ignore")
+            state, config = exporter._export_transformers_checkpoint(frame, torch.float32)  # noqa: SLF001
+    finally:
+        quant_utils.process_layer_quant_config = process
+    own = {name: tensor for name, tensor in state.items() if name.startswith(f"{layer}.")}
+    try:
+        tensors = exporter.revert_weight_conversion_quant_aware(frame, own)
+    except QuantConversionUnsupportedError as error:
+        raise ToolError(f"ModelOpt exports tensors under names that no engine knows: {error}") from error
+    return Exported(dict(tensors), layers, config["quantization"]["kv_cache_quant_algo"])
+
+
+def write_config(
+    model: nn.Module, layers: Mapping[str, Any], kv_cache: str | None, selection: Selection, request: Request
+) -> None:
+    """Write the configs of a checkpoint whose decoder layers were exported one by one.
+
+    Args:
+        model: The class; knows how names in files differ from its own.
+        layers: What `export_frame` found in all layers together.
+        kv_cache: The format of the KV cache in ModelOpt's words.
+        selection: Of the whole model.
+        request: Where to write.
+    """
+    import modelopt
+    from modelopt.torch.export import quant_utils
+    from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+    from modelopt.torch.export.quant_aware_conversion import build_reverse_name_mapper, revert_quant_config_names
+
+    section: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": None}
+    section.update(quant_utils.process_layer_quant_config(dict(layers)))
+    if kv_cache is not None:
+        section["kv_cache_quant_algo"] = kv_cache
+    revert_quant_config_names(section, build_reverse_name_mapper(model))
+    nested = {"producer": {"name": "modelopt", "version": modelopt.__version__}, "quantization": section}
+    _complete_metadata(nested, convert_hf_quant_config_format(nested), selection, request)
+
+
+@contextmanager
+def _rounded(model: nn.Module) -> Iterator[None]:
+    """While open, what the exporter takes out of the model and has not turned into codes is bf16."""
+    names = {
+        name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_floating_point()
+    }
+    handle = model.register_state_dict_post_hook(_caster(names))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
 def _experts_as_they_are(request: Request) -> Iterator[None]:
-    """Correct two habits of ModelOpt 0.47's exporter with the experts of an INT4-AWQ model, for one export.
+    """Correct two habits of ModelOpt 0.47's exporter with the experts of an AWQ model, for one export.
 
     It knows the projections of experts by the model's class name, and refuses other classes. And it gives the gate and
     up projections of an expert, row by row, the larger of both group scales (meant for NVFP4's one scale per tensor),
-    which costs up to a bit of precision and which no reader of this format asks for.
+    which costs up to a bit of precision and which no reader of this format asks for. (For W4A8 it fails; the one
+    scale per tensor that those projections must share is set by the exporter's own fusion.)
     """
     from modelopt.torch.export import unified_export_hf as exporter
 
     known, sync = exporter.get_experts_list, exporter.sync_moe_gate_up_amax
     exporter.get_experts_list = _expert_projections
-    if request.format == "int4_awq":
+    if is_searched(request.format):
         exporter.sync_moe_gate_up_amax = lambda model: 0  # noqa: ARG005  the number of pairs that it changed
     try:
         yield
@@ -84,18 +168,15 @@ def _caster(parameter_names: set[str]) -> Any:
     return cast
 
 
-def _complete_metadata(selection: Selection, request: Request) -> None:
-    """Complete both quantization configs: every unquantized layer named, both telling the same."""
-    path = request.output / HF_QUANT_CONFIG
-    nested = read_json(path)
-    flat = read_json(request.output / "config.json")["quantization_config"]
+def _complete_metadata(nested: dict[str, Any], flat: dict[str, Any], selection: Selection, request: Request) -> None:
+    """Complete both quantization configs and write them: every unquantized layer named, both telling the same."""
     section = nested["quantization"]
     section["exclude_modules"] = sorted({*(section.get("exclude_modules") or ()), *selection.uncompressed})
-    if request.format == "int4_awq":
+    if is_searched(request.format):
         section |= {"group_size": request.group_size, "has_zero_point": False, "pre_quant_scale": True}
     flat["ignore"] = section["exclude_modules"]
     _check_producer(nested, flat)
-    write_json(path, nested)
+    write_json(request.output / HF_QUANT_CONFIG, nested)
     write_metadata(request, flat)
 
 

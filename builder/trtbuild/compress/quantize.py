@@ -13,7 +13,21 @@ from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.runtime.experts import UnfusedExperts
+from trtbuild.weight_formats import WEIGHT_FORMATS, WeightFormat, is_searched, needs_text
 
+_CONFIGS = {
+    "fp8": "FP8_DEFAULT_CFG",
+    "fp8_per_channel_per_token": "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+    "fp8_block": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
+    "int8_sq": "INT8_SMOOTHQUANT_CFG",
+    "int8_weight_only": "INT8_WEIGHT_ONLY_CFG",
+    "int4_awq": "INT4_AWQ_CFG",
+    "w4a8_awq": "W4A8_AWQ_BETA_CFG",
+    "nvfp4": "NVFP4_DEFAULT_CFG",
+    "w4a16_nvfp4": "W4A16_NVFP4_CFG",
+    "mxfp4": "MXFP4_DEFAULT_CFG",
+    "mxfp8": "MXFP8_DEFAULT_CFG",
+}
 # What one decoder layer costs in each pass over the samples, a plain forward pass being 1. AWQ's second pass tries
 # eleven scales for every layer.
 FP8_PASSES = (("calibrate", 1),)
@@ -22,11 +36,20 @@ AWQ_PASSES = (("measure activations", 1), ("search AWQ scales", 12))
 
 def passes(request: Request) -> tuple[tuple[str, int], ...]:
     """The passes over the calibration samples that the request's formats take."""
-    return AWQ_PASSES if request.format == "int4_awq" else FP8_PASSES
+    if not needs_text(request.format, request.kv_cache):
+        return ()
+    return AWQ_PASSES if is_searched(request.format) else FP8_PASSES
 
 
-def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loop) -> list[str]:
+def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loop | None, *, layers: int) -> list[str]:
     """Quantize `model` in place as the request says; return the experts that no calibration token reached.
+
+    Args:
+        model: The whole model, or one with a single decoder layer.
+        selection: What of it is compressed.
+        request: Says the format.
+        loop: Runs the calibration text; None for formats that need none.
+        layers: How many decoder layers the model has.
 
     Raises:
         CompatibilityError: The KV cache of a class whose attention ModelOpt does not know.
@@ -40,12 +63,12 @@ def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loo
         _disable(model.get_submodule(name))
     with count_expert_tokens(model) as counts:
         mtq.calibrate(model, config["algorithm"], loop)
-    idle = idle_experts(counts)
+    idle = idle_experts(counts) if loop is not None else []
     _share_input_scales(model)
     if request.format != "none":
-        _check_quantizers(model, selection)
+        _check_quantizers(model, selection, WEIGHT_FORMATS[request.format])
     if request.kv_cache == "fp8":
-        _check_kv_quantizers(model)
+        _check_kv_quantizers(model, layers)
     return idle
 
 
@@ -53,17 +76,17 @@ def _config(request: Request) -> dict[str, Any]:
     """ModelOpt's own configuration of the format, with our group size, and the KV cache's after it."""
     import modelopt.torch.quantization as mtq
 
-    match request.format:
-        case "fp8":
-            config: dict[str, Any] = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
-        case "int4_awq":
-            config = copy.deepcopy(mtq.INT4_AWQ_CFG)
-            for entry in config["quant_cfg"]:
-                if "block_sizes" in entry.get("cfg", {}):
-                    entry["cfg"]["block_sizes"][-1] = request.group_size
-        case _:
-            config = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
+    config: dict[str, Any] = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
+    if request.format != "none":
+        config = copy.deepcopy(getattr(mtq, _CONFIGS[request.format]))
+    if is_searched(request.format):
+        for entry in config["quant_cfg"]:
+            quantizers = entry.get("cfg") or {}
+            for settings in quantizers if isinstance(quantizers, list) else [quantizers]:
+                if "block_sizes" in settings:
+                    settings["block_sizes"][-1] = request.group_size
     if request.kv_cache == "fp8":
+        config["algorithm"] = config["algorithm"] or "max"  # the MX formats alone need none
         config["quant_cfg"] = [*config["quant_cfg"], *copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])]
     return config
 
@@ -89,7 +112,7 @@ def _share_input_scales(model: nn.Module) -> None:
                     quantizer.amax = torch.stack(ranges).max()
 
 
-def _check_quantizers(model: nn.Module, selection: Selection) -> None:
+def _check_quantizers(model: nn.Module, selection: Selection, weight_format: WeightFormat) -> None:
     """Every selected layer must have been given quantizers with positive, finite ranges."""
     for name, disk in selection.compressed.items():
         layer = model.get_submodule(name)
@@ -98,14 +121,15 @@ def _check_quantizers(model: nn.Module, selection: Selection) -> None:
                 f"ModelOpt did not quantize {disk}, which compress.exclude does not name",
                 "add it to compress.exclude if it must stay in bf16",
             )
-        _check_range(f"{disk}: its weights", layer.weight_quantizer, may_be_zero=True)
-        if layer.input_quantizer.is_enabled:
+        if weight_format.weight_range:
+            _check_range(f"{disk}: its weights", layer.weight_quantizer, may_be_zero=True)
+        if weight_format.input_range:
             _check_range(f"{disk}: its inputs", layer.input_quantizer, may_be_zero=False)
 
 
-def _check_kv_quantizers(model: nn.Module) -> None:
+def _check_kv_quantizers(model: nn.Module, layers: int) -> None:
     found = [module for module in model.modules() if hasattr(module, "k_bmm_quantizer")]
-    if len(found) != model.config.get_text_config().num_hidden_layers:
+    if len(found) != layers:
         raise CompatibilityError(
             f"kv_cache: fp8: ModelOpt found {len(found)} attention layers to calibrate in {type(model).__name__}",
             "use compress.kv_cache: none",

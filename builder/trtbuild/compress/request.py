@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.errors import Problem, RecipeError
+from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, needs_text
 from trtbuild.worker import Progress
 
-FORMATS = ("none", "fp8", "int4_awq")
+FORMATS = ("none", *WEIGHT_FORMATS)
 SPARSITIES = ("none", "2:4")
 SPARSITY_METHODS = ("sparsegpt", "magnitude")
 KV_CACHES = ("none", "fp8")
@@ -19,7 +20,11 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One compression; `calibration` has the keys data, column, count, length and seed."""
+    """One compression; `calibration` has the keys data, column, count, length and seed.
+
+    `work` is where unfinished files lie, and `key` names the bytes of all inputs; None where nobody else keeps them.
+    `max_memory` is a bound in bytes on the memory of the process.
+    """
 
     source: Path
     tokenizer: Path
@@ -33,6 +38,9 @@ class Request:
     calibration: Mapping[str, Any]
     trust_remote_code: bool
     device: str
+    work: Path | None = None
+    key: str | None = None
+    max_memory: int | None = None
 
     @property
     def sparse(self) -> bool:
@@ -46,8 +54,9 @@ class Request:
 
     @property
     def calibrated(self) -> bool:
-        """Whether text goes through the model; pruning by magnitude needs none."""
-        return self.quantized or (self.sparse and self.sparsity_method == "sparsegpt")
+        """Whether text goes through the model; pruning by magnitude needs none, nor do formats of the weights alone."""
+        pruned = self.sparse and self.sparsity_method == "sparsegpt"
+        return pruned or needs_text(self.format, self.kv_cache)
 
 
 def parse_request(raw: Mapping[str, Any]) -> Request:
@@ -70,8 +79,8 @@ def parse_request(raw: Mapping[str, Any]) -> Request:
         for name, allowed in choices.items()
         if given[name] not in allowed
     ]
-    if given["format"] == "int4_awq" and not raw.get("group_size"):
-        problems.append(Problem("compress.group_size", "int4_awq needs a group size", "use 128, or 64"))
+    if given["format"] in FORMATS and is_searched(given["format"]) and not raw.get("group_size"):
+        problems.append(Problem("compress.group_size", f"{given['format']} needs a group size", "use 128, or 64"))
     if problems:
         raise RecipeError(problems)
     return Request(
@@ -87,6 +96,9 @@ def parse_request(raw: Mapping[str, Any]) -> Request:
         calibration=dict(raw.get("calibration") or {}),
         trust_remote_code=bool(raw.get("trust_remote_code")),
         device=given["device"],
+        work=None if raw.get("work") is None else Path(raw["work"]),
+        key=raw.get("key"),
+        max_memory=raw.get("max_memory"),
     )
 
 

@@ -10,21 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from trtbuild.compress.calibrate import calibration_loop
 from trtbuild.compress.checks import Checked, check_export
 from trtbuild.compress.copying import copy_checkpoint
 from trtbuild.compress.request import Meter, Request, parse_request
 from trtbuild.compress.selection import Selection, select
-from trtbuild.compress.source import check_source, load_source, pick_device, read_tensors
-from trtbuild.errors import HostError, Problem, RecipeError
+from trtbuild.compress.source import check_source, pick_device, read_tensors
+from trtbuild.compress.whole import SPARSEGPT_PASSES, compress_whole
+from trtbuild.compress_memory import Demand, show_bytes
+from trtbuild.errors import CompatibilityError, HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.safetensors_header import TensorInfo
-from trtbuild.worker import Progress
+from trtbuild.weight_formats import WEIGHT_FORMATS
+from trtbuild.worker import Progress, peak_memory_bytes
 
-_SPARSEGPT_PASS = (("measure activations for 2:4", 2),)
 _MIN_FREE = 16 << 20  # room for config and tokenizer files beside the tensors
 
 
@@ -61,18 +59,17 @@ def _compress(
     request: Request, facts: ModelFacts, source: Mapping[str, TensorInfo], progress: Progress
 ) -> dict[str, Any]:
     clock = _Clock()
-    shards = sorted({info.shard for info in source.values()})
     if not (request.quantized or request.sparse):
         if request.exclude:
             raise RecipeError([Problem("compress.exclude", "has no meaning while nothing is compressed", "remove it")])
-        meter = Meter(progress, len(shards))
+        meter = Meter(progress, len({info.shard for info in source.values()}))
         with clock.phase("copy"):
-            copy_checkpoint(request, shards, meter)
+            copy_checkpoint(request, source, meter)
         selection = Selection({}, {})
         notes: list[str] = []
         samples = None
     else:
-        samples, selection, notes = _change(request, facts, source, shards, progress, clock)
+        samples, selection, notes = _change(request, facts, source, progress, clock)
     _make_readable(request.output)
     with clock.phase("check"):
         checked = check_export(request, selection, source)
@@ -91,50 +88,85 @@ def _change(
     request: Request,
     facts: ModelFacts,
     source: Mapping[str, TensorInfo],
-    shards: list[str],
     progress: Progress,
     clock: _Clock,
 ) -> tuple[Any, Selection, list[str]]:
-    """Prune and quantize the model in memory and write it; return samples, selection and notes."""
+    """Prune and quantize, one layer at a time where the model allows it; return samples, selection and notes."""
     import transformers
+
+    from trtbuild.compress.skeleton import NotStreamableError
 
     transformers.utils.logging.disable_progress_bar()
     samples = _load_samples(request)
-    ids = samples.input_ids if samples is not None else []
+    ids = samples.input_ids if samples is not None else ()
     meter = Meter(progress, _total_work(request, facts, len(ids)))
-    with clock.phase("load"):
-        meter.advance(0, "load the model")
-        model = load_source(request, pick_device(request.device))
-        selection = select(model, source, request)
-    notes: list[str] = []
-    idle: list[str] = []
-    if request.sparse:
-        from trtbuild.compress.sparsify import sparsify
-
-        with clock.phase("sparsify"):
-            loop = calibration_loop(ids, meter, _SPARSEGPT_PASS) if request.sparsity_method == "sparsegpt" else None
-            idle += sparsify(model, selection, request, loop)
-    if request.quantized:
-        from trtbuild.compress.export import export
-        from trtbuild.compress.quantize import passes, quantize
-
-        with clock.phase("quantize"):
-            idle += quantize(model, selection, request, calibration_loop(ids, meter, passes(request)))
-        with clock.phase("export"):
-            meter.advance(1, "write the checkpoint")
-            export(model, selection, request)
-    else:
-        with clock.phase("export"):
-            copy_checkpoint(request, shards, meter, _weights(model, selection))
-    if idle:
-        names = sorted(set(idle))
-        notes.append(f"{len(names)} experts saw no calibration token: {', '.join(names[:5])}")
+    try:
+        selection, notes = _change_by_layer(request, facts, source, ids, meter, clock)
+    except NotStreamableError as reason:
+        if request.max_memory is not None:
+            raise CompatibilityError(
+                f"compress.max_memory: this model cannot be compressed layer by layer: {reason}",
+                "remove the limit; the whole model is then held in memory",
+            ) from reason
+        selection, idle = compress_whole(request, source, ids, meter, clock.phase)
+        notes = [f"the whole model was held in memory: {reason}", *_idle_notes(idle)]
     return samples, selection, notes
 
 
-def _weights(model: nn.Module, selection: Selection) -> dict[str, torch.Tensor]:
-    """The selected layers' weights, by their names in files."""
-    return {f"{disk}.weight": model.get_submodule(name).weight.detach() for name, disk in selection.compressed.items()}
+def _change_by_layer(
+    request: Request,
+    facts: ModelFacts,
+    source: Mapping[str, TensorInfo],
+    ids: Sequence[Sequence[int]],
+    meter: Meter,
+    clock: _Clock,
+) -> tuple[Selection, list[str]]:
+    from trtbuild.compress.identity import resume_key
+    from trtbuild.compress.skeleton import open_skeleton
+    from trtbuild.compress.stream import Stream
+
+    device = pick_device(request.device)
+    demand = _demand(request, facts, ids)
+    if device.type == "cpu" and request.max_memory is not None and request.max_memory < demand.smallest:
+        smallest = show_bytes(demand.smallest)
+        message = f"{show_bytes(request.max_memory)}: one decoder layer of this model takes {smallest}"
+        raise RecipeError([Problem("compress.max_memory", message, f"use at least {smallest}")])
+    with clock.phase("load"):
+        meter.advance(0, "load the model")
+        skeleton = open_skeleton(request, source, device)
+        selection = select(skeleton.model, source, request)
+        work = request.work or request.output.with_name(f"{request.output.name}.unfinished")
+        stream = Stream(request, skeleton, selection, ids, work, resume_key(request, source, ids, device), meter)
+        stream.keep_states = demand.kept_bytes(request.max_memory) > 0
+        stream.prepare()
+    with clock.phase("layers"):
+        stream.run()
+    if request.work is None:
+        shutil.rmtree(work)
+    notes = _idle_notes(stream.idle)
+    if request.max_memory is not None and peak_memory_bytes() > request.max_memory:
+        seen, limit = show_bytes(peak_memory_bytes()), show_bytes(request.max_memory)
+        notes.append(f"the peak of memory was {seen}, above compress.max_memory ({limit})")
+    if stream.resumed:
+        notes.append(f"an earlier run had finished {stream.resumed} of {skeleton.depth} layers")
+    return selection, notes
+
+
+def _demand(request: Request, facts: ModelFacts, ids: Sequence[Sequence[int]]) -> Demand:
+    return Demand(
+        layer=facts.largest_layer,
+        hidden_size=facts.hidden_size,
+        format=request.format,
+        kv_cache=request.kv_cache,
+        sparsity_method=request.sparsity_method if request.sparse else None,
+        samples=len(ids),
+        length=len(ids[0]) if ids else 0,
+    )
+
+
+def _idle_notes(idle: Sequence[str]) -> list[str]:
+    names = sorted(set(idle))
+    return [f"{len(names)} experts saw no calibration token: {', '.join(names[:5])}"] if names else []
 
 
 def _load_samples(request: Request) -> Any:
@@ -151,17 +183,20 @@ def _load_samples(request: Request) -> Any:
 def _total_work(request: Request, facts: ModelFacts, samples: int) -> int:
     passes: Sequence[tuple[str, int]] = ()
     if request.sparse and request.sparsity_method == "sparsegpt":
-        passes = _SPARSEGPT_PASS
+        passes = SPARSEGPT_PASSES
     if request.quantized:
         from trtbuild.compress.quantize import passes as of_format
 
         passes = (*passes, *of_format(request))
-    return sum(cost for _, cost in passes) * samples * facts.num_layers + max(len(facts.files), 2)
+    return sum(cost for _, cost in passes) * samples * facts.num_layers + max(len(facts.files), facts.num_layers + 1)
 
 
 def _expected_bytes(request: Request, facts: ModelFacts) -> int:
     """A little more than the output will take."""
-    bits = {"none": 16, "fp8": 8, "int4_awq": 4 + 32 / (request.group_size or 128)}[request.format]
+    bits = 16.0
+    if request.format != "none":
+        weight_format = WEIGHT_FORMATS[request.format]
+        bits = weight_format.bits + (32 / request.group_size if request.group_size else weight_format.scale_bits)
     rest = facts.parameters - facts.linear_parameters
     return int(facts.linear_parameters * bits / 8) + rest * 2 + _MIN_FREE
 
@@ -189,7 +224,7 @@ def _disk_errors(request: Request, needed: int) -> Iterator[None]:
 def _disk_full(request: Request, needed: int, state: str) -> HostError:
     return HostError(
         f"{request.output}: the compressed checkpoint needs about {needed:,} bytes, {state}",
-        "free space there or move the store",
+        "free space there and start again, which goes on behind the last finished layer, or move the store",
     )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from trtbuild.compress.request import Request
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.runtime.experts import DiskNames, UnfusedExperts
+from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched
 
 # Projections that engines fuse into one matrix and that therefore need one format and one input scale.
 FUSED_BY_ENGINES: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -31,6 +32,17 @@ class Selection:
     def uncompressed(self) -> frozenset[str]:
         """Every module with a matrix that stays as it is, by its name in files."""
         return self.kept | frozenset(self.excluded.values())
+
+    def within(self, layers: str, index: int) -> Selection:
+        """What of it concerns a model that has one decoder layer: number `index` of the list with the name `layers`."""
+        layer = f"{layers}.{index}."
+        compressed = {name: disk for name, disk in self.compressed.items() if name.startswith(layer)}
+        excluded = {
+            name: disk
+            for name, disk in self.excluded.items()
+            if name.startswith(layer) or not name.startswith(f"{layers}.")
+        }
+        return Selection(compressed, excluded, self.kept)
 
 
 def select(model: nn.Module, tensors: Iterable[str], request: Request) -> Selection:
@@ -122,8 +134,10 @@ def _split_groups(compressed: Iterable[str], excluded: Iterable[str]) -> list[Pr
 def _unfit_layers(model: nn.Module, compressed: Mapping[str, str], request: Request) -> list[Problem]:
     shapes = {disk: tuple(model.get_submodule(name).weight.shape) for name, disk in compressed.items()}
     problems = []
-    if request.format == "int4_awq" and request.group_size:
+    if is_searched(request.format) and request.group_size:
         problems += _unfit_groups(shapes, request.group_size)
+    if request.format != "none":
+        problems += _unfit_sides(shapes, request.format)
     if request.sparse:
         # NVIDIA/Model-Optimizer: modelopt/torch/sparsity/weight_sparsity/{sparsegpt,magnitude}.py @0.47.0 skip others.
         rows, columns = (4, 4) if request.sparsity_method == "sparsegpt" else (8, 16)
@@ -145,11 +159,17 @@ def _unfit_groups(shapes: Mapping[str, tuple[int, ...]], group: int) -> list[Pro
         hint = f"use {' or '.join(map(str, fitting))}" if fitting else "exclude these modules"
         message = f"{group} does not divide the input size {', '.join(map(str, sizes))} of {_some(unfit)}"
         problems.append(Problem("compress.group_size", message, hint))
-    odd = [name for name, (out, _) in shapes.items() if out % 2]
-    if odd:
-        message = f"int4_awq packs outputs in pairs, but {_some(odd)} has an odd number"
-        problems.append(Problem("compress.format", message, "add these modules to compress.exclude"))
     return problems
+
+
+def _unfit_sides(shapes: Mapping[str, tuple[int, ...]], name: str) -> list[Problem]:
+    rows, columns = WEIGHT_FORMATS[name].sides
+    unfit = [layer for layer, (out, into) in shapes.items() if out % rows or into % columns]
+    if not unfit:
+        return []
+    sides = [f"outputs by {rows}"] * (rows > 1) + [f"inputs by {columns}"] * (columns > 1)
+    message = f"{name} needs {' and '.join(sides)}: {_some(unfit)}"
+    return [Problem("compress.format", message, "add these modules to compress.exclude, or use another format")]
 
 
 def _some(names: list[str]) -> str:

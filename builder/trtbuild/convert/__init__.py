@@ -1,8 +1,9 @@
 """From a unified Hugging Face checkpoint to TensorRT-LLM's own, for releases up to 1.2.x (``trtllm-build``).
 
 Run as ``python -m trtbuild.convert``. Input: plain bf16, fp16 or fp32 safetensors, or ModelOpt's unified export.
-Output: ``config.json`` and ``rank{i}.safetensors``, i counting tensor-parallel ranks within pipeline stages.
-Needs numpy alone: every change of a value is elementwise, so that tensors stream from file to file.
+Output: ``config.json`` and ``rank{i}.safetensors``, i counting tensor-parallel ranks within pipeline stages; for layers
+of different formats ``quant_cfg.json`` too. Needs numpy alone: every change of a value is elementwise, so that tensors
+stream from file to file; only block scales of NVFP4 experts change places, one expert at a time (`experts`).
 
 Where the projections that TensorRT-LLM fuses carry scales of their own:
 

@@ -1,12 +1,11 @@
-"""What the files must hold before anything is written: tensors, shapes, types, and scales that go together."""
+"""What the files must hold before anything is written: tensors, shapes and types; `fusion` judges the scales."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trtbuild.convert.formats import Format
+from trtbuild.convert.fusion import REMEDY, check_formats, several
 from trtbuild.convert.linear import Linear, Part
 from trtbuild.convert.model import (
     EMBEDDING,
@@ -19,12 +18,9 @@ from trtbuild.convert.model import (
     small_tensors,
 )
 from trtbuild.convert.values import PLAIN
-from trtbuild.errors import ArtifactError, CompatibilityError
+from trtbuild.errors import ArtifactError
 
-_SHOWN = 5
 _IGNORED = (".rotary_emb.inv_freq",)
-_CODE_TYPES = ("F8_E4M3", "U8", "I8")
-_REMEDY = "export the checkpoint again with ModelOpt, or compress the original model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +48,12 @@ def check_source(model: Model) -> list[str]:
     problems, known = _shape_problems(model, linears)
     unexpected = sorted(name for name in model.source.tensors if name not in known and not name.endswith(_IGNORED))
     problems += [f"{name} is a tensor that {model.row.name} does not have" for name in unexpected]
+    named = set(model.quantized.layers or ()) - {part.prefix for linear in linears for part in linear.parts}
+    problems += [f"quantized_layers names {name}, which {model.row.name} does not have" for name in sorted(named)]
     if problems:
-        raise _artifact_error(model, problems)
-    _check_formats(model, linears)
+        raise ArtifactError(several(model, problems), REMEDY)
+    check_formats(model, linears)
     return _kv_notes(model)
-
-
-def _artifact_error(model: Model, problems: list[str]) -> ArtifactError:
-    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return ArtifactError(f"{model.source.directory}: " + "; ".join(problems[:_SHOWN]) + more, _REMEDY)
 
 
 def _shape_problems(model: Model, linears: list[Linear]) -> tuple[list[str], set[str]]:
@@ -113,7 +106,8 @@ def _part_tensors(model: Model, linear: Linear, part: Part) -> Iterator[_Expecte
     if linear.bias:
         yield _Expected(f"{part.prefix}.bias", (part.outputs,), PLAIN)
     weight = f"{part.prefix}.weight"
-    chosen, stored = model.quantized.format, model.source.tensors.get(weight)
+    coding, stored = model.quantized.at(part.prefix), model.source.tensors.get(weight)
+    chosen = coding.format
     if chosen is None or (stored is not None and stored.dtype in PLAIN):
         yield _Expected(weight, (part.outputs, part.inputs), PLAIN)
         return
@@ -121,7 +115,7 @@ def _part_tensors(model: Model, linear: Linear, part: Part) -> Iterator[_Expecte
     yield _Expected(weight, packed, (chosen.weight[0],))
     scale: dict[str, tuple[int, ...]] = {"tensor": (), "row": (part.outputs,)}
     if chosen.scale_kind == "group":
-        scale["group"] = (part.outputs, part.inputs // model.quantized.group)
+        scale["group"] = (part.outputs, part.inputs // coding.group)
     yield _Expected(f"{part.prefix}.weight_scale", scale[chosen.scale_kind], (chosen.scale,))
     if chosen.second_scale:
         yield _Expected(f"{part.prefix}.weight_scale_2", (), ("F32",))
@@ -129,96 +123,6 @@ def _part_tensors(model: Model, linear: Linear, part: Part) -> Iterator[_Expecte
         yield _Expected(f"{part.prefix}.input_scale", (), ("F32",))
     if chosen.smoothed:
         yield _Expected(f"{part.prefix}.pre_quant_scale", (part.inputs,), PLAIN, needed=False)
-
-
-def _check_formats(model: Model, linears: list[Linear]) -> None:
-    chosen = model.quantized.format
-    if chosen is None:
-        return
-    problems: list[str] = []
-    damaged: list[str] = []
-    for linear in linears:
-        coded = {model.source.tensors[f"{part.prefix}.weight"].dtype in _CODE_TYPES for part in linear.parts}
-        if coded == {True, False}:
-            problems.append(f"{_parts(linear)} are one layer in TensorRT-LLM, but only some of them are quantized")
-        if coded != {True}:
-            continue
-        if linear.stacked and not chosen.experts:
-            raise CompatibilityError(
-                f"TensorRT-LLM's mixture-of-experts layer cannot load {chosen.algo} from a checkpoint",
-                "compress the model as fp8 or int4_awq, or exclude the experts",
-            )
-        problems += _fusion_problems(model, linear, chosen)
-        damaged += _scale_problems(model, linear, chosen)
-    problems += _gate_problems(model, linears, chosen)
-    if damaged:
-        raise _artifact_error(model, damaged)
-    if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise CompatibilityError(f"{model.source.directory}: " + "; ".join(problems[:_SHOWN]) + more, _REMEDY)
-
-
-def _parts(linear: Linear) -> str:
-    """The fused projections' names; of stacked experts the first and the last."""
-    names = [part.prefix for part in linear.parts]
-    return f"{names[0]} to {names[-1]}" if linear.stacked else ", ".join(names)
-
-
-def _fusion_problems(model: Model, linear: Linear, chosen: Format) -> Iterator[str]:
-    """Scales that one fused layer has only once must be equal in its parts (of each expert)."""
-    for parts in linear.experts:
-        prefixes = [part.prefix for part in parts]
-        if chosen.input_scale:
-            yield from _unequal(model, prefixes, "input_scale")
-        if chosen.second_scale:
-            yield from _unequal(model, prefixes, "weight_scale_2")
-    if chosen.smoothed:
-        yield from _unequal(model, [part.prefix for part in linear.parts], "pre_quant_scale")
-
-
-def _unequal(model: Model, prefixes: list[str], scale: str) -> Iterator[str]:
-    names = [f"{prefix}.{scale}" for prefix in prefixes]
-    present = [name for name in names if name in model.source.tensors]
-    if not present:
-        return
-    different = len(present) < len(names)
-    first = model.source.values(present[0])
-    different = different or any((model.source.values(name) != first).any() for name in present[1:])
-    if different:
-        yield f"{', '.join(prefixes[:3])} are one layer in TensorRT-LLM, but their {scale} differ"
-
-
-def _gate_problems(model: Model, linears: list[Linear], chosen: Format) -> Iterator[str]:
-    """Gate and up are two layers in the file but one in the engine (modeling_utils.fuse_gate_mlp)."""
-    by_name = {linear.name: linear for linear in linears}
-    for name, gate in by_name.items():
-        up = by_name.get(f"{name.removesuffix('.fc')}.gate") if name.endswith("mlp.fc") else None
-        if up is None:
-            continue
-        prefixes = [next(linear.parts).prefix for linear in (gate, up)]
-        coded = {model.source.tensors[f"{prefix}.weight"].dtype in _CODE_TYPES for prefix in prefixes}
-        if coded == {True, False}:
-            yield f"{', '.join(prefixes)} are fused in TensorRT-LLM, but only one of them is quantized"
-        elif coded == {True}:
-            for scale, has in (
-                ("input_scale", chosen.input_scale),
-                ("weight_scale_2", chosen.second_scale),
-                ("pre_quant_scale", chosen.smoothed),
-            ):
-                if has:
-                    yield from _unequal(model, prefixes, scale)
-
-
-def _scale_problems(model: Model, linear: Linear, chosen: Format) -> Iterator[str]:
-    """Scalars that are zero, negative or not finite."""
-    names = ["weight_scale"] if chosen.scale_kind == "tensor" else []
-    names += ["weight_scale_2"] if chosen.second_scale else []
-    names += ["input_scale"] if chosen.input_scale else []
-    for part in linear.parts:
-        for name in names:
-            value = model.source.scalar(f"{part.prefix}.{name}")
-            if not (math.isfinite(value) and value > 0):
-                yield f"{part.prefix}.{name} is {value}, scales are finite and positive"
 
 
 def _kv_notes(model: Model) -> list[str]:

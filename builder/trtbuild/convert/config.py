@@ -6,14 +6,14 @@ of each family (`Architecture.source`). Keys that a class does not declare becom
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from trtbuild.convert.model import Model, unquantized
+from trtbuild.convert.formats import Coding
+from trtbuild.convert.model import Model, codings, modules, unquantized
+from trtbuild.convert.rotary import rope
 from trtbuild.errors import CompatibilityError
 
-# RotaryScalingType has more, but the attention layer computes only these for plain rotary embeddings.
-_ROPE_TYPES = ("linear", "dynamic", "llama3")
+LAYERS = "quant_cfg.json"
 _RENORMALIZE, _PLAIN_SOFTMAX = 1, 0  # MoeConfig.ExpertScaleNormalizationMode
 _LONG_CONTEXT = 128_000  # Phi3Config reads the factors of long contexts from this length on
 
@@ -26,7 +26,7 @@ def checkpoint_config(model: Model) -> dict[str, Any]:
             format cannot express.
     """
     shape, facts, config = model.shape, model.source.facts, model.source.config
-    base, scaling = _rope(model)
+    base, scaling = rope(model)
     common: dict[str, Any] = {
         "producer": {"name": "trtbuild"},
         "architecture": model.row.name,
@@ -71,32 +71,13 @@ def _activation(model: Model) -> str:
     return "swiglu"
 
 
-def _rope(model: Model) -> tuple[float, dict[str, Any] | None]:
-    """(base, scaling) of the rotary embedding; Gemma 3's are those of its full-attention layers."""
-    config = model.source.config
-    rope = config.get("rope_parameters")
-    parameters: Mapping[str, Any] = rope if isinstance(rope, dict) else dict(config.get("rope_scaling") or {})
-    parameters = parameters.get("full_attention", parameters)
-    base = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default" or (model.row.family == "phi3" and kind in {"longrope", "su"}):
-        return base, None
-    if kind not in _ROPE_TYPES or model.row.model_type == "gemma3_text":
-        # Gemma 3 scales only its full-attention layers; upstream's class applies a scaling to none or to all.
-        raise CompatibilityError(
-            f"{model.row.name} with rotary scaling {kind!r} has no form in a TensorRT-LLM checkpoint",
-            "choose the runtime trtllm or embedded for this model",
-        )
-    rest = {name: value for name, value in parameters.items() if name != "rope_theta"}
-    return base, rest | {"type": kind, "rope_type": kind}
-
-
 def _excluded(model: Model) -> list[str]:
     """Names and patterns of modules without codes; giving any replaces quantize.py's own list, so it is repeated."""
-    if model.quantized.format is None:
+    if model.quantized.coding.format is None:
         return []
-    stages = [unquantized(model, stage) for stage in range(model.shape.pp)]
-    if any(stage != stages[0] for stage in stages):
+    stages = range(model.shape.pp)
+    excluded = set().union(*(unquantized(model, stage) for stage in stages))
+    if any(excluded & modules(model, stage) != unquantized(model, stage) for stage in stages):
         raise CompatibilityError(
             f"{model.source.directory}: pipeline stages exclude different layers from quantization, but TensorRT-LLM "
             "names layers by their place in the stage",
@@ -105,7 +86,32 @@ def _excluded(model: Model) -> list[str]:
     head = model.source.tensors.get("lm_head.weight")
     coded_head = head is not None and head.dtype in {"F8_E4M3", "U8", "I8"}
     fixed = [] if coded_head else ["lm_head"]
-    return [*fixed, "*vocab_embedding", "*router", "*shared_expert_gate", *sorted(stages[0])]
+    return [*fixed, "*vocab_embedding", "*router", "*shared_expert_gate", *sorted(excluded)]
+
+
+def layer_config(model: Model) -> dict[str, Any] | None:
+    """``quant_cfg.json``: how each layer is quantized, where they differ; else None.
+
+    Layout: NVIDIA/TensorRT-LLM, LayerQuantConfig of tensorrt_llm/models/modeling_utils.py @34a267279384, and ModelOpt
+    0.47, modelopt/torch/export/model_config_export.py.
+
+    Raises:
+        CompatibilityError: pipeline stages are quantized differently.
+    """
+    if model.quantized.layers is None:
+        return None
+    layers: dict[str, Coding] = {}
+    for stage in range(model.shape.pp):
+        found = codings(model, stage)
+        for name in modules(model, stage) | set(found):
+            if layers.setdefault(name, found.get(name, Coding())) != found.get(name, Coding()):
+                raise CompatibilityError(
+                    f"{model.source.directory}: {name} is quantized differently in different pipeline stages, but "
+                    "TensorRT-LLM names layers by their place in the stage",
+                    "use pp_size 1, or quantize the same places of every stage alike",
+                )
+    named = {name: coding.section() for name, coding in sorted(layers.items()) if coding.format is not None}
+    return model.quantized.section([]) | {"quantized_layers": named}
 
 
 def _moe(model: Model, *, renormalize: bool) -> dict[str, Any]:

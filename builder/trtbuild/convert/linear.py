@@ -64,12 +64,13 @@ def outputs_of(linear: Linear, source: Source, quantized: Quantized, dtype: str)
     made = []
     if linear.bias:
         made.append(_vector(linear, source, "bias", "bias", dtype))
-    if quantized.format is None or not is_quantized(linear, source):
-        return [*made, _matrix(linear, source, "weight", "weight", dtype, (1, 1))]
-    chosen = quantized.format
+    coding = quantized.at(next(linear.parts).prefix)
+    chosen = coding.format
+    if chosen is None or not is_quantized(linear, source):
+        return [*made, matrix(linear, source, "weight", "weight", dtype, (1, 1))]
     packing = (chosen.row_packing, chosen.column_packing)
-    made.append(_matrix(linear, source, "weight", "weight", chosen.weight[1], packing))
-    made += _scales(linear, source, chosen, quantized.group)
+    made.append(matrix(linear, source, "weight", "weight", chosen.weight[1], packing))
+    made += _scales(linear, source, chosen, coding.group)
     if chosen.smoothed:
         made.append(_smoothing(linear, source, dtype))
     return made
@@ -78,7 +79,7 @@ def outputs_of(linear: Linear, source: Source, quantized: Quantized, dtype: str)
 def _scales(linear: Linear, source: Source, chosen: Format, group: int) -> list[Output]:
     made = []
     if chosen.scale_kind == "group":
-        made.append(_matrix(linear, source, "weight_scale", "weights_scaling_factor", chosen.scale, (1, group)))
+        made.append(matrix(linear, source, "weight_scale", "weights_scaling_factor", chosen.scale, (1, group)))
     elif chosen.scale_kind == "row":
         made.append(_vector(linear, source, "weight_scale", "weights_scaling_factor", "F32"))
     else:
@@ -86,10 +87,13 @@ def _scales(linear: Linear, source: Source, chosen: Format, group: int) -> list[
     if chosen.second_scale:
         made.append(_largest(linear, source, "weight_scale_2", "weights_scaling_factor_2"))
     if chosen.input_scale:
-        # One for all experts: layers/moe.py, MOEWeightWrapper.postprocess, takes the largest.
-        largest = max(source.scalar(f"{part.prefix}.input_scale") for part in linear.parts)
-        made.append(numbers(f"{linear.name}.activation_scaling_factor", [largest], (1,)))
+        made.append(numbers(f"{linear.name}.activation_scaling_factor", [largest_input_scale(linear, source)], (1,)))
     return made
+
+
+def largest_input_scale(linear: Linear, source: Source) -> float:
+    """One for all experts, as layers/moe.py, MOEWeightWrapper.postprocess, has it."""
+    return max(source.scalar(f"{part.prefix}.input_scale") for part in linear.parts)
 
 
 def _largest(linear: Linear, source: Source, stored: str, name: str) -> Output:
@@ -98,7 +102,7 @@ def _largest(linear: Linear, source: Source, stored: str, name: str) -> Output:
     return numbers(f"{linear.name}.{name}", values, (len(values), 1) if linear.stacked else (1,))
 
 
-def _matrix(linear: Linear, source: Source, stored: str, name: str, dtype: str, packing: tuple[int, int]) -> Output:
+def matrix(linear: Linear, source: Source, stored: str, name: str, dtype: str, packing: tuple[int, int]) -> Output:
     """Codes, group scales or plain weights: logical rows and columns divided by `packing`."""
     by_row, by_column = packing
     columns = (linear.columns[0] // by_column, linear.columns[1] // by_column)

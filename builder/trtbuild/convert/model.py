@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trtbuild.convert.architectures import Architecture, Experts
-from trtbuild.convert.formats import Quantized
+from trtbuild.convert.experts import fp4_outputs, is_fp4_experts
+from trtbuild.convert.formats import Coding, Quantized
 from trtbuild.convert.linear import Linear, Part, is_quantized, outputs_of
 from trtbuild.convert.plan import Output, Piece, RankPlan, numbers
 from trtbuild.convert.shape import Shape, share
@@ -182,12 +183,18 @@ def plan_rank(model: Model, rank: int) -> RankPlan:
         plan.outputs.append(_embedding(model, tp_rank))
     for local, layer in enumerate(shape.stage(pp_rank)):
         for linear in layer_linears(model, layer, local, tp_rank):
-            plan.outputs += outputs_of(linear, model.source, model.quantized, model.file_dtype)
+            plan.outputs += _outputs(model, linear)
         plan.outputs += _small(model, layer, local)
     if pp_rank == shape.pp - 1:
         plan.outputs.append(_copied(model, LAST_NORM, "transformer.ln_f.weight"))
         plan.outputs += outputs_of(head_linear(model, tp_rank), model.source, model.quantized, model.file_dtype)
     return plan
+
+
+def _outputs(model: Model, linear: Linear) -> list[Output]:
+    if is_fp4_experts(linear, model.source, model.quantized):
+        return fp4_outputs(linear, model.source)
+    return outputs_of(linear, model.source, model.quantized, model.file_dtype)
 
 
 def _embedding(model: Model, tp_rank: int) -> Output:
@@ -242,9 +249,28 @@ def _copied(model: Model, stored: str, name: str, *, norm: bool = True) -> Outpu
 
 def unquantized(model: Model, pp_rank: int) -> set[str]:
     """Modules of a stage, in TensorRT-LLM's names, that hold no codes although the checkpoint is quantized."""
+    return {_module(linear) for linear in _stage_linears(model, pp_rank) if not is_quantized(linear, model.source)}
+
+
+def modules(model: Model, pp_rank: int) -> set[str]:
+    """All modules of a stage that could hold codes."""
+    return {_module(linear) for linear in _stage_linears(model, pp_rank)}
+
+
+def codings(model: Model, pp_rank: int) -> dict[str, Coding]:
+    """How every quantized module of a stage, and the head, is stored."""
+    linears = [*_stage_linears(model, pp_rank), head_linear(model, 0)]
     return {
-        linear.name.rpartition(".")[0] if linear.stacked else linear.name
-        for local, layer in enumerate(model.shape.stage(pp_rank))
-        for linear in layer_linears(model, layer, local, 0)
-        if not is_quantized(linear, model.source)
+        _module(linear): model.quantized.at(next(linear.parts).prefix)
+        for linear in linears
+        if is_quantized(linear, model.source)
     }
+
+
+def _stage_linears(model: Model, pp_rank: int) -> Iterator[Linear]:
+    for local, layer in enumerate(model.shape.stage(pp_rank)):
+        yield from layer_linears(model, layer, local, 0)
+
+
+def _module(linear: Linear) -> str:
+    return linear.name.rpartition(".")[0] if linear.stacked else linear.name

@@ -2,19 +2,20 @@
 
 An output tensor is made of pieces. A piece is a rectangle of one stored tensor whose elements lie one after another in
 the output, row by row, unchanged or passed through an elementwise function. What no piece covers is zero (padding).
-Small tensors (scales, ones) are constants of the plan.
+Small tensors (scales, ones) are constants of the plan. Where elements change places, a block of the output is computed
+as a whole when its turn comes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from trtbuild.convert.values import NUMPY_TYPES, Transform, from_float
+from trtbuild.convert.values import NUMPY_TYPES, Array, Transform, from_float
 from trtbuild.safetensors_header import DTYPE_BITS, LENGTH_BYTES
 
 _ALIGNMENT = 8
@@ -33,13 +34,22 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Elements of the output, from index `at` on, that `make` reads and computes."""
+
+    at: int
+    make: Callable[[], Array]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """One tensor of one rank: `dtype` in safetensors spelling; either pieces or the bytes themselves."""
+    """One tensor of one rank: `dtype` in safetensors spelling; pieces, blocks, or the bytes themselves."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     pieces: Sequence[Piece] = ()
+    blocks: Sequence[Block] = ()
     constant: bytes | None = None
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 from trtbuild.convert.architectures import find_architecture
 from trtbuild.convert.checks import check_source
-from trtbuild.convert.config import checkpoint_config
+from trtbuild.convert.config import LAYERS, checkpoint_config, layer_config
 from trtbuild.convert.formats import read_quantization
 from trtbuild.convert.model import Model, plan_rank
 from trtbuild.convert.request import Request, parse_request
@@ -33,16 +33,18 @@ def run(raw: dict[str, Any], progress: Progress) -> dict[str, Any]:
     request = parse_request(raw)
     model = _read(request)
     notes = check_source(model) + _notes(model)
-    config = checkpoint_config(model)
+    config, layers = checkpoint_config(model), layer_config(model)
     plans = [plan_rank(model, rank) for rank in range(request.world_size)]
     checked = time.monotonic()
     _prepare(request.output)
     sizes = write_ranks(plans, model.source.tensors, request.output, progress)
-    _write_config(request.output, config)
+    if layers is not None:
+        _write(request.output / LAYERS, layers)
+    _write(request.output / _CONFIG, config)
     progress(1, 1, "done")
     return {
         "architecture": model.row.name,
-        "format": model.quantized.format.algo if model.quantized.format else None,
+        "format": model.quantized.algo,
         "kv_cache": model.quantized.kv_cache,
         "dtype": model.dtype,
         "tp_size": request.tp_size,
@@ -84,18 +86,20 @@ def _prepare(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise RecipeError([Problem("convert.output", f"{output} is a file", "name a directory")])
     output.mkdir(parents=True, exist_ok=True)
-    present = sorted(path.name for path in output.iterdir() if path.name == _CONFIG or path.name.startswith("rank"))
+    present = sorted(
+        path.name for path in output.iterdir() if path.name in (_CONFIG, LAYERS) or path.name.startswith("rank")
+    )
     if present:
         raise RecipeError(
             [Problem("convert.output", f"{output} holds {present[0]} already", "name an empty directory")]
         )
 
 
-def _write_config(output: Path, config: dict[str, Any]) -> None:
-    """Last of all: a directory without it is no checkpoint."""
-    part = output / f"{_CONFIG}.part"
-    part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    part.rename(output / _CONFIG)
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Put a JSON file in place; the config comes last of all: a directory without it is no checkpoint."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.rename(path)
 
 
 def _notes(model: Model) -> list[str]:

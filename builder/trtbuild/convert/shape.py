@@ -34,9 +34,13 @@ class Shape:
         return -(-self.vocab // self.tp) * self.tp
 
     def stage(self, pp_rank: int) -> range:
-        """The decoder layers of a pipeline stage."""
-        each = self.layers // self.pp
-        return range(pp_rank * each, (pp_rank + 1) * each)
+        """The decoder layers of a pipeline stage; the first stages take one more each where a remainder is left.
+
+        Source: NVIDIA/TensorRT-LLM, tensorrt_llm/mapping.py @05ebebb2c1d3, pp_layers.
+        """
+        each, more = divmod(self.layers, self.pp)
+        begin = pp_rank * each + min(pp_rank, more)
+        return range(begin, begin + each + (pp_rank < more))
 
     def query_rows(self, tp_rank: int) -> Span:
         """Rows of the query projection."""
@@ -87,8 +91,8 @@ def check_division(shape: Shape, quantized: Quantized, row: Architecture) -> Non
         CompatibilityError: names every size that does not divide.
     """
     wrong = [*_pipeline_problems(shape, row), *_tensor_problems(shape)]
-    if not wrong and quantized.format is not None:
-        wrong = _format_problems(shape, quantized.format, quantized.group)
+    if not wrong and quantized.coding.format is not None:
+        wrong = _format_problems(shape, quantized.coding.format, quantized.coding.group)
     if wrong:
         raise CompatibilityError(
             f"{row.name} with tp_size {shape.tp} and pp_size {shape.pp}: " + "; ".join(wrong),
@@ -101,9 +105,6 @@ def _pipeline_problems(shape: Shape, row: Architecture) -> list[str]:
         return ["TensorRT-LLM cannot split this model over pipeline stages, pp_size must be 1"]
     if shape.pp > shape.layers:
         return [f"there are only {shape.layers} layers for {shape.pp} pipeline stages"]
-    if shape.layers % shape.pp:
-        # Mapping.pp_layers drops the remainder in older releases and spreads it in newer ones.
-        return [f"{shape.layers} layers do not divide into {shape.pp} pipeline stages"]
     return []
 
 

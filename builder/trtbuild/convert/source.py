@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from trtbuild.checkpoint_files import open_directory
-from trtbuild.convert.values import NUMPY_TYPES, Floats, to_float
+from trtbuild.convert.values import NUMPY_TYPES, Array, Floats, to_float
 from trtbuild.errors import ArtifactError
 from trtbuild.model import ModelFacts, read_facts
 from trtbuild.safetensors_header import DTYPE_BITS, LENGTH_BYTES
@@ -64,6 +64,21 @@ class Source:
             file.seek(stored.offset)
             raw = file.read(count * stored.item_bytes)
         return to_float(np.frombuffer(raw, NUMPY_TYPES[stored.dtype]), stored.dtype)
+
+    def rectangle(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> Array:
+        """Rows and columns of a matrix as stored; the whole rows are read.
+
+        Raises:
+            ArtifactError: the file ends before they do.
+        """
+        stored = self.tensors[name]
+        size = stored.width * stored.item_bytes
+        with stored.path.open("rb") as file:
+            file.seek(stored.offset + rows[0] * size)
+            raw = file.read((rows[1] - rows[0]) * size)
+        if len(raw) < (rows[1] - rows[0]) * size:
+            raise ArtifactError(f"{stored.path}: {name} ended while it was read", "something changed the file")
+        return np.frombuffer(raw, NUMPY_TYPES[stored.dtype]).reshape(-1, stored.width)[:, columns[0] : columns[1]]
 
     def scalar(self, name: str) -> float:
         """The value of a tensor with one element."""

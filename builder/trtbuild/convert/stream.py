@@ -1,7 +1,8 @@
 """Carry out a plan: read every stored tensor once, block by block, and write its pieces where they belong.
 
 Offsets in all files are known beforehand, so that blocks are written in any order and by several threads; the memory
-is one block for each thread, however large the model is.
+is one block for each thread, however large the model is. Blocks that are computed (the interleaved scales of NVFP4
+experts) read their rows once more.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trtbuild.convert.plan import Piece, RankPlan
+from trtbuild.convert.plan import Block, Piece, RankPlan
 from trtbuild.convert.source import Stored
 from trtbuild.convert.values import NUMPY_TYPES, Array
 from trtbuild.errors import ArtifactError, CompatibilityError, HostError
@@ -57,26 +58,34 @@ def write_ranks(
     parts = [output / (plan.name + _PART) for plan in plans]
     with _cleaned_up(parts, output), _opened(parts) as descriptors:
         targets: dict[str, list[_Target]] = defaultdict(list)
+        computed: list[tuple[Block, int, int]] = []
         for plan, (header, begins, size), descriptor in zip(plans, layouts, descriptors, strict=True):
             os.ftruncate(descriptor, size)
             _write(descriptor, header, 0)
             for made in plan.outputs:
                 if made.constant is not None:
                     _write(descriptor, made.constant, begins[made.name])
+                item_bytes = DTYPE_BITS[made.dtype] // 8
                 for piece in made.pieces:
-                    item_bytes = DTYPE_BITS[made.dtype] // 8
                     targets[piece.source].append(_Target(piece, descriptor, begins[made.name], item_bytes))
-        _copy_all(targets, tensors, progress)
+                computed += [(block, descriptor, begins[made.name] + block.at * item_bytes) for block in made.blocks]
+        _copy_all(targets, computed, tensors, progress)
     for plan, part in zip(plans, parts, strict=True):
         part.rename(output / plan.name)
     return {plan.name: size for plan, (_, _, size) in zip(plans, layouts, strict=True)}
 
 
-def _copy_all(targets: Mapping[str, list[_Target]], tensors: Mapping[str, Stored], progress: Progress) -> None:
-    """Copy in the order of the files, so that the disk is read forwards."""
+def _copy_all(
+    targets: Mapping[str, list[_Target]],
+    computed: Sequence[tuple[Block, int, int]],
+    tensors: Mapping[str, Stored],
+    progress: Progress,
+) -> None:
+    """Copy in the order of the files, so that the disk is read forwards; then what is computed."""
     order = sorted(targets, key=lambda name: (tensors[name].path, tensors[name].offset))
     with ThreadPoolExecutor(_THREADS) as pool:
         running = [pool.submit(_copy, name, tensors[name], targets[name]) for name in order]
+        running += [pool.submit(_compute, *item) for item in computed]
         try:
             for done, future in enumerate(running, start=1):
                 future.result()
@@ -100,6 +109,10 @@ def _copy(name: str, stored: Stored, targets: Sequence[_Target]) -> None:
             block = np.frombuffer(view, kind).reshape(last - first, stored.width)
             for target in targets:
                 _put(name, target, block, first, last)
+
+
+def _compute(block: Block, descriptor: int, begin: int) -> None:
+    _write(descriptor, np.ascontiguousarray(block.make()).reshape(-1).view(np.uint8).data, begin)
 
 
 def _own_buffer(size: int) -> bytearray:

@@ -18,7 +18,7 @@ from trtbuild.compress.textdata import HeldoutSpec, Samples, heldout_windows
 from trtbuild.errors import ArtifactError
 from trtbuild.evaluate.metrics import Quality, WindowScore, score_window, summarize
 from trtbuild.evaluate.reference import Reference
-from trtbuild.runtime import Engine, EngineConfig, KvCacheConfig
+from trtbuild.runtime import Engine, EngineConfig, JoinedScales, KvCacheConfig
 from trtbuild.runtime.checkpoint_files import weight_files
 from trtbuild.worker import Progress
 
@@ -32,8 +32,9 @@ def run(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     Args:
         request: ``source`` and ``engine`` (directories), ``tokens`` (at least so many predictions), ``length`` (of them
             in a window), ``data`` (held-out file or None), ``device``, ``trust_remote_code``; optionally
-            ``calibration`` (``data`` and ``column`` of the calibration text), and ``kv_cache_dtype``,
-            ``compute_dtype`` and ``weights`` to name the numerics instead of reading engine.json.
+            ``calibration`` (``data`` and ``column`` of the calibration text), ``kv_cache_dtype``, ``compute_dtype`` and
+            ``weights`` to name the numerics instead of reading engine.json, and ``joined_scales`` (the fields of
+            `JoinedScales`) where another engine will join projections.
         progress: called with (windows done, windows, what).
 
     Raises:
@@ -47,7 +48,8 @@ def run(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     total = len(samples.input_ids)
     config = _engine_config(request, engine_dir, length=len(samples.input_ids[0]) - 1)
     progress(0, total, "loading the engine and the original model")
-    with Engine.load(engine_dir, config=config) as engine:
+    joined = JoinedScales(**request["joined_scales"]) if request.get("joined_scales") else None
+    with Engine.load(engine_dir, config=config, joined=joined) as engine:
         facts = engine.facts
         reference = Reference(source, device=facts.device, trust_remote_code=trust)
         scores: list[WindowScore] = []
@@ -55,10 +57,22 @@ def run(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
             scores.append(_score(reference, engine, window, number))
             progress(number, total, "windows evaluated")
     kinds = f"{facts.weights} weights, {facts.kv_cache_dtype} KV cache"
-    arithmetic = f"embedded engine, {facts.compute_dtype} on {facts.device}, {kinds}"
+    arithmetic = f"embedded engine, {facts.compute_dtype} on {facts.device}, {kinds}{_how_joined(joined)}"
     return _result(summarize(scores), samples, arithmetic) | {
         "bytes": {"reference": _weight_bytes(source), "engine": _weight_bytes(engine_dir)}
     }
+
+
+def _how_joined(joined: JoinedScales | None) -> str:
+    """What was done to the checkpoint's scales before it was measured."""
+    if joined is None:
+        return ""
+    layers = "query, key and value, gate and up" if joined.gate_up else "query, key and value, gate and up of experts"
+    cache = "; keys and values with the larger of their scales" if joined.kv_cache else ""
+    return (
+        f"; scales of joined projections ({layers}) brought to the largest as the runtime does at load, codes rounded "
+        f"again through {joined.intermediate}{cache}"
+    )
 
 
 def _heldout_spec(request: Mapping[str, Any]) -> HeldoutSpec:

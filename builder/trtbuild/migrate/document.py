@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from pydantic import BaseModel
 from trtbuild.migrate.extras import plain, put
 from trtbuild.migrate.translate import Draft, Row
 from trtbuild.recipe import SCHEMA_VERSION, Recipe
+from trtbuild.yaml_text import yaml_key, yaml_scalar
 
 _WIDTH = 118
 _LARGEST_PLAIN = 40
@@ -90,28 +90,9 @@ def _lines(section: Mapping[str, Any], at: str, indent: str, origins: Mapping[st
         if not indent and isinstance(value, Mapping):
             lines.append("")
         if isinstance(value, Mapping) and value:
-            lines += [f"{indent}{_key(key)}:", *_lines(value, f"{path}.", f"{indent}  ", origins)]
+            lines += [f"{indent}{yaml_key(key)}:", *_lines(value, f"{path}.", f"{indent}  ", origins)]
             continue
-        line = f"{indent}{_key(key)}: {_scalar(value)}"
+        line = f"{indent}{yaml_key(key)}: {yaml_scalar(value, plain=True)}"
         origin = " ".join(origins.get(path, "").split())
         lines.append(f"{line}  # {origin}" if origin else line)
     return lines
-
-
-def _key(key: str) -> str:
-    return key if key.isidentifier() else json.dumps(key)
-
-
-def _scalar(value: Any) -> str:
-    """JSON is YAML, but for numbers like 1e-05, which need a point; text is quoted where it must be."""
-    if isinstance(value, float):
-        shown = repr(value)
-        mantissa, e, exponent = shown.partition("e")
-        return f"{mantissa}{'' if '.' in mantissa else '.0'}e{exponent}" if e else shown
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_scalar(item) for item in value)}]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)}: {_scalar(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, str) and value.isidentifier() and value.lower() not in ("true", "false", "null", "none"):
-        return value
-    return json.dumps(value, ensure_ascii=False)

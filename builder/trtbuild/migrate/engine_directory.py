@@ -39,7 +39,7 @@ def read_engine(path: Path) -> Legacy:
 
 
 def _tensorrt(path: Path) -> Legacy:
-    config = _read(path / CONFIG)
+    config = read_config(path / CONFIG)
     missing = [name for name in _PARTS if name not in config]
     if missing:
         message = f"{path / CONFIG}: {', '.join(missing)} is missing, so it is no engine's configuration"
@@ -64,7 +64,7 @@ def _tensorrt(path: Path) -> Legacy:
 
 def _ours(path: Path) -> Legacy:
     """An engine of trtbuild: ``engine.json``, and the files beside it that a recipe's fields became."""
-    config = _read(path / OURS)
+    config = read_config(path / OURS)
     version = config.get("version") if isinstance(config.get("version"), str) else None
     pairs = [(name, value) for name, value in leaves(config) if not name.startswith(("llm_args.", "adapters."))]
     pairs += [(name, config[name]) for name in ("llm_args", "adapters") if config.get(name)]
@@ -91,16 +91,21 @@ def _arguments(path: Path) -> list[tuple[str, Any]]:
 
 
 def _quantization(path: Path) -> tuple[list[Setting], list[Unset]]:
-    found = _read(path / QUANTIZATION).get("quantization", {})
+    found = read_config(path / QUANTIZATION).get("quantization", {})
     pairs = [(f"quantization.{name}", value) for name, value in leaves(found)] if isinstance(found, dict) else []
     return split_unset("checkpoint", pairs, QUANTIZATION)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of an engine or of a TensorRT-LLM checkpoint.
+
+    Raises:
+        ArtifactError: it cannot be read or holds no object.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error})", "name an undamaged engine directory") from None
+        raise ArtifactError(f"{path}: cannot be read ({error})", "name an undamaged directory") from None
     if not isinstance(found, dict):
-        raise ArtifactError(f"{path}: does not hold a JSON object", "name an undamaged engine directory")
+        raise ArtifactError(f"{path}: does not hold a JSON object", "name an undamaged directory")
     return found

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from trtbuild.build_flags import known_plugins
 from trtbuild.compat import facts
 from trtbuild.llm_keys import LLM_ARGUMENT, RESERVED
 from trtbuild.migrate.legacy import Setting
@@ -30,6 +31,7 @@ class Fate:
     values: Mapping[str, str] = dataclasses.field(default_factory=dict)
     engine: tuple[str, ...] = ()
     flag: str | None = None
+    engines: Mapping[str, Any] | None = None
 
 
 @cache
@@ -49,6 +51,14 @@ def fate_of(setting: Setting) -> Fate | None:
         "recipe": lambda: _field(setting.name),
     }
     return names[setting.section]()
+
+
+def fate_for(setting: Setting, kind: str) -> Fate | None:
+    """What becomes of a setting where the new runtime is of this kind."""
+    fate = fate_of(setting)
+    if fate is None or fate.engines is None or kind != "trtllm-engine":
+        return fate
+    return dataclasses.replace(fate, **{"field": None, "extra": None, "via": "", "values": {}} | dict(fate.engines))
 
 
 def _row(section: str, name: str) -> Fate | None:
@@ -77,12 +87,6 @@ def _build(name: str) -> Fate | None:
     if found is None and (name.startswith("plugin_config.") or flag in known_plugins()):
         return Fate(moot=table()["build"]["plugin"], flag=flag)
     return found
-
-
-@cache
-def known_plugins() -> frozenset[str]:
-    """The plugins' flags of every release line that was read."""
-    return frozenset(flag for line in facts("lines")["build_flags"].values() for flag in line["plugins"])
 
 
 def _rest(name: str) -> Fate | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from trtbuild.migrate.drafts import fit_drafts, fit_lora
 from trtbuild.migrate.legacy import Legacy
 from trtbuild.migrate.translate import Draft
 from trtbuild.model import ModelFacts
@@ -28,6 +29,8 @@ def fit(draft: Draft, legacy: Legacy, facts: ModelFacts | None) -> None:
     _formats(draft, facts)
     _serving(draft, legacy)
     _ranks(draft)
+    fit_drafts(draft)
+    fit_lora(draft)
     if {_GRAPHS + "batch_sizes", _GRAPHS + "max_batch_size"} <= set(draft.values):
         draft.leave_out(_GRAPHS + "max_batch_size", "batch_sizes says it", is_loss=False)
     target = draft.target
@@ -38,7 +41,7 @@ def fit(draft: Draft, legacy: Legacy, facts: ModelFacts | None) -> None:
 def _model(draft: Draft, facts: ModelFacts, *, from_build: bool) -> None:
     context, length = facts.context_length, draft.values.get(_LENGTH)
     if length is None and from_build:
-        # NVIDIA/TensorRT-LLM, commands/build.py @65f1d153: max_seq_len is deduced from the checkpoint's config.
+        # max_seq_len is deduced from the checkpoint's config: upstream's page of every release that was read.
         draft.add(_LENGTH, context, "trtllm-build takes the positions that the model knows")
     if length is not None and length > context:
         draft.add(_LENGTH, context, f"{length} is more than the positions that the model knows")
@@ -102,9 +105,13 @@ def _serving(draft: Draft, legacy: Legacy) -> None:
     kind, layout = draft.target.kind, "serving.layout"
     if kind == "trtllm" and layout in draft.values:
         draft.leave_out(layout, "the LLM API is served by one model")
-    elif kind == "trtllm-engine" and draft.values.get(layout) != "ensemble":
+    elif kind == "trtllm-engine" and draft.values.get(layout) not in ("ensemble", "tokens"):
         draft.add(layout, "ensemble", "TensorRT engines are served by the five models")
     elif kind == "embedded" and legacy.clients == "ensemble" and layout not in draft.values:
         draft.add(layout, "ensemble", "clients ask the same five models")
-    if draft.values.get(layout) != "ensemble" and legacy.model_name not in (None, "tensorrt_llm"):
+    if kind == "trtllm-engine" and any((one.name, one.value) == ("backend", "python") for one in legacy.settings):
+        draft.add("serving.backend", "python", "the engine's model is the container's python model, as it was")
+        if len(draft.values.get(_DEVICES, ())) > 1:
+            draft.leave_out(_DEVICES, "the container's python model has one instance")
+    if draft.values.get(layout) not in ("ensemble", "tokens") and legacy.model_name not in (None, "tensorrt_llm"):
         draft.add("serving.model_name", legacy.model_name, "the name that clients ask")

@@ -49,6 +49,7 @@ class Legacy:
         version: of TensorRT-LLM, where the source says it.
         clients: the interface that clients use, where the source has one.
         model_name: of the one model that clients ask, for the interface `llm`.
+        original: class and sizes of the checkpoint that it was made of, where nothing else leads there.
     """
 
     form: str
@@ -58,6 +59,7 @@ class Legacy:
     version: str | None = None
     clients: Clients | None = None
     model_name: str | None = None
+    original: dict[str, Any] | None = None
 
 
 def leaves(document: Mapping[str, Any], at: str = "") -> list[tuple[str, Any]]:

@@ -65,6 +65,7 @@ def read_repository(path: Path) -> Legacy:
     read = [_settings(model, open_names) for model, open_names in found if model.name != draft]
     settings = [setting for part, _ in read for setting in part]
     unset = [one for _, part in read for one in part]
+    settings += [setting for model, _ in found if model.name == draft for setting in _draft_settings(model)]
     ensemble = engine.parameter("layout") != "llm"
     legacy = Legacy(
         "a Triton model repository",
@@ -116,6 +117,16 @@ def _draft(found: Sequence[tuple[Model, OpenFields]]) -> str | None:
     return next(
         (model.parameter("tensorrt_llm_draft_model_name") for model, _ in found if model.name == _ORDER[1]), None
     )
+
+
+def _draft_settings(model: Model) -> list[Setting]:
+    """Of the draft model's own configuration what differs from the model's: its engine, and its share of the memory."""
+    given = [(name, model.parameter(name)) for name in ("gpt_model_path", "kv_cache_free_gpu_mem_fraction")]
+    return [
+        Setting("triton", f"draft_{name}", text, f"{model.name}/{CONFIG}")
+        for name, text in given
+        if text and not _NAMED.search(text)
+    ]
 
 
 def _count(path: Path, names: Sequence[str]) -> RecipeError:

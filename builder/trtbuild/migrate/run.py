@@ -12,7 +12,9 @@ from typing import Any
 from trtbuild.checkpoint_files import open_directory
 from trtbuild.errors import Problem, RecipeError, TrtbuildError
 from trtbuild.manifest import write_atomic
+from trtbuild.migrate.checkpoint_directory import check_original, described
 from trtbuild.migrate.document import recipe_text, recipe_values
+from trtbuild.migrate.drafts import FILL_IN
 from trtbuild.migrate.fit import fit
 from trtbuild.migrate.legacy import Clients, Legacy, Unset
 from trtbuild.migrate.places import find_places
@@ -82,7 +84,10 @@ def migrate(
     legacy = read_source(source)
     places = find_places(legacy, model)
     draft = translate(legacy, target, places)
-    fit(draft, legacy, _facts(places.model, required=model is not None))
+    facts = _facts(places.model, required=model is not None)
+    if legacy.original is not None and facts is not None:
+        check_original(legacy.original, facts)
+    fit(draft, legacy, facts)
     document = recipe_values(draft)
     return Migration(
         form=legacy.form,
@@ -132,6 +137,8 @@ def _open_fields(migration: Migration) -> list[str]:
     fields = []
     if str(migration.document["model"]["path"]).startswith("/FILL-IN/"):
         fields.append("model.path")
+    if migration.document.get("speculative", {}).get("draft") == FILL_IN:
+        fields.append("speculative.draft")
     if migration.target.kind == "trtllm-engine" and "gpu" not in migration.document.get("target", {}):
         fields.append("target.gpu")
     return fields
@@ -150,7 +157,12 @@ def _facts(model: str, *, required: bool) -> ModelFacts | None:
 
 def _notes(legacy: Legacy, document: Mapping[str, Any], target: Target, *, is_open: bool) -> list[str]:
     notes = []
-    if is_open:
+    if is_open and legacy.original is not None:
+        notes.append(
+            f"the rank files cannot be turned back into a checkpoint: fill in model.path, or give --model, with the "
+            f"original one, {described(legacy.original)}"
+        )
+    elif is_open:
         notes.append("the source names no original checkpoint on this machine: fill in model.path, or give --model")
     clients: Clients = document.get("serving", {}).get("layout", "llm")
     if legacy.clients == "ensemble" and clients == "llm":

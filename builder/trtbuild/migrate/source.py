@@ -12,15 +12,15 @@ from pathlib import Path
 from ruamel.yaml.error import YAMLError
 
 from trtbuild.errors import Problem, RecipeError
-from trtbuild.migrate import arguments, engine_directory, llm_document, package_recipe, repository
+from trtbuild.migrate import arguments, checkpoint_directory, engine_directory, llm_document, package_recipe, repository
 from trtbuild.migrate.legacy import Legacy
 from trtbuild.migrate.places import is_checkpoint
 from trtbuild.yaml_text import parse_yaml
 
 _MAX_BYTES = 4 << 20
 _FORMS = (
-    "a Triton model repository, an engine directory, a model.yaml with LLM arguments, or a text with the arguments of "
-    "fill_template or trtllm-build"
+    "a Triton model repository, an engine directory, a TensorRT-LLM checkpoint, a model.yaml with LLM arguments, or a "
+    "text with the arguments of fill_template or trtllm-build"
 )
 
 
@@ -50,6 +50,8 @@ def _directory(path: Path) -> Legacy:
         return engine_directory.read_engine(path)
     if repository.is_repository(path):
         return repository.read_repository(path)
+    if checkpoint_directory.is_rank_checkpoint(path):
+        return checkpoint_directory.read_rank_checkpoint(path)
     for name in ("model.yaml", "llm_args.yaml"):
         if (path / name).is_file():
             return _text((path / name).read_bytes(), name, path)

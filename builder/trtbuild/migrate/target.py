@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trtbuild.build_flags import flag_table
 from trtbuild.compat import facts
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.llm_keys import LLM_ARGUMENT
@@ -15,8 +16,7 @@ from trtbuild.migrate.fates import table
 from trtbuild.migrate.values import text
 from trtbuild.recipe import RuntimeKind
 from trtbuild.refusals import embedded_takes
-from trtbuild.releases import Flow, Release, find_release, newest
-from trtbuild.trtllm_build import release_line
+from trtbuild.releases import Flow, Release, find_release, newest, oldest_served
 from trtbuild.trtllm_build_extra import extra_problems
 from trtbuild.trtllm_engine_refusals import NOT_WRITTEN
 
@@ -49,19 +49,18 @@ class Target:
         """What a plugin of ``trtllm-build`` says in ``runtime.extra``; None where it is not free or the default."""
         if self.kind != "trtllm-engine" or self.release is None or name not in table()["targets"]["flags"]:
             return None
-        line = release_line(self.release.version)
+        flags = flag_table(self.release.version)
         said = {"true": "enable", "false": "disable", "none": "disable"}.get(text(value).lower(), text(value))
-        problems = extra_problems({name: said}, line, sparse=False, fp8_attention=True)
-        return None if problems or said == line["plugin"][name]["default"] else said
+        problems = extra_problems({name: said}, flags, sparse=False, fp8_attention=True)
+        return None if problems or said == str(flags.flags[name].default) else said
 
     def refuses(self, field: str, value: Any) -> str | None:
         """Why the new runtime does not take a field with this value, or None where it does."""
-        if field in table()["targets"]["llm_api"] and self.kind != "trtllm":
-            return "only the trtllm runtime has it"
+        elsewhere = self._of_others(field, value)
+        if elsewhere is not None:
+            return elsewhere
         if self.kind == "embedded":
             return _embedded(field, value)
-        if field in table()["targets"]["own"] and value != "auto":
-            return "only the embedded runtime has it"
         if self.kind == "trtllm-engine":
             return _engine(field, value)
         argument, schema = LLM_ARGUMENT.get(field), self.schema
@@ -70,9 +69,20 @@ class Target:
         problems = validate(nested(argument, value), schema, partial=True)
         return problems[0].message if problems else None
 
+    def _of_others(self, field: str, value: Any) -> str | None:
+        """Why a field that one kind of runtime alone has is of no use to this one."""
+        targets = table()["targets"]
+        if field in targets["llm_api"] and self.kind != "trtllm":
+            return "only the trtllm runtime has it"
+        if field == "runtime.build_in" and self.kind != "trtllm-engine" and value != "auto":
+            return "only TensorRT engines are built"
+        if field in targets["own"] and self.kind != "embedded" and value != "auto":
+            return "only the embedded runtime has it"
+        return None
 
-def choose_target(kind: RuntimeKind, version: str | None, gpu: str | None) -> Target:
-    """The target that the command line asks for.
+
+def choose_target(kind: RuntimeKind, version: str | None, gpu: str | None, *, option: str = "--to") -> Target:
+    """The target that the command line asks for; `option` is the one that names the runtime.
 
     Raises:
         RecipeError: `version` is not known, or the runtime has none.
@@ -91,7 +101,10 @@ def choose_target(kind: RuntimeKind, version: str | None, gpu: str | None) -> Ta
     if flow not in found.line.flows:
         has = "the LLM API only" if "llm-api" in found.line.flows else "TensorRT engines only"
         message = f"--version: TensorRT-LLM {found.version} has {has}"
-        raise CompatibilityError(message, f"use {newest(flow).version}, or another --to")
+        raise CompatibilityError(message, f"use {newest(flow).version}, or another {option}")
+    if kind == "trtllm-engine" and found.line.unserved is not None:
+        message = f"--version: TensorRT-LLM {found.version} builds engines, but {found.line.unserved}"
+        raise CompatibilityError(message, f"use {newest(flow).version}, or {oldest_served()} at least")
     return Target(kind, found, gpu)
 
 
@@ -102,6 +115,8 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def _embedded(field: str, value: Any) -> str | None:
+    if field in table()["targets"]["trtllm"]:
+        return "only the runtimes of TensorRT-LLM have it"
     if field in table()["targets"]["embedded"]:
         many = field != "model.adapters"
         return None if many and value == 1 else _ONE if many else "the embedded runtime has no adapters yet"
@@ -111,8 +126,6 @@ def _embedded(field: str, value: Any) -> str | None:
 def _engine(field: str, value: Any) -> str | None:
     names: Mapping[str, Any] = facts("engine_names")
     known = {path for part in ("build", "checkpoint", "triton") for path in names[part]} | {"model.trust_remote_code"}
-    if field == "model.adapters":
-        return "this version of trtbuild packages no adapters for engines"
     if field in NOT_WRITTEN and value != 1:
         return NOT_WRITTEN[field]
     return None if field not in LLM_ARGUMENT or field in known else "TensorRT engines have no counterpart of it"

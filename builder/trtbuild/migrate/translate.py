@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from trtbuild.migrate.extras import Extras, put
-from trtbuild.migrate.fates import PLACE, Fate, fate_of
+from trtbuild.migrate.fates import PLACE, Fate, fate_for
 from trtbuild.migrate.legacy import Legacy, Setting
 from trtbuild.migrate.places import Places
 from trtbuild.migrate.target import Target
@@ -97,7 +97,7 @@ def translate(legacy: Legacy, target: Target, places: Places) -> Draft:
 
 
 def _row(setting: Setting, draft: Draft, owners: Mapping[str, tuple[Any, Setting]]) -> Row:
-    fate = fate_of(setting)
+    fate = fate_for(setting, draft.target.kind)
     if fate is None:
         return _drop(setting, "no table of trtbuild has this name", kind="not recognized")
     if fate.via == PLACE:
@@ -166,7 +166,7 @@ def _owners(settings: tuple[Setting, ...], target: Target) -> dict[str, tuple[An
     """The setting that decides each field: the first, or for limits the smallest."""
     found: dict[str, tuple[Any, Setting]] = {}
     for setting in settings:
-        fate = fate_of(setting)
+        fate = fate_for(setting, target.kind)
         if fate is None or fate.field is None or fate.via == PLACE or text(setting.value).lower() in fate.harmless:
             continue
         try:

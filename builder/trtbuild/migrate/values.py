@@ -7,6 +7,7 @@ where there is nothing to say, and raises `ValueError` with the reason where the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, get_args
@@ -16,6 +17,15 @@ from trtbuild.recipe import CapacityPolicy
 
 _TRUE, _FALSE = ("true", "1", "enable", "yes"), ("false", "0", "disable", "no")
 _LARGEST_FRACTION = 0.95
+_DECODING = ("medusa", "redrafter", "lookahead", "eagle")
+# Also by number: SpeculativeDecodingMode of tensorrt_llm/models/modeling_utils.py @01ea6d79.
+_SPECULATION = {
+    **dict.fromkeys(("draft_tokens_external", "2"), "draft_target"),
+    **dict.fromkeys(("medusa", "4"), "medusa"),
+    **dict.fromkeys(("lookahead_decoding", "8"), "lookahead"),
+    **dict.fromkeys(("explicit_draft_tokens", "16"), "redrafter"),
+    **dict.fromkeys(("eagle", "32"), "eagle"),
+}
 
 
 def text(value: Any) -> str:
@@ -150,6 +160,34 @@ def excluded(value: Any) -> tuple[str, ...] | None:
     return tuple(names) or None
 
 
+def paths(value: Any) -> tuple[tuple[int, ...], ...]:
+    """Paths through a tree of drafts, as Triton's parameters spell them: ``{0, 0}, {0, 1}``."""
+    groups = re.findall(r"\{([^{}]*)\}", text(value))
+    return tuple(tuple(whole(part.strip()) for part in group.split(",")) for group in groups)
+
+
+def drafting(value: Any) -> str | None:
+    """A BLS model that names a draft model."""
+    return "draft_target" if text(value) else None
+
+
+def decoding(value: Any) -> str:
+    """The method that a decoding mode of the C++ backend belongs to."""
+    if text(value) not in _DECODING:
+        raise ValueError(f"{text(value)}: the served model answers with one beam and each request's own sampling")
+    return text(value)
+
+
+def speculation(value: Any) -> str | None:
+    """The method of ``--speculative_decoding_mode``, or of its number in an engine's config.json."""
+    name = text(value).rsplit(".", 1)[-1].lower()
+    if name in ("none", "1", ""):
+        return None
+    if name not in _SPECULATION:
+        raise ValueError(f"{text(value)} is no speculative mode of trtllm-build")
+    return _SPECULATION[name]
+
+
 def adapters(value: Any) -> tuple[str, ...] | None:
     """Adapters by name and place, as trtbuild writes them."""
     found = json.loads(value) if isinstance(value, str) else value
@@ -159,6 +197,7 @@ def adapters(value: Any) -> tuple[str, ...] | None:
 TRANSFORMS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {
         **{one.__name__: one for one in (boolean, whole, positive, several, number, fraction, integers, word, words)},
+        **{one.__name__: one for one in (paths, drafting, decoding, speculation)},
         **{one.__name__: one for one in (groups, places, policy, layout, sparsity, kv_format, excluded, adapters)},
         "format": weight_format,
         "group": positive,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trtbuild.runtime.config import EngineConfig, KvCacheConfig
     from trtbuild.runtime.engine import Engine
+    from trtbuild.runtime.joined import JoinedScales
     from trtbuild.runtime.outputs import (
         Completion,
         EngineFacts,
@@ -25,6 +26,7 @@ _HOMES = {
     "EngineConfig": "config",
     "EngineFacts": "outputs",
     "EngineStats": "outputs",
+    "JoinedScales": "joined",
     "KvCacheConfig": "config",
     "Output": "outputs",
     "Request": "request",
@@ -39,6 +41,7 @@ __all__ = [
     "EngineConfig",
     "EngineFacts",
     "EngineStats",
+    "JoinedScales",
     "KvCacheConfig",
     "Output",
     "Request",

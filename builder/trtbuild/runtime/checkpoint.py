@@ -28,6 +28,7 @@ from trtbuild.runtime.checkpoint_files import (
 )
 from trtbuild.runtime.checkpoint_fill import fill, positive_scale, replace_linear, restore_buffers
 from trtbuild.runtime.experts import DiskNames, fused_experts, unfuse_experts
+from trtbuild.runtime.joined import JoinedScales, join_kv_scales, join_scales
 from trtbuild.runtime.linear import Form, share_inputs
 
 _ALGORITHM_OF = {"F8_E4M3": FP8, "U8": INT4_AWQ}
@@ -53,6 +54,7 @@ def load_model(
     weights: str,
     attn_implementation: str,
     trust_remote_code: bool = False,
+    joined: JoinedScales | None = None,
 ) -> LoadedModel:
     """Return the model of `engine_dir`, computing in `dtype` on `device`.
 
@@ -64,6 +66,7 @@ def load_model(
             expanded on a CPU, packed on a GPU.
         attn_implementation: A name registered in Transformers' attention interface.
         trust_remote_code: Run the model code that lies in the directory.
+        joined: Bring scales together as another engine would; None leaves the files' own.
 
     Raises:
         ArtifactError: A file or tensor is missing, unexpected, damaged or of the wrong shape.
@@ -72,8 +75,8 @@ def load_model(
     engine_dir = Path(engine_dir)
     quantization = read_quantization(engine_dir)
     form = _form(weights, device)
-    config = _read_config(engine_dir, trust_remote_code=trust_remote_code)
-    model = _empty_model(config, dtype, attn_implementation, trust_remote_code=trust_remote_code)
+    config = read_config(engine_dir, trust_remote_code=trust_remote_code)
+    model = empty_model(config, dtype, attn_implementation, trust_remote_code=trust_remote_code)
     source = _match_names(engine_dir, model)
     layers = _quantized_layers(source, quantization)
     if any(layer.startswith(f"{experts}.") for experts, _ in fused_experts(model) for layer in layers):
@@ -84,9 +87,14 @@ def load_model(
             replace_linear(model, layer, source, dtype=dtype, form=form, device=device)
         fill(model, source, device)
         restore_buffers(model, device)
+        changed = 0 if joined is None else join_scales(model, joined)
+    if joined is not None and joined.kv_cache and kv_scales is not None:
+        kv_scales = join_kv_scales(kv_scales)
     share_inputs(model)
     model.requires_grad_(requires_grad=False)
     notes = _notes(quantization, form, dtype, len(layers))
+    if joined is not None:
+        notes.append(f"{changed} projections were brought to the weight scale of others that they are joined with")
     return LoadedModel(model=model.eval(), config=config, quantization=quantization, kv_scales=kv_scales, notes=notes)
 
 
@@ -98,7 +106,12 @@ def _form(weights: str, device: torch.device) -> Form:
     return cast("Form", weights)
 
 
-def _read_config(directory: Path, *, trust_remote_code: bool) -> Any:
+def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
+    """The Transformers configuration of a checkpoint, without its quantization.
+
+    Raises:
+        ArtifactError: The file is missing, or Transformers cannot read it.
+    """
     read_json(directory / "config.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -109,8 +122,12 @@ def _read_config(directory: Path, *, trust_remote_code: bool) -> Any:
     return config
 
 
-def _empty_model(config: Any, dtype: torch.dtype, attn_implementation: str, *, trust_remote_code: bool) -> nn.Module:
-    """The model class with every tensor on the meta device."""
+def empty_model(config: Any, dtype: torch.dtype, attn_implementation: str, *, trust_remote_code: bool) -> nn.Module:
+    """The model class with every tensor on the meta device.
+
+    Raises:
+        CompatibilityError: Transformers has no causal language model of this type.
+    """
     # Transformers' default for experts, grouped matrix products, has no float64 kernel.
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -88,7 +89,7 @@ def fill(model: nn.Module, source: TensorSource, device: torch.device) -> None:
             continue
         _check_shape(place, tuple(tensor.shape), tuple(slot.shape))
         _assign(model, place, slot, tensor.to(device, slot.dtype))
-    _refuse_leftovers(model, source, missing)
+    refuse_unmatched(model, missing, [source.disk_name[place] for place in sorted(source.disk_name)])
     model.tie_weights()
 
 
@@ -135,16 +136,20 @@ def _untie_if_different(model: nn.Module, source: TensorSource) -> None:
             module.register_parameter(leaf, nn.Parameter(torch.empty_like(getattr(module, leaf))))
 
 
-def _refuse_leftovers(model: nn.Module, source: TensorSource, missing: list[str]) -> None:
-    """Raise for tensors without a place and places without a tensor, less what the class itself says to ignore."""
+def refuse_unmatched(model: nn.Module, missing: list[str], extra: list[str]) -> None:
+    """Raise for places without a tensor and tensors without a place, less what the class itself says to ignore.
+
+    Raises:
+        ArtifactError: Names them: places of the model in `missing`, tensors of the files in `extra`.
+    """
     absent = _not_ignored(missing, model._keys_to_ignore_on_load_missing)  # noqa: SLF001
     if absent:
         raise ArtifactError(f"{_some(absent)} missing from the files", REBUILD)
     # Old checkpoints carry the rotary table, which every class computes by itself.
     patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]  # noqa: SLF001
-    extra = _not_ignored([source.disk_name[place] for place in sorted(source.disk_name)], patterns)
-    if extra:
-        raise ArtifactError(f"{_some(extra)} in the files, but not in {type(model).__name__}", REBUILD)
+    unknown = _not_ignored(extra, patterns)
+    if unknown:
+        raise ArtifactError(f"{_some(unknown)} in the files, but not in {type(model).__name__}", REBUILD)
 
 
 def _not_ignored(names: list[str], patterns: Any) -> list[str]:
@@ -158,7 +163,15 @@ def _some(names: list[str]) -> str:
 
 def restore_buffers(model: nn.Module, device: torch.device) -> None:
     """Compute the tables that no file holds (rotary frequencies, embedding scales) as the class itself does."""
-    for module in model.modules():
+    restore_tables(model, model.modules(), device)
+    left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
+    if left:
+        raise ArtifactError(f"{_some(left)} could not be filled from the files", REBUILD)
+
+
+def restore_tables(model: nn.Module, modules: Iterable[nn.Module], device: torch.device) -> None:
+    """The same for some `modules` of `model`, whatever else is still without storage."""
+    for module in modules:
         lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if not lost:
             continue
@@ -168,9 +181,6 @@ def restore_buffers(model: nn.Module, device: torch.device) -> None:
         for parameter in module.parameters(recurse=False):
             parameter._is_hf_initialized = True  # noqa: SLF001  keeps `_init_weights` away from what is loaded
         model._init_weights(module)  # noqa: SLF001
-    left = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
-    if left:
-        raise ArtifactError(f"{_some(left)} could not be filled from the files", REBUILD)
 
 
 def positive_scale(place: str, tensor: torch.Tensor | None) -> float:

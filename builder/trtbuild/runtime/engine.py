@@ -16,6 +16,7 @@ from trtbuild.errors import RequestError, ToolError, TrtbuildError
 from trtbuild.runtime.config import EngineConfig
 from trtbuild.runtime.facts import engine_facts
 from trtbuild.runtime.intake import Intake
+from trtbuild.runtime.joined import JoinedScales
 from trtbuild.runtime.model import ModelRunner
 from trtbuild.runtime.outputs import Completion, EngineStats, Output
 from trtbuild.runtime.request import Request, final_output
@@ -65,8 +66,12 @@ class Engine:
         self._thread.start()
 
     @classmethod
-    def load(cls, engine_dir: Path | str, *, config: EngineConfig | None = None) -> Engine:
+    def load(
+        cls, engine_dir: Path | str, *, config: EngineConfig | None = None, joined: JoinedScales | None = None
+    ) -> Engine:
         """An engine over the checkpoint in `engine_dir`, with its engine.json unless `config` is given.
+
+        With `joined` it computes with the scales that another engine would make of the checkpoint's.
 
         Raises:
             ArtifactError: a file is missing or damaged.
@@ -75,7 +80,7 @@ class Engine:
         """
         engine_dir = Path(engine_dir)
         config = config or EngineConfig.read(engine_dir)
-        runner = ModelRunner.load(engine_dir, config)
+        runner = ModelRunner.load(engine_dir, config, joined=joined)
         return cls(runner, config, Intake.read(engine_dir, runner, config))
 
     def __enter__(self) -> Self:

@@ -15,6 +15,7 @@ from trtbuild.runtime.attention import ATTENTION_NAME, LAYER_ATTRIBUTE, LayerCal
 from trtbuild.runtime.checkpoint import LoadedModel, load_model
 from trtbuild.runtime.config import EngineConfig
 from trtbuild.runtime.fast.choice import why_general
+from trtbuild.runtime.joined import JoinedScales
 from trtbuild.runtime.kv_cache import LayerCache, bytes_per_slot
 from trtbuild.runtime.scheduler import Chunk
 from trtbuild.runtime.sequence import Sequence
@@ -52,8 +53,8 @@ class ModelRunner:
             self.fast = self._fast_path(weights, [layer for layer, _ in layers], config)
 
     @classmethod
-    def load(cls, engine_dir: Path, config: EngineConfig) -> ModelRunner:
-        """The runner of the checkpoint in `engine_dir`.
+    def load(cls, engine_dir: Path, config: EngineConfig, *, joined: JoinedScales | None = None) -> ModelRunner:
+        """The runner of the checkpoint in `engine_dir`, with the scales of its projections joined where that is given.
 
         Raises:
             ArtifactError: a file is missing or damaged.
@@ -72,6 +73,7 @@ class ModelRunner:
             weights=config.weights,
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=config.trust_remote_code,
+            joined=joined,
         )
         return cls(loaded, config)
 

@@ -25,7 +25,7 @@ _ENSEMBLE_INPUTS = (
     *("frequency_penalty", "seed", "return_log_probs", "return_context_logits", "return_generation_logits"),
     *("return_perf_metrics", "return_num_input_tokens", "return_num_output_tokens", "num_return_sequences"),
     *("beam_width", "embedding_bias_words", "embedding_bias_weights", "lora_task_id", "num_draft_tokens"),
-    *("guided_decoding_guide_type", "guided_decoding_guide", "request_id"),
+    *("use_draft_logits", "guided_decoding_guide_type", "guided_decoding_guide", "request_id"),
 )
 # What layout llm calls otherwise.
 _ENSEMBLE_NAMES = {

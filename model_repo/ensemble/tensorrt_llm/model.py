@@ -6,21 +6,19 @@ responses. Every request ends with exactly one response that carries the final f
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from model_repo.ensemble.inflight import Limits, parse
+from model_repo.ensemble.inflight import Inflight, Limits, parse
 from model_repo.ensemble.sequence import SequenceStream
 from model_repo.ensemble.settings import Settings
 from model_repo.ensemble.tensors import ENGINE_OUTPUTS
 from model_repo.llm.backend_embedded import EmbeddedBackend
-from model_repo.llm.sender import Sender, send_error
+from model_repo.llm.sender import Sender, take_in
 from model_repo.llm.wire import BadRequestError, flag
 
-logger = logging.getLogger(__name__)
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -49,15 +47,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Take in requests; their responses come later, from the sender's thread."""
-        for request in requests:
-            sender = request.get_response_sender()
-            try:
-                self._accept(request, sender)
-            except BadRequestError as error:
-                send_error(sender, str(error), pb_utils.TritonError.INVALID_ARG)
-            except Exception as error:
-                logger.exception("a request could not be taken in")
-                send_error(sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
+        take_in(requests, self._accept)
 
     def finalize(self) -> None:
         """End what runs, with final responses, and free the engine."""
@@ -75,19 +65,12 @@ class TritonPythonModel:
         parsed = parse(inputs, self._limits, self._end_ids)
         stream = SequenceStream(parsed, request_id)
         wanted = frozenset(request.requested_output_names())
-        self._sender.post(partial(self._sender.add, stream, sender, wanted))
-        # From here on the sender's thread answers, also a refusal: Triton 2.51 crashes when one thread asks whether a
-        # request is cancelled while another sends its final response.
-        try:
-            bad = [list(word) for word in parsed.bad_words]
-            deliver = partial(self._sender.deliver, stream, 0)
-            stream.attach(self._backend.submit(list(parsed.input_ids), parsed.sampling, bad, deliver))
-        except BadRequestError as error:
-            self._sender.post(partial(self._sender.refuse, stream, str(error), pb_utils.TritonError.INVALID_ARG))
-        except Exception as error:
-            logger.exception("a request could not be submitted")
-            message = f"{type(error).__name__}: {error}"
-            self._sender.post(partial(self._sender.refuse, stream, message, pb_utils.TritonError.INTERNAL))
+        self._sender.begin(stream, sender, wanted, partial(self._submit, parsed, stream))
+
+    def _submit(self, parsed: Inflight, stream: SequenceStream) -> None:
+        bad = [list(word) for word in parsed.bad_words]
+        deliver = partial(self._sender.deliver, stream, 0)
+        stream.attach(self._backend.submit(list(parsed.input_ids), parsed.sampling, bad, deliver))
 
     def _stop(self, request_id: str, sender: Any) -> None:
         """Cancel the requests of this id; as upstream, no error where it has ended already (`handleStopRequest`)."""

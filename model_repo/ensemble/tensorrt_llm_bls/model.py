@@ -7,23 +7,18 @@ cancelled while another sends its final response.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import triton_python_backend_utils as pb_utils
 from model_repo.ensemble.answer import Answer
 from model_repo.ensemble.chain import Chain, Models
 from model_repo.ensemble.question import parse
 from model_repo.ensemble.settings import Settings
 from model_repo.ensemble.tensors import CLIENT_OUTPUTS
-from model_repo.llm.sender import Sender, send_error
-from model_repo.llm.wire import BadRequestError
-
-logger = logging.getLogger(__name__)
+from model_repo.llm.sender import Sender, take_in
 
 
 class TritonPythonModel:
@@ -35,12 +30,14 @@ class TritonPythonModel:
         if not settings.flag("accumulate_tokens"):
             message = "is 'false': pieces decoded one by one lose spaces and break characters; write true"
             raise settings.fault("accumulate_tokens", message)
-        if settings.text("tensorrt_llm_draft_model_name"):
-            raise settings.fault("tensorrt_llm_draft_model_name", "is set, and this model has no draft decoding yet")
+        draft = settings.text("tensorrt_llm_draft_model_name")
+        self._draft_tokens = settings.count("num_draft_tokens") if draft else 0
         self._models = Models(
             engine=settings.text("tensorrt_llm_model_name"),
             decoupled=settings.decoupled,
             says_finished=settings.text("runtime") == "embedded",
+            draft=draft,
+            adapters=settings.optional_directory("lora_adapters_dir"),
         )
         period_s = settings.count("cancellation_check_period_ms") / 1000
         self._sender = Sender(None, model_name=settings.name, check_period_s=period_s, outputs=CLIENT_OUTPUTS)
@@ -48,15 +45,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Take in requests; their responses come later, from the sender's thread."""
-        for request in requests:
-            sender = request.get_response_sender()
-            try:
-                self._accept(request, sender)
-            except BadRequestError as error:
-                send_error(sender, str(error), pb_utils.TritonError.INVALID_ARG)
-            except Exception as error:
-                logger.exception("a request could not be taken in")
-                send_error(sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
+        take_in(requests, self._accept)
 
     def finalize(self) -> None:
         """End what runs, with final responses."""
@@ -65,7 +54,7 @@ class TritonPythonModel:
 
     def _accept(self, request: Any, sender: Any) -> None:
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        question = parse(inputs, streaming=self._models.decoupled)
+        question = parse(inputs, streaming=self._models.decoupled, draft_tokens=self._draft_tokens)
         answer = Answer(request_id=request.request_id(), streaming=question.stream)
         chain = Chain(self._models, question, answer, partial(self._sender.deliver, answer, 0))
         # In a thread of its own: that may take a moment.

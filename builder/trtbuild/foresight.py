@@ -1,0 +1,79 @@
+"""Files that a recipe names, held against its plan before anything is computed: drafts, adapters, conversion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trtbuild.adapters import trtllm, trtllm_tokenizer
+from trtbuild.draft import DRAFT_ROLE, HEADS, HEADS_ROLE, Draft, other_tokens, read_draft
+from trtbuild.errors import CompatibilityError, Problem
+from trtbuild.plan import Plan
+from trtbuild.recipe_file import LoadedRecipe
+from trtbuild.source import local_path
+from trtbuild.trtllm_engine_drafts import DRAFT_TARGET
+
+
+def draft_of(loaded: LoadedRecipe) -> Draft | None:
+    """What the files of ``speculative.draft`` say, for a runtime that takes them.
+
+    Raises:
+        RecipeError, ArtifactError, CompatibilityError: see `read_draft`.
+    """
+    speculative = loaded.recipe.speculative
+    takes = loaded.recipe.runtime.kind == "trtllm-engine" and speculative.method in (DRAFT_TARGET, *HEADS)
+    if speculative.draft is None or not takes:
+        return None
+    return read_draft(local_path(loaded, speculative.draft, at="speculative.draft"), speculative.method)
+
+
+def refuse_unconvertible(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) -> None:
+    """Refuse a local checkpoint that the engine step could not convert; one on a hub is judged once it is here.
+
+    Raises:
+        CompatibilityError: the conversion's own sentence.
+    """
+    engine = plan.step("engine").parameters
+    if engine["runtime"] != "trtllm-engine":
+        return
+    from trtbuild.convert.run import refuse_source
+
+    spec = engine["spec"]
+    sizes = {"tp_size": spec["tp_size"], "pp_size": spec["pp_size"]}
+    if plan.source.repo_id is None and "heads" not in engine:
+        refuse_source(Path(plan.source.path), **sizes)
+    tokenizer = _tokenizer(plan, loaded)
+    if "tokenizer_info" in engine and tokenizer is not None:
+        trtllm_tokenizer.tokenizer_info(tokenizer)
+    if draft is None or draft.facts is None:
+        return
+    directory = local_path(loaded, loaded.recipe.speculative.draft or "", at="speculative.draft")
+    refuse_source(directory, **sizes)
+    problem = None if tokenizer is None else other_tokens(tokenizer, directory)
+    if problem is not None:
+        raise CompatibilityError(str(problem))
+
+
+def _tokenizer(plan: Plan, loaded: LoadedRecipe) -> Path | None:
+    """The directory with the tokenizer, or None while it is on a hub: the engine step looks again."""
+    named = plan.value("model.tokenizer")
+    if named is not None:
+        return local_path(loaded, named, at="model.tokenizer")
+    return Path(plan.source.path) if plan.source.repo_id is None else None
+
+
+def adapter_problems(loaded: LoadedRecipe, plan: Plan) -> list[Problem]:
+    """What is wrong with the LoRA adapters of a recipe, before anything is compressed."""
+    engine = plan.step("engine")
+    adapters = {role: path for role, path in engine.files.items() if role not in (DRAFT_ROLE, HEADS_ROLE)}
+    places = {name: local_path(loaded, path, at="model.adapters") for name, path in adapters.items()}
+    if "lora" in engine.parameters:
+        from trtbuild.convert.lora.adapter import Limits, read_adapter
+
+        limits = Limits.of(engine.parameters["lora"])
+        read = (read_adapter(name, place, limits) for name, place in places.items())
+        return [problem for found in read if isinstance(found, list) for problem in found]
+    return [
+        problem
+        for name, place in places.items()
+        for problem in trtllm.check_adapter(name, place, engine.parameters["values"])
+    ]
