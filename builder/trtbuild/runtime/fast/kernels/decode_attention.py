@@ -1,8 +1,7 @@
 """Attention of one new token a sequence over the paged cache: head norms, rotation and the cache write included.
 
-The past is split among several programs where few sequences would leave the device idle. Each leaves what it saw as a
-partial softmax, and the one that finishes last joins them. The new token itself comes from registers, never from the
-cache; the first part holds it, so that no joined softmax is empty.
+The past is split among several programs where few sequences would leave the device idle. Each program keeps what it saw
+as a partial softmax; `_combine` joins them. The new token itself comes from registers, never from the cache.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _SMALLEST_DOT = 16
 
 @triton.jit
 def _decode(
-    qkv, out, partial, sums, arrivals, positions, table, table_stride, cos, sin, query_norm, key_norm, eps,
+    qkv, out, partial, sums, positions, table, table_stride, cos, sin, query_norm, key_norm, eps,
     pool_keys, pool_values, slots, key_scale, value_scale, scaling, window, out_scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
@@ -117,38 +116,44 @@ def _decode(
         top = higher
 
     line = sequence * QUERIES + head * GROUP + group
-    inside = group < GROUP
     if SPLITS == 1:
         y = (seen / total[:, None] * value_scale).to(tl.bfloat16)
         if OUT_CODES:
-            tl.store(out + line * SIZE + whole[None, :], to_codes(y, tl.load(out_scale)), mask=inside)
+            tl.store(out + line * SIZE + whole[None, :], to_codes(y, tl.load(out_scale)), mask=group < GROUP)
         else:
-            tl.store(out + line * SIZE + whole[None, :], y, mask=inside)
+            tl.store(out + line * SIZE + whole[None, :], y, mask=group < GROUP)
     else:
-        place = ((sequence * QUERIES + head * GROUP + tl.arange(0, ROWS)) * SPLITS + split) * 2
-        tl.store(partial + (line * SPLITS + split) * SIZE + whole[None, :], seen, mask=inside)
-        tl.store(sums + place, top, mask=tl.arange(0, ROWS) < GROUP)
-        tl.store(sums + place + 1, total, mask=tl.arange(0, ROWS) < GROUP)
-        # Every thread's part must be out before the count says so; the program that counts last joins all parts.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + sequence * KEYS + head, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLITS - 1:
-            splits = tl.arange(0, SPLITS)
-            for query in tl.static_range(GROUP):
-                parts = (sequence * QUERIES + head * GROUP + query) * SPLITS + splits
-                # Past the first-level cache: other programs wrote these.
-                tops = tl.load(sums + parts * 2, cache_modifier=".cg")
-                totals = tl.load(sums + parts * 2 + 1, cache_modifier=".cg")
-                seens = tl.load(partial + parts[:, None] * SIZE + whole[None, :], cache_modifier=".cg")
-                shares = tl.exp2(tops - tl.max(tops, axis=0))
-                joined = tl.sum(seens * shares[:, None], axis=0) / tl.sum(shares * totals, axis=0)
-                y = (joined * value_scale).to(tl.bfloat16)
-                to_out = out + (sequence * QUERIES + head * GROUP + query) * SIZE + whole
-                if OUT_CODES:
-                    tl.store(to_out, to_codes(y, tl.load(out_scale)))
-                else:
-                    tl.store(to_out, y)
-            tl.store(arrivals + sequence * KEYS + head, 0)  # for the next layer
+        tl.store(partial + (line * SPLITS + split) * SIZE + whole[None, :], seen, mask=group < GROUP)
+        rows = tl.arange(0, ROWS)
+        place = ((sequence * QUERIES + head * GROUP + rows) * SPLITS + split) * 2
+        tl.store(sums + place, top, mask=rows < GROUP)
+        tl.store(sums + place + 1, total, mask=rows < GROUP)
+
+
+@triton.jit
+def _combine(
+    out, partial, sums, positions, value_scale, out_scale,
+    QUERIES: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, OUT_CODES: tl.constexpr,
+    CHAIN: tl.constexpr,
+):  # fmt: skip
+    let_next_start(CHAIN)
+    wait_for_previous(CHAIN)
+    sequence = tl.program_id(0).to(tl.int64)
+    if tl.load(positions + sequence) < 0:
+        return
+    line = sequence * QUERIES + tl.program_id(1)
+    splits = tl.arange(0, SPLITS)
+    whole = tl.arange(0, SIZE)
+    place = (line * SPLITS + splits) * 2
+    tops = tl.load(sums + place)
+    weights = tl.exp2(tops - tl.max(tops, axis=0))
+    total = tl.sum(weights * tl.load(sums + place + 1), axis=0)
+    parts = tl.load(partial + (line * SPLITS + splits)[:, None] * SIZE + whole[None, :])
+    y = (tl.sum(parts * weights[:, None], axis=0) / total * value_scale).to(tl.bfloat16)
+    if OUT_CODES:
+        tl.store(out + line * SIZE + whole, to_codes(y, tl.load(out_scale)))
+    else:
+        tl.store(out + line * SIZE + whole, y)
 
 
 def splits_for(programs: int, multiprocessors: int) -> int:
@@ -169,15 +174,13 @@ def decode_attention(
     pool: Pool,
     *,
     splits: int,
-    arrivals: torch.Tensor,
     scale: torch.Tensor | None,
 ) -> None:
     """Write the attention output of one token a sequence to `out` [B, Hq D], and its keys and values into `pool`.
 
     `qkv` [B, (Hq + 2 H) D] holds the projections as they are; `positions` [B] (int32) each token's place in its
     sequence, -1 for a row to leave out; `table` [blocks, at least B] (int32) the blocks of each sequence, a column
-    each. `arrivals` [at least B H] (int32) is zero before and after. `out` is bfloat16, or E4M3 codes with `scale`
-    (0-d float32).
+    each. `out` is bfloat16, or E4M3 codes with `scale` (0-d float32).
     """
     rows = qkv.shape[0]
     lines = rows * heads.queries
@@ -187,7 +190,7 @@ def decode_attention(
         sums = torch.empty((lines, splits, 2), dtype=torch.float32, device=qkv.device)
     group = heads.queries // heads.keys
     _decode[(rows, heads.keys, splits)](
-        qkv, out, partial, sums, arrivals, positions, table, table.stride(0), rotation.cos, rotation.sin,
+        qkv, out, partial, sums, positions, table, table.stride(0), rotation.cos, rotation.sin,
         heads.query_norm, heads.key_norm, heads.eps,
         pool.keys, pool.values, pool.keys.shape[1], pool.key_scale, pool.value_scale,
         heads.scaling, heads.window, scale,
@@ -196,3 +199,9 @@ def decode_attention(
         NORM=heads.query_norm is not None, CODES=pool.is_fp8, OUT_CODES=scale is not None,
         num_warps=4, num_stages=2, **chained(),
     )  # fmt: skip
+    if splits > 1:
+        _combine[(rows, heads.queries)](
+            out, partial, sums, positions, pool.value_scale, scale,
+            QUERIES=heads.queries, SIZE=heads.size, SPLITS=splits, OUT_CODES=scale is not None, num_warps=1,
+            **chained(),
+        )  # fmt: skip
