@@ -1,8 +1,9 @@
 # make setup   the environment alone
 # make demo    set up, then the main job: SmolLM2 compressed, built, served by the real Triton, and asked a question
 # make test    set up, then every test
+# make gpu     the tests that need an NVIDIA GPU, on a host that has one
 # make lint    ruff and mypy
-.PHONY: setup demo test unit lint clean
+.PHONY: setup demo test unit gpu lint clean
 VENV ?= .venv
 RUN = $(VENV)/bin
 
@@ -20,6 +21,9 @@ test: setup
 
 unit: setup
 	$(RUN)/python -m pytest -m "not smollm2 and not triton and not container" tests/core
+
+gpu: setup
+	$(RUN)/python -m pytest -m gpu tests/runtime
 
 lint: setup
 	$(RUN)/ruff check .

@@ -1,6 +1,6 @@
 """Which kernel and tiling reads the weights of a linear layer fastest: the source of the table in linear.py.
 
-    python benchmarks/gpu/tilings.py [--rows 1,8,16] [--formats bf16,fp8]
+    python benchmarks/gpu/tilings.py [--formats bf16,fp8]
 
 The sizes are those of Llama 3.1 8B. Each figure is microseconds a call inside a CUDA graph that goes through enough
 copies of the weights to find none of them in the L2 cache, and the share of the measured copy bandwidth.
@@ -20,11 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from speed import copy_bandwidth, device_seconds
 
 from trtbuild.runtime.fast.kernels.activation import silu_mul
-from trtbuild.runtime.fast.kernels.matvec import Tiling, few_rows
+from trtbuild.runtime.fast.kernels.one_row import Tiling, one_row
 
 SIZES = {"qkv": (6144, 4096), "output": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-VECTOR = [(16, 512, 4, 3), (8, 512, 4, 3), (8, 1024, 4, 3), (4, 1024, 4, 3), (16, 256, 4, 4), (4, 2048, 8, 2)]
-DOT = [(16, 256, 4, 4), (16, 512, 4, 3), (32, 256, 4, 4), (32, 128, 4, 5), (64, 128, 4, 4), (16, 512, 2, 3)]
+TILINGS = [(16, 512, 4, 3), (8, 512, 4, 3), (8, 1024, 4, 3), (4, 1024, 4, 3), (16, 256, 4, 4), (4, 2048, 8, 2)]
 
 
 def seconds_each(calls: list[Callable[[], object]]) -> float:
@@ -49,29 +48,29 @@ def library(x: torch.Tensor, weight: torch.Tensor, one: torch.Tensor, *, gated: 
     return silu_mul(y, one if fp8 else None) if gated else y
 
 
-def measure(label: str, weights: list[torch.Tensor], rows: int, bandwidth: float, *, gated: bool) -> None:
+def measure(label: str, weights: list[torch.Tensor], bandwidth: float, *, gated: bool) -> None:
     """Print a line for the library and for every tiling."""
     outputs, inputs = weights[0].shape
     fp8 = weights[0].dtype == torch.float8_e4m3fn
     one = torch.tensor(1e-5, device="cuda")
-    x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16).to(weights[0].dtype)
+    x = torch.randn(1, inputs, device="cuda", dtype=torch.bfloat16).to(weights[0].dtype)
 
     def show(what: str, call: Callable[[torch.Tensor], object]) -> None:
         try:
             found = seconds_each([partial(call, weight) for weight in weights])
         except Exception as error:  # noqa: BLE001  a tiling may not fit into shared memory
-            print(f"{label} rows {rows} {what}: {type(error).__name__}", flush=True)
+            print(f"{label} {what}: {type(error).__name__}", flush=True)
             return
         share = outputs * inputs * weights[0].itemsize / bandwidth / found
-        print(f"{label} rows {rows} {what}: {found * 1e6:.1f} us, {share:.2f}", flush=True)
+        print(f"{label} {what}: {found * 1e6:.1f} us, {share:.2f}", flush=True)
 
     show("library", lambda weight: library(x, weight, one, gated=gated))
     scale = one if gated and fp8 else None
-    for tiling in VECTOR if rows == 1 else DOT:
+    for tiling in TILINGS:
         chosen = Tiling(*tiling)
         show(
             str(tiling),
-            lambda weight, chosen=chosen: few_rows(
+            lambda weight, chosen=chosen: one_row(
                 x, weight, chosen, factor=one if fp8 else None, gated=gated, scale=scale
             ),
         )
@@ -80,7 +79,6 @@ def measure(label: str, weights: list[torch.Tensor], rows: int, bandwidth: float
 def main() -> None:
     """Measure every size with every tiling and with the library."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="1,8")
     parser.add_argument("--formats", default="bf16,fp8")
     arguments = parser.parse_args()
     bandwidth = copy_bandwidth()
@@ -91,8 +89,7 @@ def main() -> None:
             weights = [
                 torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16).to(dtype) for _ in range(count)
             ]
-            for rows in map(int, arguments.rows.split(",")):
-                measure(f"{form} {name}", weights, rows, bandwidth, gated=name == "gate_up")
+            measure(f"{form} {name}", weights, bandwidth, gated=name == "gate_up")
 
 
 if __name__ == "__main__":

@@ -66,14 +66,14 @@ def test_silu_mul(rows: int, width: int, fp8: bool) -> None:
 
 @pytest.mark.parametrize("form", ["plain", "bias", "float32", "gated", "gated to codes"])
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 512, 1024), (1, 147, 200), (2, 512, 576), (16, 72, 1024),
-                                                         (11, 147, 208)])  # fmt: skip
-def test_few_rows(rows: int, outputs: int, inputs: int, fp8: bool, form: str) -> None:
-    from trtbuild.runtime.fast.kernels.matvec import Tiling, few_rows
+@pytest.mark.parametrize(("outputs", "inputs"), [(512, 4096), (512, 1024), (147, 200), (72, 2064)])
+def test_one_row(outputs: int, inputs: int, fp8: bool, form: str) -> None:
+    from trtbuild.runtime.fast.kernels.one_row import Tiling, one_row
+    from trtbuild.runtime.fast.linear import TABLE
 
     gated = form.startswith("gated")
     total = outputs * 2 if gated else outputs
-    x = codes(rows, inputs) if fp8 else normal(rows, inputs)
+    x = codes(1, inputs) if fp8 else normal(1, inputs)
     weight = codes(total, inputs) if fp8 else normal(total, inputs, scale=inputs**-0.5)
     factor = 1 / (60 * 60 * inputs**0.5) if fp8 else 1.0
     bias = normal(outputs) if form == "bias" else None
@@ -82,14 +82,15 @@ def test_few_rows(rows: int, outputs: int, inputs: int, fp8: bool, form: str) ->
         gate, up = y.chunk(2, dim=1)
         y = gate * torch.sigmoid(gate) * up
     to_codes = form == "gated to codes"
-    for tiling in (Tiling(16, 256, 4, 3), Tiling(32, 128, 4, 3)):
+    used = TABLE["fp8" if fp8 else "bf16"]
+    for tiling in (used.plain, used.gated, Tiling(16, 256, 4, 3)):
         poison()
-        found = few_rows(
+        found = one_row(
             x, weight, tiling, factor=scalar(factor) if fp8 else None, bias=bias, gated=gated,
             scale=scalar(SCALE) if to_codes else None,
-            out=torch.full((rows, outputs), float("nan"), device=DEVICE) if form == "float32" else None,
+            out=torch.full((1, outputs), float("nan"), device=DEVICE) if form == "float32" else None,
         )  # fmt: skip
-        assert found.shape == (rows, outputs)
+        assert found.shape == (1, outputs)
         assert error(expanded(found, SCALE), y) < (FP8_ERROR if to_codes else BF16_ERROR)
 
 
@@ -209,14 +210,13 @@ def test_decode_attention(shape: tuple[int, int, int, int, int, bool], fp8: bool
     places = positions.clamp(min=0).long()
     query = turned(raw[:, :queries], places, turn, heads.query_norm, heads.eps)
     key = turned(raw[:, queries : queries + keys], places, turn, heads.key_norm, heads.eps)
-    arrivals = torch.zeros(rows * keys, dtype=torch.int32, device=DEVICE)
     for out_codes in (False, True):
         poison()
         out = torch.full((rows, queries * size), float("nan"), device=DEVICE, dtype=torch.bfloat16)
         out = out.to(torch.float8_e4m3fn) if out_codes else out
         decode_attention(
             qkv, out, positions, table, turn, heads, cache.pool, splits=splits,
-            arrivals=arrivals, scale=scalar(SCALE) if out_codes else None,
+            scale=scalar(SCALE) if out_codes else None,
         )  # fmt: skip
         found = expanded(out, SCALE).view(rows, queries, size)
         for column, length in enumerate(lengths):
@@ -228,7 +228,6 @@ def test_decode_attention(shape: tuple[int, int, int, int, int, bool], fp8: bool
                 query[column : column + 1], stored_keys, stored_values, length - 1, heads.scaling, window
             )[0]
             assert error(found[column], expected) < (FP8_ERROR if out_codes else BF16_ERROR), (column, length)
-    assert (arrivals == 0).all()
     # Nothing but the new tokens' slots was touched.
     written = torch.stack([cache.slots(column, length)[-1] for column, length in enumerate(lengths)])
     same = before.view(torch.uint8) == cache.pool.keys.view(torch.uint8)

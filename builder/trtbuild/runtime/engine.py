@@ -48,7 +48,7 @@ class Engine:
         self._scheduler = Scheduler(config, runner.num_blocks)
         self._requests: dict[int, Request] = {}
         # Outputs that wait until the device works on the next step; without such a device none wait.
-        self._held: list[tuple[Request, Output]] = []
+        self._held: list[tuple[Request, Output | int]] = []
         if runner.fast is not None:
             runner.fast.while_busy = self._hand_out
         self._sequences: dict[int, EngineSequence] = {}
@@ -246,21 +246,22 @@ class Engine:
         if self._runner.fast is None:
             self._hand_out()
 
-    def _settle(self, result: StepResult) -> tuple[Request, Output]:
+    def _settle(self, result: StepResult) -> tuple[Request, Output | int]:
         """Count a sequence's new output and free its blocks if it is the last; the output is still to be handed out."""
-        self._generated += len(result.output.token_ids)
-        request_id = result.sequence.request_id
-        if not result.output.finished:
-            return self._requests[request_id], result.output
-        self._scheduler.remove(result.sequence)
+        sequence, output = result
+        request_id = sequence.request_id
+        self._generated += 1 if isinstance(output, int) else len(output.token_ids)
+        if isinstance(output, int) or not output.finished:
+            return self._requests[request_id], output
+        self._scheduler.remove(sequence)
         del self._sequences[request_id]
-        return self._requests.pop(request_id), result.output
+        return self._requests.pop(request_id), output
 
     def _hand_out(self) -> None:
         """Give the callers what was held for them."""
         held, self._held = self._held, []
         for request, output in held:
-            request.deliver(output)
+            request.deliver(Output(token_ids=(output,)) if isinstance(output, int) else output)
 
     def _fail(self, sequences: list[EngineSequence], error: Exception) -> None:
         shown = error if isinstance(error, TrtbuildError) else ToolError(f"{type(error).__name__}: {error}")

@@ -90,7 +90,7 @@ class Intake:
             end_ids=frozenset() if params.ignore_eos else self.end_ids,
             stop_ids=frozenset(params.stop_token_ids),
             rng=random.Random(params.seed),  # noqa: S311 - choosing tokens is no cryptography
-            wants_the_likeliest=params.wants_the_likeliest,
+            plain=params.is_plain and logits is None,
             logits=logits,
             arrival_ns=time.monotonic_ns(),
         )

@@ -26,16 +26,8 @@ class Choice:
     error: TrtbuildError | None = None
 
 
-def choose(logits: torch.Tensor, sequences: list[Sequence], likeliest: list[int] | None = None) -> list[Choice]:
-    """The next token of each sequence from `logits` [B, V], which stay as they are.
-
-    `likeliest` is the likeliest token of each row where that is known already, -1 where its logit is not finite.
-    """
-    if likeliest is not None and all(sequence.wants_the_likeliest for sequence in sequences):
-        return [
-            Choice(token) if token >= 0 else Choice(0, error=_no_token(logits[row]))
-            for row, token in enumerate(likeliest)
-        ]
+def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
+    """The next token of each sequence from `logits` [B, V], which stay as they are."""
     adjusted = logits
     changing = [row for row, sequence in enumerate(sequences) if sequence.params.changes_logits]
     if changing:
@@ -51,7 +43,7 @@ def choose(logits: torch.Tensor, sequences: list[Sequence], likeliest: list[int]
             tokens[row] = token_id
     logprobs = _chosen_logprobs(logits, sequences, tokens)
     return [
-        Choice(token, logprobs[row]) if good else Choice(0, error=_no_token(logits[row]))
+        Choice(token, logprobs[row]) if good else Choice(0, error=no_token(logits[row]))
         for row, (token, good) in enumerate(zip(tokens, finite, strict=True))
     ]
 
@@ -187,7 +179,8 @@ def _chosen_logprobs(logits: torch.Tensor, sequences: list[Sequence], tokens: li
     return found
 
 
-def _no_token(logits: torch.Tensor) -> TrtbuildError:
+def no_token(logits: torch.Tensor) -> TrtbuildError:
+    """Why no token of `logits` can be chosen."""
     if logits.isnan().any() or not logits.max().isfinite():
         return ToolError("the model's logits are not finite", "check the checkpoint's scales and its quality evidence")
     return RequestError(

@@ -62,9 +62,10 @@ class SamplingParams:
         )
 
     @property
-    def wants_the_likeliest(self) -> bool:
-        """Whether nothing but the likeliest token of the model's own logits is asked for."""
-        return self.is_greedy and not self.changes_logits and self.logprobs is None
+    def is_plain(self) -> bool:
+        """Whether nothing but the likeliest tokens of the model's own logits is asked for."""
+        reports = self.logprobs is not None or self.prompt_logprobs is not None
+        return self.is_greedy and not self.changes_logits and not reports
 
     def validate(self, vocab_size: int) -> None:
         """Check every field.

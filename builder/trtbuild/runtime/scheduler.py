@@ -98,6 +98,15 @@ class Scheduler:
 
     def _schedule_one(self, sequence: Sequence, budget: int, chunks: dict[Sequence, Chunk]) -> int:
         """Schedule what fits of `sequence`; returns the tokens taken, less those of sequences pre-empted for it."""
+        length = len(sequence.token_ids)
+        if (
+            length == sequence.num_computed + 1
+            and budget > 0
+            and length <= len(sequence.block_table) * self._block_size
+        ):
+            # The common case, a decoding sequence with room in its last block.
+            chunks[sequence] = Chunk(sequence, length - 1, length)
+            return 1
         end = self._chunk_end(sequence, budget)
         if end <= sequence.num_computed:
             return 0

@@ -23,8 +23,8 @@ class Sequence:
     end_ids: frozenset[int]
     stop_ids: frozenset[int]
     rng: random.Random
-    # Asked once, not at every token.
-    wants_the_likeliest: bool = False
+    # The likeliest tokens and nothing else; asked once, not at every token.
+    plain: bool = False
     # Every position's logits are wanted, and nothing is generated.
     logits: list[torch.Tensor] | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
@@ -64,6 +64,10 @@ class Sequence:
     def final_length(self) -> int:
         """The most positions that will ever be computed: the last generated token is never fed back."""
         return self.prompt_len if self.logits is not None else self.prompt_len + self.params.max_tokens - 1
+
+    def may_stop(self, token_id: int) -> bool:
+        """Whether the text may end with `token_id`, which is still to be looked at."""
+        return token_id in self.end_ids or token_id in self.stop_ids or len(self.params.stop_words) > 0
 
     def append(self, token_id: int) -> None:
         """Add a generated token."""

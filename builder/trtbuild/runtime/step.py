@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from trtbuild.runtime.outputs import FinishReason, Output, TokenLogprob
-from trtbuild.runtime.sampler import Choice, choose, token_logprobs
+from trtbuild.runtime.sampler import Choice, choose, no_token, token_logprobs
 from trtbuild.runtime.scheduler import Chunk
 from trtbuild.runtime.sequence import Sequence
 from trtbuild.runtime.step_logits import StepLogits
 
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """One sequence's new output."""
-
-    sequence: Sequence
-    output: Output
+# One sequence's news. A bare token: nothing else is to be said of it, and more will come.
+StepResult: TypeAlias = "tuple[Sequence, Output | int]"
 
 
 def finish_step(chunks: list[Chunk], step: StepLogits) -> list[StepResult]:
     """Choose the next token of every sequence whose last token was computed, and say what is new of it."""
+    if step.likeliest is not None and all(chunk.sequence.plain for chunk in chunks):
+        return _finish_plain(chunks, step, step.likeliest)
     for chunk, rows in zip(chunks, step.rows, strict=True):
         sequence = chunk.sequence
         sequence.scheduled_ns = sequence.scheduled_ns or time.monotonic_ns()
@@ -31,16 +28,43 @@ def finish_step(chunks: list[Chunk], step: StepLogits) -> list[StepResult]:
             _keep_prompt(chunk, step.logits[rows])
     ready = [(chunk, rows) for chunk, rows in zip(chunks, step.rows, strict=True) if chunk.is_last]
     scored = [chunk.sequence for chunk, _ in ready if chunk.sequence.logits is not None]
-    results = [StepResult(one, Output(finished=True, finish_reason="length", metrics=one.metrics())) for one in scored]
+    results: list[StepResult] = [
+        (one, Output(finished=True, finish_reason="length", metrics=one.metrics())) for one in scored
+    ]
     generating = [(chunk.sequence, rows.stop - 1) for chunk, rows in ready if chunk.sequence.logits is None]
     if not generating:
         return results
     last = [row for _, row in generating]
     logits = step.logits if len(last) == step.logits.shape[0] else step.logits[last]
-    likeliest = None if step.likeliest is None else [step.likeliest[row] for row in last]
     sequences = [sequence for sequence, _ in generating]
-    for sequence, choice in zip(sequences, choose(logits, sequences, likeliest), strict=True):
-        results.append(StepResult(sequence, _advance(sequence, choice)))
+    for sequence, choice in zip(sequences, choose(logits, sequences), strict=True):
+        results.append((sequence, _advance(sequence, choice)))
+    return results
+
+
+def _finish_plain(chunks: list[Chunk], step: StepLogits, likeliest: list[int]) -> list[StepResult]:
+    """The same where every sequence takes the likeliest token and reports nothing else: little work for each.
+
+    The device waits for this part.
+    """
+    now = time.monotonic_ns()
+    results: list[StepResult] = []
+    for chunk, rows in zip(chunks, step.rows, strict=True):
+        sequence = chunk.sequence
+        sequence.scheduled_ns = sequence.scheduled_ns or now
+        if not chunk.is_last:
+            continue
+        token_id = likeliest[rows.stop - 1]
+        if token_id < 0:
+            results.append((sequence, _advance(sequence, Choice(0, error=no_token(step.logits[rows.stop - 1])))))
+            continue
+        output = sequence.num_output + 1
+        if output == 1 or output >= sequence.params.max_tokens or sequence.may_stop(token_id):
+            results.append((sequence, _advance(sequence, Choice(token_id))))
+            continue
+        sequence.append(token_id)
+        sequence.last_token_ns = now
+        results.append((sequence, token_id))
     return results
 
 

@@ -45,8 +45,6 @@ class Decoder:
         self.pools = pools
         device = weights.embedding.device
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        # As many counters as programs whose work is ever split.
-        self._arrivals = torch.zeros(self._multiprocessors, dtype=torch.int32, device=device)
         self._head = Matrix(weights.head)
 
     def decode(self, tokens: torch.Tensor, positions: torch.Tensor, table: torch.Tensor, logits: torch.Tensor) -> None:
@@ -88,7 +86,7 @@ class Decoder:
             splits = splits_for(rows * layer.heads.keys, self._multiprocessors)
             decode_attention(
                 qkv, out, positions, table, self.weights.rotation, layer.heads, pool,
-                splits=splits, arrivals=self._arrivals, scale=layer.output.input_scale,
+                splits=splits, scale=layer.output.input_scale,
             )  # fmt: skip
 
         return attend

@@ -1,8 +1,7 @@
 """Attention of one new token a sequence over the paged cache: head norms, rotation and the cache write included.
 
-The past is split among several programs where few sequences would leave the device idle. Each leaves what it saw as a
-partial softmax, and the one that finishes last joins them. The new token itself comes from registers, never from the
-cache; the first part holds it, so that no joined softmax is empty.
+The past is split among several programs where few sequences would leave the device idle. Each program keeps what it saw
+as a partial softmax; `_combine` joins them. The new token itself comes from registers, never from the cache.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _SMALLEST_DOT = 16
 
 @triton.jit
 def _decode(
-    qkv, out, partial, sums, arrivals, positions, table, table_stride, cos, sin, query_norm, key_norm, eps,
+    qkv, out, partial, sums, positions, table, table_stride, cos, sin, query_norm, key_norm, eps,
     pool_keys, pool_values, slots, key_scale, value_scale, scaling, window, out_scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
@@ -117,44 +116,44 @@ def _decode(
         top = higher
 
     line = sequence * QUERIES + head * GROUP + group
-    inside = group < GROUP
-    last = True
-    if SPLITS > 1:
-        rows = tl.arange(0, ROWS)
-        first_sum = (sequence * QUERIES + head * GROUP + rows) * SPLITS
-        tl.store(partial + (line * SPLITS + split) * SIZE + whole[None, :], seen, mask=inside)
-        tl.store(sums + (first_sum + split) * 2, top, mask=rows < GROUP)
-        tl.store(sums + (first_sum + split) * 2 + 1, total, mask=rows < GROUP)
-        # Every thread's part must be out before the count says so; the program that counts last joins all parts.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + sequence * KEYS + head, 1, sem="acq_rel", scope="gpu")
-        last = arrived == SPLITS - 1
-        if last:
-            top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-            total = tl.zeros([ROWS], dtype=tl.float32)
-            seen = tl.zeros([ROWS, SIZE], dtype=tl.float32)
-            for part in range(SPLITS):
-                # Past the first-level cache: other programs wrote these.
-                its_top = tl.load(sums + (first_sum + part) * 2, mask=rows < GROUP, other=0.0, cache_modifier=".cg")
-                its_total = tl.load(
-                    sums + (first_sum + part) * 2 + 1, mask=rows < GROUP, other=1.0, cache_modifier=".cg"
-                )
-                its_seen = tl.load(
-                    partial + (line * SPLITS + part) * SIZE + whole[None, :], mask=inside, other=0.0,
-                    cache_modifier=".cg",
-                )  # fmt: skip
-                higher = tl.maximum(top, its_top)
-                mine_now, its_now = tl.exp2(top - higher), tl.exp2(its_top - higher)
-                total = total * mine_now + its_total * its_now
-                seen = seen * mine_now[:, None] + its_seen * its_now[:, None]
-                top = higher
-            tl.store(arrivals + sequence * KEYS + head, 0)  # for the next layer
-    if last:
+    if SPLITS == 1:
         y = (seen / total[:, None] * value_scale).to(tl.bfloat16)
         if OUT_CODES:
-            tl.store(out + line * SIZE + whole[None, :], to_codes(y, tl.load(out_scale)), mask=inside)
+            tl.store(out + line * SIZE + whole[None, :], to_codes(y, tl.load(out_scale)), mask=group < GROUP)
         else:
-            tl.store(out + line * SIZE + whole[None, :], y, mask=inside)
+            tl.store(out + line * SIZE + whole[None, :], y, mask=group < GROUP)
+    else:
+        tl.store(partial + (line * SPLITS + split) * SIZE + whole[None, :], seen, mask=group < GROUP)
+        rows = tl.arange(0, ROWS)
+        place = ((sequence * QUERIES + head * GROUP + rows) * SPLITS + split) * 2
+        tl.store(sums + place, top, mask=rows < GROUP)
+        tl.store(sums + place + 1, total, mask=rows < GROUP)
+
+
+@triton.jit
+def _combine(
+    out, partial, sums, positions, value_scale, out_scale,
+    QUERIES: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, OUT_CODES: tl.constexpr,
+    CHAIN: tl.constexpr,
+):  # fmt: skip
+    let_next_start(CHAIN)
+    wait_for_previous(CHAIN)
+    sequence = tl.program_id(0).to(tl.int64)
+    if tl.load(positions + sequence) < 0:
+        return
+    line = sequence * QUERIES + tl.program_id(1)
+    splits = tl.arange(0, SPLITS)
+    whole = tl.arange(0, SIZE)
+    place = (line * SPLITS + splits) * 2
+    tops = tl.load(sums + place)
+    weights = tl.exp2(tops - tl.max(tops, axis=0))
+    total = tl.sum(weights * tl.load(sums + place + 1), axis=0)
+    parts = tl.load(partial + (line * SPLITS + splits)[:, None] * SIZE + whole[None, :])
+    y = (tl.sum(parts * weights[:, None], axis=0) / total * value_scale).to(tl.bfloat16)
+    if OUT_CODES:
+        tl.store(out + line * SIZE + whole, to_codes(y, tl.load(out_scale)))
+    else:
+        tl.store(out + line * SIZE + whole, y)
 
 
 def splits_for(programs: int, multiprocessors: int) -> int:
@@ -175,15 +174,13 @@ def decode_attention(
     pool: Pool,
     *,
     splits: int,
-    arrivals: torch.Tensor,
     scale: torch.Tensor | None,
 ) -> None:
     """Write the attention output of one token a sequence to `out` [B, Hq D], and its keys and values into `pool`.
 
     `qkv` [B, (Hq + 2 H) D] holds the projections as they are; `positions` [B] (int32) each token's place in its
     sequence, -1 for a row to leave out; `table` [blocks, at least B] (int32) the blocks of each sequence, a column
-    each. `arrivals` [at least B H] (int32) is zero before and after. `out` is bfloat16, or E4M3 codes with `scale`
-    (0-d float32).
+    each. `out` is bfloat16, or E4M3 codes with `scale` (0-d float32).
     """
     rows = qkv.shape[0]
     lines = rows * heads.queries
@@ -193,7 +190,7 @@ def decode_attention(
         sums = torch.empty((lines, splits, 2), dtype=torch.float32, device=qkv.device)
     group = heads.queries // heads.keys
     _decode[(rows, heads.keys, splits)](
-        qkv, out, partial, sums, arrivals, positions, table, table.stride(0), rotation.cos, rotation.sin,
+        qkv, out, partial, sums, positions, table, table.stride(0), rotation.cos, rotation.sin,
         heads.query_norm, heads.key_norm, heads.eps,
         pool.keys, pool.values, pool.keys.shape[1], pool.key_scale, pool.value_scale,
         heads.scaling, heads.window, scale,
@@ -202,3 +199,9 @@ def decode_attention(
         NORM=heads.query_norm is not None, CODES=pool.is_fp8, OUT_CODES=scale is not None,
         num_warps=4, num_stages=2, **chained(),
     )  # fmt: skip
+    if splits > 1:
+        _combine[(rows, heads.queries)](
+            out, partial, sums, positions, pool.value_scale, scale,
+            QUERIES=heads.queries, SIZE=heads.size, SPLITS=splits, OUT_CODES=scale is not None, num_warps=1,
+            **chained(),
+        )  # fmt: skip

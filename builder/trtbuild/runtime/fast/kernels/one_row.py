@@ -1,7 +1,4 @@
-"""Linear layers for few rows, limited by how fast the weights can be read: y = x @ W^T, and silu(gate) * up of it.
-
-`_dot` uses the tensor cores with the rows padded to 16; `_vector` multiplies one row on the ordinary units.
-"""
+"""Linear layers for one row, limited by how fast the weights can be read: y = x @ W^T, and silu(gate) * up of it."""
 
 from __future__ import annotations
 
@@ -13,8 +10,6 @@ import triton.language as tl
 
 from trtbuild.runtime.fast.kernels.chain import chained, let_next_start, wait_for_previous
 from trtbuild.runtime.fast.kernels.numbers import silu_times, to_codes
-
-MOST_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +23,7 @@ class Tiling:
 
 
 @triton.jit
-def _finish(total, gate_total, factor, bias, out, out_scale, row, n, inside, N,
+def _finish(total, gate_total, factor, bias, out, out_scale, n, N,
             BIAS: tl.constexpr, GATED: tl.constexpr, CODES: tl.constexpr):  # fmt: skip
     total = total * factor
     if BIAS:
@@ -36,11 +31,11 @@ def _finish(total, gate_total, factor, bias, out, out_scale, row, n, inside, N,
     if GATED:
         y = silu_times(gate_total * factor, total)
         if CODES:
-            tl.store(out + row * N + n, to_codes(y, tl.load(out_scale)), mask=inside)
+            tl.store(out + n, to_codes(y, tl.load(out_scale)), mask=n < N)
         else:
-            tl.store(out + row * N + n, y, mask=inside)
+            tl.store(out + n, y, mask=n < N)
     else:
-        tl.store(out + row * N + n, total.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -54,35 +49,7 @@ def _take(at, inside, first, k, K, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _dot(
-    x, weight, out, factor_at, bias, out_scale, rows, N, K,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-    FP8: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr,
-    CHAIN: tl.constexpr,
-):  # fmt: skip
-    let_next_start(CHAIN)
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row = tl.arange(0, ROWS)
-    k = tl.arange(0, INPUTS)
-    n_inside, row_inside = (n < N)[:, None], (row < rows)[:, None]
-    x_at = x + row[:, None] * K + k[None, :]
-    gate_at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
-    w_at = gate_at + N.to(tl.int64) * K if GATED else gate_at
-    wait_for_previous(CHAIN)
-    total = tl.zeros([ROWS, OUTPUTS], dtype=tl.float32)
-    gate_total = tl.zeros([ROWS, OUTPUTS], dtype=tl.float32)
-    for first in range(0, K, INPUTS):
-        xs = _take(x_at, row_inside, first, k, K, False)
-        total = tl.dot(xs, tl.trans(_take(w_at, n_inside, first, k, K, EVEN)), total)
-        if GATED:
-            gate_total = tl.dot(xs, tl.trans(_take(gate_at, n_inside, first, k, K, EVEN)), gate_total)
-    factor = tl.load(factor_at) if FP8 else 1.0
-    inside = (row < rows)[:, None] & (n < N)[None, :]
-    _finish(total, gate_total, factor, bias, out, out_scale, row[:, None], n[None, :], inside, N, BIAS, GATED, CODES)
-
-
-@triton.jit
-def _vector(
+def _one_row(
     x, weight, out, factor_at, bias, out_scale, N, K,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
     FP8: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, CODES: tl.constexpr, EVEN: tl.constexpr,
@@ -109,10 +76,10 @@ def _vector(
     factor = tl.load(factor_at) if FP8 else 1.0
     sums = tl.sum(total, axis=1)
     gate_sums = tl.sum(gate_total, axis=1) if GATED else sums
-    _finish(sums, gate_sums, factor, bias, out, out_scale, 0, n, n < N, N, BIAS, GATED, CODES)
+    _finish(sums, gate_sums, factor, bias, out, out_scale, n, N, BIAS, GATED, CODES)
 
 
-def few_rows(
+def one_row(
     x: torch.Tensor,
     weight: torch.Tensor,
     tiling: Tiling,
@@ -123,16 +90,16 @@ def few_rows(
     scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rows `x` [T, K] times `weight` [N, K], T at most 16, both bfloat16 or both E4M3 codes: [T, N], bfloat16 or `out`.
+    """The row `x` [1, K] times `weight` [N, K], both bfloat16 or both E4M3 codes: [1, N], bfloat16 or `out`.
 
     `factor` (0-d float32, with codes) multiplies the sums, then `bias` [N] is added. With `gated` the weight is
     [2 N, K], gate first, and the result is silu(gate) * up; `scale` (0-d) then asks for E4M3 codes of it.
     """
-    rows, width = x.shape
+    width = x.shape[1]
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     if out is None:
         kind = torch.bfloat16 if scale is None else torch.float8_e4m3fn
-        out = torch.empty((rows, outputs), dtype=kind, device=x.device)
+        out = torch.empty((1, outputs), dtype=kind, device=x.device)
     grid = (triton.cdiv(outputs, tiling.outputs),)
     even = width % tiling.inputs == 0 and outputs % tiling.outputs == 0
     flags = {
@@ -140,8 +107,5 @@ def few_rows(
         "OUTPUTS": tiling.outputs, "INPUTS": tiling.inputs, "num_warps": tiling.warps, "num_stages": tiling.stages,
         **chained(),
     }  # fmt: skip
-    if rows == 1:
-        _vector[grid](x, weight, out, factor, bias, scale, outputs, width, **flags)
-    else:
-        _dot[grid](x, weight, out, factor, bias, scale, rows, outputs, width, ROWS=MOST_ROWS, **flags)
+    _one_row[grid](x, weight, out, factor, bias, scale, outputs, width, **flags)
     return out
