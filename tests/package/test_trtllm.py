@@ -179,6 +179,7 @@ def test_the_engine_step_refuses_a_checkpoint_that_would_not_load(
         source=tmp_path,
         inputs={"compress": Artifact("compress", "key", tmp_path, "digest", {}, ())},
         files={"polite": adapter},
+        file_digests={"polite": "digest"},
         staging=staging,
         reporter=ConsoleReporter(),
     )
