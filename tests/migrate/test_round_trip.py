@@ -216,6 +216,18 @@ def test_a_package_gives_its_recipe(tiny_llama: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_a_gate_that_is_off_stays_off(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "package" / "model_repository").mkdir(parents=True)
+    (tmp_path / "package" / "recipe.yaml").write_text(
+        f"schema_version: 1\nmodel: {{path: {tiny_llama}, revision: null}}\nruntime: {{kind: embedded}}\n"
+        "quality: {max_perplexity_ratio: null}\n"
+    )
+    done = migrate(str(tmp_path / "package"))
+    assert done.document["quality"] == {"max_perplexity_ratio": None}
+    write_recipe(done, tmp_path / "new.yaml")
+    assert prepare(tmp_path / "new.yaml").plan.gates["max_perplexity_ratio"] is None
+
+
 def test_an_engine_directory_says_its_formats(tiny_llama: Path, tmp_path: Path) -> None:
     written(planned("embedded", EMBEDDED, tiny_llama, tmp_path), tmp_path)
     quantization = {"quant_algo": "W4A16_AWQ", "kv_cache_quant_algo": "FP8", "group_size": 64, "has_zero_point": False}

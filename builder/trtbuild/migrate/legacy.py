@@ -18,7 +18,8 @@ class Setting:
     Args:
         section: the table of ``_compat/legacy_names.toml`` that knows its name.
         name: dotted where the source nests it.
-        value: text from a config.pbtxt or a command line, else as JSON or YAML has it.
+        value: text from a config.pbtxt or a command line, else as JSON or YAML has it; None only where null says
+            something.
         where: file, and model where there are several.
     """
 

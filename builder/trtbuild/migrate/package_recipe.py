@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trtbuild.migrate.legacy import Legacy, leaves, split_unset
+from trtbuild.migrate.legacy import Legacy, Setting, leaves, split_unset
 from trtbuild.recipe_file import load_recipe
 
 _RECIPE = "recipe.yaml"
@@ -28,5 +28,13 @@ def read_package(path: Path) -> Legacy:
 
 def read_recipe(document: Mapping[str, Any], where: str, root: Path) -> Legacy:
     """A recipe's fields."""
-    settings, unset = split_unset("recipe", leaves(document), where)
-    return Legacy("a recipe of trtbuild", root, tuple(settings), tuple(unset))
+    pairs = leaves(document)
+    # In a gate null is a value: it switches the gate off, where silence means the default.
+    gates = [Setting("recipe", name, None, where) for name, value in pairs if _is_gate(name) and value is None]
+    others = [(name, value) for name, value in pairs if value is not None or not _is_gate(name)]
+    settings, unset = split_unset("recipe", others, where)
+    return Legacy("a recipe of trtbuild", root, (*settings, *gates), tuple(unset))
+
+
+def _is_gate(name: str) -> bool:
+    return name.startswith(("quality.max_", "quality.min_"))

@@ -128,7 +128,7 @@ def _valued(setting: Setting, fate: Fate, draft: Draft, owners: Mapping[str, tup
         return _argument(setting, fate, value, draft)
     if fate.field is None:
         return _drop(setting, fate.drop or "the new runtime has no counterpart")
-    if value is None:
+    if value is None and setting.value is not None:
         return _drop(setting, f"{_NOT_LOST}it is the default")
     return _field(setting, fate.field, value, draft, owners)
 
@@ -173,7 +173,7 @@ def _owners(settings: tuple[Setting, ...], target: Target) -> dict[str, tuple[An
             value = TRANSFORMS[fate.via](setting.value) if fate.via else _frozen(setting.value)
         except (ValueError, TypeError, AttributeError):
             continue
-        if value is None or _refusal(fate.field, value, target) is not None:
+        if (value is None and setting.value is not None) or _refusal(fate.field, value, target) is not None:
             continue
         have = found.get(fate.field)
         if have is None or (fate.field in _LIMITS and isinstance(value, int) and value < have[0]):

@@ -30,6 +30,8 @@ _SPECULATION = {
 
 def text(value: Any) -> str:
     """A value as the older files spell it, for comparisons and tables."""
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
