@@ -27,12 +27,16 @@ _DIRECTORIES = {ENGINE: "engine", REPOSITORY: "repository", "deploy": "deploy"}
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check of a package: what was looked at, and every problem found; a gate compares with the recipe."""
+    """One check of a package: what was looked at, and every problem found.
+
+    A gate compares with the recipe; `ran` is False where there was nothing to look at, and `detail` says why.
+    """
 
     name: str
     problems: tuple[str, ...]
     detail: str = ""
     gate: bool = False
+    ran: bool = True
 
     @property
     def passed(self) -> bool:
@@ -74,7 +78,7 @@ def verify_trtllm_engine(package: Path) -> list[Check]:
         return [Check("TensorRT-LLM engine", (str(error),))]
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         return [Check("TensorRT-LLM engine", (f"cannot be read: {type(error).__name__}: {error}",))]
-    return [Check(check.name, check.problems, check.detail) for check in found]
+    return [Check(check.name, check.problems, check.detail, ran=check.ran) for check in found]
 
 
 def verify_trtllm(package: Path) -> list[Check]:
@@ -221,10 +225,10 @@ def _held_out(lock: Mapping[str, Any]) -> Path | None:
 
 def _served_gate(report: ServedReport, evidence: Mapping[str, Any], threshold: float | None) -> Check:
     if threshold is None:
-        return Check("served perplexity", (), "no gate in the recipe")
+        return Check("served perplexity", (), "no gate in the recipe", ran=False)
     if report.perplexity is None:
         why = "not measured: layout ensemble reports no prompt log-probabilities; evidence/ has the engine's"
-        return Check("served perplexity", (), why)
+        return Check("served perplexity", (), why, ran=False)
     ratio = report.perplexity / evidence["perplexity"]["reference"]
     detail = f"{report.perplexity:.4f} over {report.perplexity_tokens} tokens, ratio {ratio:.4f}"
     over = f"the ratio exceeds quality.max_perplexity_ratio {threshold:.4g} by {ratio - threshold:.4g}"
@@ -235,7 +239,8 @@ def checks_text(checks: Sequence[Check]) -> str:
     """The checks for people: one line each, every problem below its check."""
     lines = []
     for check in checks:
-        lines.append(f"{'passed' if check.passed else 'FAILED'}  {check.name}: {check.detail}".rstrip(": "))
+        result = "FAILED " if not check.passed else "passed " if check.ran else "not run"
+        lines.append(f"{result} {check.name}: {check.detail}".rstrip(": "))
         lines += [f"        {problem}" for problem in check.problems]
     return "\n".join(lines)
 

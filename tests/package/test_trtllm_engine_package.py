@@ -77,6 +77,10 @@ def test_verify_reports_every_check(engine_package: tuple[Path, str], cli: Cli) 
         "TensorRT engine", "model repository", "deployment files",
     ]  # fmt: skip
     assert found["TensorRT engine"]["detail"] == f"not built yet: engine/build.sh builds it in {IMAGE}"
+    assert [name for name, check in found.items() if not check["ran"]] == ["TensorRT engine"]
+    assert f"not run TensorRT engine: not built yet: engine/build.sh builds it in {IMAGE}\n" in (
+        cli("verify", engine_package[0]).stdout
+    )
     assert found["TensorRT-LLM checkpoint: config"]["detail"] == "LlamaForCausalLM, FP8, KV cache FP8"
     assert found["TensorRT-LLM checkpoint: ranks"]["detail"].endswith("tensors on 2 ranks")
     assert found["deployment files"]["detail"] == (

@@ -21,11 +21,12 @@ _AGAIN = "build the package again"
 
 @dataclass(frozen=True, slots=True)
 class EngineCheck:
-    """One check: what was looked at, and every problem found."""
+    """One check: what was looked at, and every problem found; `ran` is False where there was nothing to look at."""
 
     name: str
     problems: tuple[str, ...] = ()
     detail: str = ""
+    ran: bool = True
 
 
 def check(directory: Path, planned: Mapping[str, Any]) -> list[EngineCheck]:
@@ -76,11 +77,20 @@ def _tokenizer(directory: Path, name: str) -> EngineCheck:
 
 def _against_plan(engine: Mapping[str, Any], planned: Mapping[str, Any]) -> list[str]:
     names = ("runtime", "version", "container", "image", "world_size", "dtype", "spec")
+    found, wanted = (_leaves({name: one.get(name) for name in names}) for one in (engine, planned))
     return [
-        f"{name} is {engine.get(name)!r}, the plan says {planned[name]!r}; {_AGAIN}"
-        for name in names
-        if engine.get(name) != planned[name]
+        f"{name} is {found.get(name)!r}, the plan says {wanted.get(name)!r}; {_AGAIN}"
+        for name in sorted({*found, *wanted})
+        if found.get(name) != wanted.get(name)
     ]
+
+
+def _leaves(document: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """Every value under its dotted path; an empty section is a value."""
+    found: dict[str, Any] = {}
+    for name, value in document.items():
+        found |= _leaves(value, f"{at}{name}.") if isinstance(value, Mapping) and value else {f"{at}{name}": value}
+    return found
 
 
 def _checkpoint(directory: Path, spec: EngineSpec, dtype: str) -> EngineCheck:
@@ -145,7 +155,7 @@ def _built(directory: Path, spec: EngineSpec, engine: Mapping[str, Any]) -> Engi
     """The engine that was built, if it was."""
     built, name = directory / BUILT, "TensorRT engine"
     if not built.is_dir():
-        return EngineCheck(name, (), f"not built yet: engine/{SCRIPT} builds it in {engine['image']}")
+        return EngineCheck(name, (), f"not built yet: engine/{SCRIPT} builds it in {engine['image']}", ran=False)
     again = f"move engine/{BUILT} away and run engine/{SCRIPT}"
     found = tuple(f"{problem}; {again}" for problem in check_built(built, spec, key=engine["key"]))
     return EngineCheck(name, found, f"TensorRT-LLM {spec.version}, {spec.world_size} ranks, SM{spec.gpu}")
