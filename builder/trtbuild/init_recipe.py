@@ -111,14 +111,15 @@ def _group_size(facts: ModelFacts, runtime: RuntimeKind) -> int:
 def human_count(number: int) -> str:
     """A count with three digits and a letter: 134515008 is 135M."""
     for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= unit:
+        if number >= 0.9995 * unit:  # what rounds to 1000 of the smaller unit is one of the larger
             return f"{number / unit:.3g}{letter}"
     return str(number)
 
 
 def human_bytes(number: float) -> str:
-    """A size with three digits and a unit."""
+    """A size with three digits and a unit; four from 1000 on, where the next unit is not reached."""
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if number >= unit:
-            return f"{number / unit:.3g} {name}"
+            size = number / unit
+            return f"{size:.0f} {name}" if size >= 100 else f"{size:.3g} {name}"
     return f"{number:.0f} B"

@@ -5,7 +5,6 @@ Pure look-ups in ``_compat/containers.toml`` and ``_compat/lines.toml``.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -172,19 +171,25 @@ def find_release(text: str | None, *, allow_unknown: bool = False, flow: Flow = 
     for version in known_versions():
         if Version(version) == wanted:
             return _release(version)
-    return _unknown(text.removeprefix("v"), wanted, allow_unknown=allow_unknown)
+    return _unknown(text.removeprefix("v"), wanted, allow_unknown=allow_unknown, flow=flow)
 
 
 def _tagged(tag: str) -> Release | Problem:
     for container in containers():
         if container.tag == tag:
             return _of_container(container)
-    near = difflib.get_close_matches(tag, [container.tag for container in containers()], n=_SHOWN, cutoff=0.0)
+    near = sorted((one.tag for one in containers()), key=lambda known: abs(_month(known) - _month(tag)))[:_SHOWN]
     message = f"{tag}: there is no Triton image {tag}{_SUFFIX} in compatibility data"
     return Problem("runtime.version", message, f"near are {', '.join(sorted(near, reverse=True))}")
 
 
-def _unknown(text: str, wanted: Version, *, allow_unknown: bool) -> Release | Problem:
+def _month(tag: str) -> int:
+    """A tag, which is a year and a month, as a number of months."""
+    year, month = tag.split(".")
+    return 12 * int(year) + int(month)
+
+
+def _unknown(text: str, wanted: Version, *, allow_unknown: bool, flow: Flow) -> Release | Problem:
     line = next((line for line in lines() if line.holds(wanted)), None)
     near = ", ".join(_nearest(wanted))
     if line is None:
@@ -194,7 +199,9 @@ def _unknown(text: str, wanted: Version, *, allow_unknown: bool) -> Release | Pr
             return Problem("runtime.version", message, f"the nearest known versions are {near}")
         line = newest_line
     if not allow_unknown:
-        hint = f"the nearest are {near}; or set runtime.allow_unknown_version: true"
+        hint = f"the nearest are {near}"
+        if flow != "engine":  # engines need a container, which no unknown version has
+            hint += "; or set runtime.allow_unknown_version: true"
         return Problem("runtime.version", f"{text} is no known release of TensorRT-LLM", hint)
     return Release(version=text, line=line, container=None, known=False)
 

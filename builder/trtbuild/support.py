@@ -90,16 +90,17 @@ def refused_architecture(flow: Flow, architecture: str) -> str | None:
     return f"{architecture} is not among the classes that TensorRT-LLM lists for its {flow} flow"
 
 
-def refused_in_line(line: Line, architecture: str, algo: str | None) -> str | None:
-    """Why engines of this release line cannot have a class that the flow lists, in this format; or None."""
+def refused_in_line(line: Line, architecture: str, algo: str | None) -> tuple[str, str] | None:
+    """Why engines of this release line cannot have a class that the flow lists, in this format, and what to do."""
     table = facts("architectures")["engine"]
     first, names = table["since"].get(architecture), [known.name for known in lines()]
     if first is not None and names.index(line.name) < names.index(first):
-        return (
+        why = (
             f"TensorRT-LLM {line.name} builds no engines of {architecture}, {first} is the first that trtbuild knows to"
         )
+        return why, f"use a runtime.version from {first} on"
     if algo in table["unloadable"].get(architecture, ()):
-        return f"TensorRT-LLM's own class for {architecture} cannot load {algo} experts"
+        return f"TensorRT-LLM's own class for {architecture} cannot load {algo} experts", "use another compress.format"
     return None
 
 

@@ -170,17 +170,19 @@ def _limit_rows(spec: EngineSpec) -> list[Choice]:
     limits = spec.limits
     tokens = built_limits(spec)["max_num_tokens"]
     if tokens == limits.max_num_tokens:
-        why = "the recipe's"
+        why = "runtime.max_num_tokens"
     elif tokens < limits.max_num_tokens:
         why = "lowered to max_batch_size x max_seq_len: all requests together hold no more"
     else:
         why = "raised to hold every request's draft, and a block, in one step"
     return [
-        Choice("max_batch_size", (str(limits.max_batch_size),), "the recipe's"),
-        Choice("max_seq_len", (str(limits.max_seq_len),), "the recipe's; a draft's length is added by the builder"),
+        Choice("max_batch_size", (str(limits.max_batch_size),), "runtime.max_batch_size"),
+        Choice(
+            "max_seq_len", (str(limits.max_seq_len),), "runtime.max_seq_len; a draft's length is added by the builder"
+        ),
         Choice("max_input_len", *_longest_input(limits)),
         Choice("max_num_tokens", (str(tokens),), why),
-        Choice("max_beam_width", (str(limits.max_beam_width),), "the recipe's"),
+        Choice("max_beam_width", (str(limits.max_beam_width),), "the package's models answer with one beam"),
     ]
 
 
@@ -198,7 +200,7 @@ def _cache_rows(spec: EngineSpec) -> list[Choice]:
         why = "takes effect only with FP8, W4A8_AWQ or NVFP4 weights and an FP8 KV cache"
     return [
         Choice("kv_cache_type", ("paged",), "in-flight batching and block reuse need blocks"),
-        Choice("tokens_per_block", (str(spec.limits.tokens_per_block),), "the recipe's"),
+        Choice("tokens_per_block", (str(spec.limits.tokens_per_block),), "runtime.kv_cache.tokens_per_block"),
         Choice("use_paged_context_fmha", ("enable",), "block reuse, chunked context and drafts need it"),
         Choice("use_fp8_context_fmha", ("enable" if fp8 else "disable",), why),
     ]

@@ -64,6 +64,17 @@ def group_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
         yield Problem("compress.group_size", message, f"{hint}, such as fp8" if not fitting else hint)
 
 
+def block_refusals(settings: Settings) -> Iterable[Problem]:
+    """Blocks of the KV cache that the kernels do not take.
+
+    NVIDIA/TensorRT-LLM cpp/tensorrt_llm/kernels/kvCacheUtils.h @0ccf9032, which its own attention kernels go by.
+    """
+    size = settings["runtime.kv_cache.tokens_per_block"]
+    if size & (size - 1) and settings.recipe.runtime.attn_backend in (None, "TRTLLM"):
+        message = f"{size}: TensorRT-LLM's blocks hold a power of two of tokens"
+        yield Problem("runtime.kv_cache.tokens_per_block", message, f"use {1 << (size.bit_length() - 1)}")
+
+
 def excluded_in_part(patterns: Sequence[str], facts: ModelFacts) -> Iterable[Problem]:
     """Projections that TensorRT-LLM joins must be quantized together; by the names that most decoders give them."""
     for layer, names in itertools.product(range(facts.num_layers if patterns else 0), _JOINED):

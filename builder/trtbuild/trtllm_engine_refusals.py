@@ -16,6 +16,7 @@ from trtbuild.support import QUANT_ALGO, refused_architecture, refused_in_line
 from trtbuild.trtllm_build import choose
 from trtbuild.trtllm_build_extra import extra_problems
 from trtbuild.trtllm_common import (
+    block_refusals,
     embedded_only,
     excluded_in_part,
     gpu_refusals,
@@ -93,6 +94,7 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += _guide(recipe)
     problems += _model(settings, facts)
     problems += group_refusals(settings, facts)
+    problems += block_refusals(settings)
     problems += excluded_in_part(settings["compress.exclude"], facts)
     problems += gpu_refusals(recipe, planned_release(recipe).line, ranks(recipe))
     problems += parallel_refusals(settings, facts)
@@ -101,7 +103,7 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += lora_refusals(settings, facts)
     problems += unread_speculative(recipe)
     problems += speculative_refusals(settings, facts)
-    return problems or _arguments(settings, facts)
+    return problems if problems or engine_mistakes(settings) else _arguments(settings, facts)
 
 
 def engine_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
@@ -158,12 +160,13 @@ def _model(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
         listed = ", ".join(sorted(converted))
         reason = f"{facts.architecture} ({facts.model_type}) has no conversion here; convertible are {listed}"
     if reason is not None:
-        yield Problem("model.path", reason, "use runtime.kind: trtllm or embedded, or another model")
+        others = "embedded" if refused_architecture("llm-api", facts.architecture) else "trtllm or embedded"
+        yield Problem("model.path", reason, f"use runtime.kind: {others}, or another model")
         return
     line, algo = planned_release(settings.recipe).line, QUANT_ALGO[settings["compress.format"]]
-    reason = refused_in_line(line, facts.architecture, algo)
-    if reason is not None:
-        yield Problem("model.path", reason, "use a newer runtime.version, another format, or runtime.kind: trtllm")
+    refused = refused_in_line(line, facts.architecture, algo)
+    if refused is not None:
+        yield Problem("model.path", *refused)
 
 
 def _pipeline(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:

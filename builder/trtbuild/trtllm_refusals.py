@@ -16,6 +16,7 @@ from trtbuild.settings import Settings
 from trtbuild.support import refused_architecture, speculative_method
 from trtbuild.trtllm_common import (
     adapter_refusals,
+    block_refusals,
     embedded_only,
     excluded_in_part,
     gpu_refusals,
@@ -81,6 +82,7 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += _fields(settings, schema)
     problems += _model(facts)
     problems += _format(settings, facts)
+    problems += block_refusals(settings)
     problems += gpu_refusals(recipe, release.line, world_size(recipe))
     problems += parallel_refusals(settings, facts)
     problems += _speculation(recipe, release, schema)
@@ -116,9 +118,10 @@ def trtllm_warnings(settings: Settings) -> list[str]:
         warnings.append("2:4 brings the LLM API no speed: its PyTorch backend multiplies the weights as dense ones")
     if recipe.compress.kv_cache != "none":
         # NVIDIA/TensorRT-LLM, tensorrt_llm/_torch/modules/linear.py @ed53795b, FP8QDQLinearMethod: off by default.
+        sets = "deploy/launch.sh sets it" if "launch" in settings["deploy.files"] else "set it: no launch script does"
         warnings.append(
-            "TensorRT-LLM takes 1 for k_scale and v_scale unless the server's environment has TRTLLM_LOAD_KV_SCALES=1, "
-            "which deploy/launch.sh sets; quality is measured with the checkpoint's scales"
+            "TensorRT-LLM takes 1 for k_scale and v_scale unless the server's environment has TRTLLM_LOAD_KV_SCALES=1 "
+            f"({sets}); quality is measured with the checkpoint's scales"
         )
     warnings += _untested(recipe)
     if any("model" in key for key in recipe.runtime.extra.get("speculative_config") or {}):

@@ -227,7 +227,8 @@ def test_versions_and_tags() -> None:
             "9.0 is in no known release line (0.17.0 to 1.4.99); the nearest known versions are 1.4.0rc1, 1.4.0rc0",
         ),
         ("0.5.0", "0.5.0 is in no known release line (0.17.0 to 1.4.99); the nearest known versions are"),
-        ("26.13", "there is no Triton image 26.13-trtllm-python-py3 in compatibility data; near are 26."),
+        ("26.13", "there is no Triton image 26.13-trtllm-python-py3 in compatibility data; near are 26.07, 26.06"),
+        ("24.10", "no Triton image 24.10-trtllm-python-py3 in compatibility data; near are 25.03, 25.02, 25.01"),
         (
             "newest",
             "'newest' is neither a version of TensorRT-LLM nor a container tag; give a version such as 1.2.1 or a",

@@ -98,7 +98,7 @@ def test_classes_that_a_release_or_format_does_not_have(tiny_llama: Path, tmp_pa
     line = lines()[-1]
     assert refused_in_line(line, "Qwen2MoeForCausalLM", "FP8") is None
     refusal = "TensorRT-LLM's own class for Qwen2MoeForCausalLM cannot load W4A16_AWQ experts"
-    assert refused_in_line(line, "Qwen2MoeForCausalLM", "W4A16_AWQ") == refusal
+    assert refused_in_line(line, "Qwen2MoeForCausalLM", "W4A16_AWQ") == (refusal, "use another compress.format")
 
 
 def test_everything_that_decides_the_engine_arrives(tiny_llama: Path, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
         (["runtime.version=1.3.0rc22"], "TensorRT-LLM 1.3.0rc22 builds no engines, the last that did is 1.3.0rc20; us"),
         (
             ["runtime.version=0.19.0"],
-            "its backend calls the inputs seed and min_tokens random_seed and min_length, which the models that",
+            "its backend has the inputs random_seed and min_length, and the models that trtbuild writes send seed",
         ),
         (
             ["runtime.version=1.3.0rc5"],
@@ -191,6 +191,7 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
             ["runtime.version=1.2.9", "runtime.allow_unknown_version=true"],
             "no Triton container has TensorRT-LLM 1.2.9, and engines are built and served in one; use 1.2.1",
         ),
+        (["runtime.kv_cache.tokens_per_block=48"], "48: TensorRT-LLM's blocks hold a power of two of tokens; use 32"),
         (["serving.layout=llm"], "serving.layout: llm: TensorRT engines are served by the five models of layout ensem"),
         (["serving.model_py=upstream"], "serving.model_py: upstream: only the runtime trtllm has it; remove it"),
         (
@@ -288,6 +289,7 @@ def test_mistakes(tiny_llama: Path, tmp_path: Path, overrides: list[str], senten
     with pytest.raises(RecipeError) as caught:
         plan_for(tiny_llama, tmp_path, *overrides)
     assert sentence in str(caught.value)
+    assert len(caught.value.problems) == 1, "one mistake, one sentence"
 
 
 def test_stages_may_leave_out_the_same_layers(tiny_llama: Path, tmp_path: Path) -> None:
@@ -313,7 +315,13 @@ def test_what_the_conversion_would_refuse_is_refused_before_anything_is_compress
 def test_architectures(tiny_llama: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
     edit_config(checkpoint, architectures=["GemmaForCausalLM"], model_type="gemma")
-    with pytest.raises(CompatibilityError, match=r"GemmaForCausalLM \(gemma\) has no conversion here; convertible are"):
+    with pytest.raises(
+        CompatibilityError, match=r"GemmaForCausalLM \(gemma\) has no conversion here; convertible are"
+    ) as e:
+        plan_for(checkpoint, tmp_path)
+    assert str(e.value).endswith("; use runtime.kind: embedded, or another model"), "the LLM API has no such class"
+    edit_config(checkpoint, architectures=["NemotronForCausalLM"], model_type="nemotron")
+    with pytest.raises(CompatibilityError, match="; use runtime.kind: trtllm or embedded, or another model"):
         plan_for(checkpoint, tmp_path)
     edit_config(checkpoint, architectures=["GPT2LMHeadModel"], model_type="gpt2")
     with pytest.raises(CompatibilityError, match="GPT2LMHeadModel is not among the classes that TensorRT-LLM lists"):

@@ -189,6 +189,19 @@ def test_experts(tiny_llama: Path, tmp_path: Path) -> None:
         plan_for(checkpoint, tmp_path, sizes[0], "runtime.moe_expert_parallel_size=3")
 
 
+def test_blocks_that_the_kernels_do_not_take(tiny_llama: Path, tmp_path: Path) -> None:
+    blocks = "runtime.kv_cache.tokens_per_block=48"
+    with pytest.raises(CompatibilityError, match="48: TensorRT-LLM's blocks hold a power of two of tokens; use 32"):
+        plan_for(tiny_llama, tmp_path, blocks)
+    plan_for(tiny_llama, tmp_path, blocks, "runtime.attn_backend=FLASHINFER")
+
+
+def test_who_sets_the_variable_of_the_scales(tiny_llama: Path, tmp_path: Path) -> None:
+    for more, words in (((), "deploy/launch.sh sets it"), (("deploy.files=[dockerfile]",), "set it: no launch script")):
+        warnings = plan_for(tiny_llama, tmp_path, "compress.format=fp8", "compress.kv_cache=fp8", *more).warnings
+        assert any(f"TRTLLM_LOAD_KV_SCALES=1 ({words}" in warning for warning in warnings)
+
+
 def test_extra_adds_to_the_sections(tiny_llama: Path, tmp_path: Path) -> None:
     extra = (
         "runtime.extra.kv_cache_config.copy_on_partial_reuse=false",

@@ -128,7 +128,7 @@ def test_bad_sources(make: Callable[[Path], Path], code: int, sentence: str, tmp
         (
             ["--to", "trtllm-engine", "--version", "0.18.2"],
             3,
-            "TensorRT-LLM 0.18.2 builds engines, but its backend calls",
+            "TensorRT-LLM 0.18.2 builds engines, but its backend has",
         ),
         (["--to", "trtllm-engine", "--version", "1.4.0rc1"], 3, "1.4.0rc1 has the LLM API only; use 1.2.1"),
         (["--to", "embedded", "--version", "1.2.1"], 2, "--version: 1.2.1: the embedded runtime has trtbuild's own"),
