@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from trtbuild.compat import facts as compat
 from trtbuild.errors import Problem
 from trtbuild.llm_keys import LLM_ARGUMENT, RESERVED, leaves
 from trtbuild.llm_schema import Schema
@@ -180,7 +181,9 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 def _model(facts: ModelFacts) -> Iterable[Problem]:
     reason = refused_architecture(FLOW, facts.architecture)
     if reason is not None:
-        yield Problem("model.path", reason, "use runtime.kind: embedded, or another model")
+        engines = compat("architectures")["engine"]["converted"].get(facts.architecture) == facts.model_type
+        others = "trtllm-engine or embedded" if engines else "embedded"
+        yield Problem("model.path", reason, f"use runtime.kind: {others}, or another model")
 
 
 def _format(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:

@@ -189,6 +189,13 @@ def test_experts(tiny_llama: Path, tmp_path: Path) -> None:
         plan_for(checkpoint, tmp_path, sizes[0], "runtime.moe_expert_parallel_size=3")
 
 
+def test_the_other_flow_is_named_where_it_has_the_class(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
+    edit_config(checkpoint, architectures=["Gemma2ForCausalLM"], model_type="gemma2")
+    with pytest.raises(CompatibilityError, match="llm-api flow; use runtime.kind: trtllm-engine or embedded, or anoth"):
+        plan_for(checkpoint, tmp_path)
+
+
 def test_blocks_that_the_kernels_do_not_take(tiny_llama: Path, tmp_path: Path) -> None:
     blocks = "runtime.kv_cache.tokens_per_block=48"
     with pytest.raises(CompatibilityError, match="48: TensorRT-LLM's blocks hold a power of two of tokens; use 32"):
