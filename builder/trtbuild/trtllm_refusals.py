@@ -65,6 +65,7 @@ def _contradiction(path: str) -> Iterable[Problem]:
     for field, argument in LLM_ARGUMENT.items():
         if path == argument or argument.startswith(f"{path}.") or _switches(field, path):
             yield Problem(at, f"the recipe says it in {field}", "set it there")
+            return  # a whole section contradicts many fields: one sentence is enough
 
 
 def _switches(field: str, path: str) -> bool:

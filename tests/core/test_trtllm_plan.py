@@ -219,8 +219,9 @@ def test_extra_adds_to_the_sections(tiny_llama: Path, tmp_path: Path) -> None:
     assert made["kv_cache_config"]["copy_on_partial_reuse"] is False
     assert made["kv_cache_config"]["tokens_per_block"] == 32
     assert made["speculative_config"] == {"decoding_type": "NGram", "max_draft_len": 3}
-    with pytest.raises(RecipeError, match="the recipe says it in runtime.cuda_graph_config.enabled; set it there"):
+    with pytest.raises(RecipeError, match="the recipe says it in runtime.cuda_graph_config.enabled; set it there") as e:
         plan_for(tiny_llama, tmp_path, extra[2])
+    assert len(e.value.problems) == 1
 
 
 def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
