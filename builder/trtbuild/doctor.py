@@ -130,4 +130,4 @@ def _shared_memory() -> Finding:
 def _container() -> Finding:
     tools = [name for name in ("docker", "podman", "enroot", "srun", "buildah") if shutil.which(name)]
     why = "none; only building images and TensorRT engines needs one"
-    return Finding("container tool", "ok" if tools else "note", ", ".join(tools) or why)
+    return Finding("container tool", "ok" if tools else "note", f"{', '.join(tools)} on PATH" if tools else why)
