@@ -144,7 +144,7 @@ def _build(job: EngineJob, key: str) -> Artifact | None:
         refuse_loss(job.out, lambda other: other == key or is_kept(job.store, other))
     job.reporter.started(STEPS[job.place])
     # Beside the staging directory, not in it: what a killed build has finished is used by the next one.
-    place = job.store.root / "work" / f"{KIND}-{key}"
+    place = job.store.root / "building" / f"{KIND}-{key}"
     built, work = place / BUILT, place / f"{BUILT}.work"
     work.mkdir(parents=True, exist_ok=True)
     _use_timing(job, work)

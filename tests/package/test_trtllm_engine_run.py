@@ -25,7 +25,7 @@ GPU_HOST = ("nvidia-smi", "docker")
 def _no_engine_yet(engine_package: tuple[Path, str], store: Path) -> Iterator[None]:
     """Steps stay in the store between tests, engines do not."""
     yield
-    for name in ("built", "work", "timing"):
+    for name in ("built", "building", "timing"):
         shutil.rmtree(store / name, ignore_errors=True)
 
 
@@ -68,8 +68,8 @@ def test_the_engine_is_built_and_read_back(
     assert "[TRT-LLM] [I] Build TensorRT engine Unnamed Network 1" in log.read_text()
     (mounts,) = ([one for one in call if one.endswith(("ro", ":/build"))] for call in host.calls("docker", "run"))
     assert mounts[0].startswith(f"{store}/engine/")
-    assert mounts[1].startswith(f"{store}/work/built-")
-    assert not list((store / "work").iterdir()), "the place of work is cleared"
+    assert mounts[1].startswith(f"{store}/building/built-")
+    assert not list((store / "building").iterdir()), "the place of work is cleared"
     again = cli("build", engine_recipe, "-o", out, **host.environment())
     assert "trtllm-build: reused" in again.stderr
     assert "package: reused" in again.stderr

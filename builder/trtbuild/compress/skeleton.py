@@ -21,7 +21,7 @@ from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.errors import ArtifactError
 from trtbuild.runtime.checkpoint import empty_model, read_config
-from trtbuild.runtime.checkpoint_fill import refuse_unmatched, restore_tables
+from trtbuild.runtime.checkpoint_fill import assign, refuse_unmatched, restore_tables
 from trtbuild.runtime.experts import unfuse_experts
 from trtbuild.safetensors_header import TensorInfo
 
@@ -158,7 +158,7 @@ class Skeleton:
         with torch.no_grad():
             for name, slot in layer.state_dict(keep_vars=True).items():
                 part = self.parts[f"{self.name_of(index)}.{name}"]
-                _assign(layer, name, slot, self._read(part, slot))
+                assign(layer, name, slot, self._read(part, slot))
             restore_tables(frame, layer.modules(), self.device)
         hidden, call = self._dummy.hidden, self._dummy.calls[index]
         # ModelOpt's exporter runs the model once to see which linear layers share an input; it asks for these.
@@ -194,7 +194,7 @@ class Skeleton:
                         self.blocks.read(part.info, value[token], part.first + token * slot.shape[1])
                 else:
                     value = self._read(part, slot)
-                _assign(module, leaf, slot, value)
+                assign(module, leaf, slot, value)
         restore_tables(self.model, self.model.modules(), self.device)
 
     def _calls(self, sample: Sequence[int]) -> Probed:
@@ -263,12 +263,3 @@ def _own_state(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     passing = module._non_persistent_buffers_set  # noqa: SLF001
     buffers = [(name, value) for name, value in module.named_buffers(recurse=False) if name not in passing]
     return [*module.named_parameters(recurse=False), *buffers]
-
-
-def _assign(module: nn.Module, name: str, slot: torch.Tensor, value: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    holder = module.get_submodule(owner)
-    if isinstance(slot, nn.Parameter):
-        holder.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-    else:
-        holder.register_buffer(leaf, value)

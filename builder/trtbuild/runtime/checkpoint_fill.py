@@ -88,12 +88,13 @@ def fill(model: nn.Module, source: TensorSource, device: torch.device) -> None:
             missing.append(place)
             continue
         _check_shape(place, tuple(tensor.shape), tuple(slot.shape))
-        _assign(model, place, slot, tensor.to(device, slot.dtype))
+        assign(model, place, slot, tensor.to(device, slot.dtype))
     refuse_unmatched(model, missing, [source.disk_name[place] for place in sorted(source.disk_name)])
     model.tie_weights()
 
 
-def _assign(model: nn.Module, place: str, slot: torch.Tensor, value: torch.Tensor) -> None:
+def assign(model: nn.Module, place: str, slot: torch.Tensor, value: torch.Tensor) -> None:
+    """Put `value` where `slot`, a parameter or a buffer of the dotted name `place`, is in `model`."""
     owner, _, leaf = place.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(slot, nn.Parameter):
