@@ -13,7 +13,7 @@ from trtbuild.model import ModelFacts
 from trtbuild.plan import Cell, Comparison, Row
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Flow, Release, newest_of_all
-from trtbuild.settings import Settings
+from trtbuild.setting_values import Settings
 from trtbuild.support import (
     QUANT_ALGO,
     group_sizes,

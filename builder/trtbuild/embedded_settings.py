@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from trtbuild.model import ModelFacts
-from trtbuild.settings import DEPLOY_FILES, FROM_GPU_MEMORY, Settings, check_capacity, take_limits
+from trtbuild.serving_settings import DEPLOY_FILES
+from trtbuild.setting_values import Settings
+from trtbuild.settings import FROM_GPU_MEMORY, check_capacity, take_limits
 
 _DEFAULT_MAX_NUM_TOKENS = 512
 _GPU_ONLY = "only a GPU heeds it"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtbuild.checkpoint_files import open_directory
+from trtbuild.compress_settings import GROUP_SIZES, fitting_group_sizes
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.gates import default_max_perplexity_ratio
 from trtbuild.manifest import write_atomic
@@ -13,12 +14,12 @@ from trtbuild.migrate.target import choose_target
 from trtbuild.model import ModelFacts, read_facts
 from trtbuild.plan import Source
 from trtbuild.planner import make_plan
-from trtbuild.recipe import Format, Recipe, RuntimeKind
+from trtbuild.recipe import Recipe
+from trtbuild.recipe_fields import Format, RuntimeKind
 from trtbuild.recipe_file import parse_recipe
 from trtbuild.refusals import model_refusals
 from trtbuild.releases import Release
 from trtbuild.render import render
-from trtbuild.settings import GROUP_SIZES, fitting_group_sizes
 from trtbuild.support import QUANT_ALGO, group_sizes
 from trtbuild.toolchain import tool_versions
 

@@ -8,6 +8,7 @@ from typing import Any
 from trtbuild import trtllm_deploy, trtllm_engine_settings, trtllm_settings
 from trtbuild.comparison import compare
 from trtbuild.compress_memory import Demand, parse_bytes, show_bytes
+from trtbuild.compress_settings import is_compressed
 from trtbuild.draft import Draft
 from trtbuild.embedded_settings import embedded_files, take_embedded
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
@@ -15,7 +16,8 @@ from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.refusals import model_refusals, recipe_refusals
-from trtbuild.settings import Settings, is_compressed, resolve
+from trtbuild.setting_values import Settings
+from trtbuild.settings import resolve
 from trtbuild.trtllm_common import adapter_names
 from trtbuild.trtllm_engine_drafts import draft_files
 from trtbuild.trtllm_engine_lora import ADAPTERS

@@ -7,7 +7,7 @@ from trtbuild.errors import Problem
 from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
-from trtbuild.settings import Settings, recipe_value
+from trtbuild.setting_values import Settings, recipe_value
 from trtbuild.trtllm_common import unread_speculative
 from trtbuild.trtllm_engine_refusals import engine_refusals
 from trtbuild.trtllm_refusals import trtllm_refusals

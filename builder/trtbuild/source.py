@@ -13,7 +13,7 @@ from trtbuild.errors import ArtifactError, Problem, RecipeError
 from trtbuild.manifest import DigestCache, FileEntry
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
-from trtbuild.recipe import TEXT_SUFFIXES
+from trtbuild.recipe_fields import TEXT_SUFFIXES
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.report import Reporter
 

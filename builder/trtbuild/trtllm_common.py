@@ -8,11 +8,12 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
+from trtbuild.compress_settings import fitting_group_sizes
 from trtbuild.errors import Problem
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Line
-from trtbuild.settings import Settings, fitting_group_sizes
+from trtbuild.setting_values import Settings
 from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version, unknown_gpu
 
 _EMBEDDED_ONLY = "only the embedded runtime has it"

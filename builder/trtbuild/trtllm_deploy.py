@@ -14,7 +14,8 @@ from trtbuild import trtllm_engine_settings, trtllm_settings
 from trtbuild.errors import Problem
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
-from trtbuild.settings import DEPLOY_FILES, Settings
+from trtbuild.serving_settings import DEPLOY_FILES
+from trtbuild.setting_values import Settings
 
 _ENGINE = "trtllm-engine"
 _SERVER_GB = 2

@@ -15,7 +15,7 @@ from trtbuild.compat import facts as table
 from trtbuild.draft import DRAFT_ROLE, HEADS, HEADS_ROLE, Draft
 from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.model import ModelFacts
-from trtbuild.settings import Settings
+from trtbuild.setting_values import Settings
 from trtbuild.support import QUANT_ALGO, refused_architecture, speculative_method
 from trtbuild.trtllm_build import EngineSpec, Limits, Speculation, arguments, choose
 from trtbuild.trtllm_parallel import divides_heads

@@ -16,7 +16,7 @@ from typing import Any
 from trtbuild.compat import facts as table
 from trtbuild.errors import Problem
 from trtbuild.model import ModelFacts
-from trtbuild.settings import Settings
+from trtbuild.setting_values import Settings
 from trtbuild.trtllm_build import Lora
 from trtbuild.trtllm_common import adapter_names, adapter_refusals
 

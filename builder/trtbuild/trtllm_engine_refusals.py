@@ -11,7 +11,7 @@ from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
-from trtbuild.settings import Settings
+from trtbuild.setting_values import Settings
 from trtbuild.support import QUANT_ALGO, refused_architecture, refused_in_line
 from trtbuild.trtllm_build import choose
 from trtbuild.trtllm_build_extra import extra_problems

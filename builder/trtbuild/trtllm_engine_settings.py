@@ -11,7 +11,8 @@ from trtbuild.model import ModelFacts
 from trtbuild.plan import Choice
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Container, Flow, Release, containers, find_release, newest, oldest_served
-from trtbuild.settings import FROM_GPU_MEMORY, Settings, check_capacity, take_limits
+from trtbuild.setting_values import Settings
+from trtbuild.settings import FROM_GPU_MEMORY, check_capacity, take_limits
 from trtbuild.support import QUANT_ALGO, sm_version
 from trtbuild.trtllm_build import BUILT, DRAFT, EngineSpec, Limits, arguments, choose
 from trtbuild.trtllm_build_extra import extra_flags

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from trtbuild.errors import Problem
 from trtbuild.model import ModelFacts
-from trtbuild.settings import Settings
+from trtbuild.setting_values import Settings
 
 
 def parallel_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:

@@ -13,7 +13,7 @@ from trtbuild.llm_validate import validate
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Release
-from trtbuild.settings import Settings
+from trtbuild.setting_values import Settings
 from trtbuild.support import refused_architecture, speculative_method
 from trtbuild.trtllm_common import (
     adapter_refusals,

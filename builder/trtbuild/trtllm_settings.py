@@ -10,7 +10,8 @@ from trtbuild.llm_schema import Schema, load_schema
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Flow, Release, containers, find_release, newest
-from trtbuild.settings import FROM_GPU_MEMORY, Settings, check_capacity, recipe_value, take_limits
+from trtbuild.setting_values import Settings, recipe_value
+from trtbuild.settings import FROM_GPU_MEMORY, check_capacity, take_limits
 from trtbuild.trtllm_common import adapter_names
 
 FLOW: Flow = "llm-api"

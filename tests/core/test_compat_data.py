@@ -14,9 +14,11 @@ from trtbuild.errors import Problem
 from trtbuild.llm_keys import LLM_ARGUMENT, RESERVED
 from trtbuild.llm_schema import Kind, Schema, load_schema, parse_kind, schema_header, schema_names
 from trtbuild.llm_validate import validate
-from trtbuild.recipe import Format, KvCacheFormat, Recipe, Speculative
+from trtbuild.recipe import Recipe
+from trtbuild.recipe_fields import Format, KvCacheFormat
+from trtbuild.recipe_speculative import Speculative
 from trtbuild.releases import Release, containers, find_release, known_versions, lines, newest, newest_of_all
-from trtbuild.settings import recipe_value
+from trtbuild.setting_values import recipe_value
 from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version, speculative_method
 
 TABLES = ("containers", "lines", "build_flags", "gpus", "speculative", "architectures", "engine_names", "legacy_names")

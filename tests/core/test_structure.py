@@ -26,6 +26,10 @@ LAYERS = [
         "tokenizer_file",
         "safetensors_header",
         "recipe",
+        "recipe_fields",
+        "recipe_compress",
+        "recipe_speculative",
+        "recipe_runtime",
         "recipe_file",
         "yaml_text",
         "compat",
@@ -46,6 +50,9 @@ LAYERS = [
         "gates",
         "plan",
         "compress_memory",
+        "setting_values",
+        "compress_settings",
+        "serving_settings",
         "settings",
         "trtllm_settings",
         "trtllm_parallel",
@@ -95,7 +102,15 @@ ONLY_IN = {
     "click": {"cli"},
     "jinja2": {"render", "compress"},  # compress: the errors of a chat template
     "huggingface_hub": {"adapters"},
-    "pydantic": {"recipe", "recipe_file", "migrate"},
+    "pydantic": {
+        "recipe",
+        "recipe_fields",
+        "recipe_compress",
+        "recipe_speculative",
+        "recipe_runtime",
+        "recipe_file",
+        "migrate",
+    },
     "tritonclient": {"adapters", "serving"},
 }
 

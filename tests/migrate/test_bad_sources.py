@@ -18,7 +18,7 @@ from trtbuild.migrate.fates import Fate, table
 from trtbuild.migrate.values import TRANSFORMS
 from trtbuild.recipe import Recipe
 from trtbuild.recipe_file import load_recipe
-from trtbuild.settings import recipe_value
+from trtbuild.setting_values import recipe_value
 
 
 def text_file(text: str | bytes) -> Callable[[Path], Path]:

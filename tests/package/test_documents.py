@@ -15,7 +15,7 @@ import pytest
 
 from trtbuild.cli import main
 from trtbuild.pipeline import prepare
-from trtbuild.recipe import RuntimeKind
+from trtbuild.recipe_fields import RuntimeKind
 from trtbuild.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[2]

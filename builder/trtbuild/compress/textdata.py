@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.errors import ArtifactError, Problem, RecipeError
-from trtbuild.recipe import MIN_CALIBRATION_LENGTH, MIN_EVALUATION_TOKENS
+from trtbuild.recipe_fields import MIN_CALIBRATION_LENGTH, MIN_EVALUATION_TOKENS
 
 from .textfiles import Message, Row, TextFile, read_rows
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trtbuild.errors import HostError, Problem, RecipeError
-from trtbuild.recipe import TEXT_SUFFIXES
+from trtbuild.recipe_fields import TEXT_SUFFIXES
 
 Message = dict[str, Any]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
+from trtbuild.compress_settings import fitting_group_sizes
 from trtbuild.migrate.drafts import fit_drafts, fit_lora
 from trtbuild.migrate.legacy import Legacy
 from trtbuild.migrate.translate import Draft
 from trtbuild.model import ModelFacts
-from trtbuild.settings import fitting_group_sizes
 
 _MOST_REQUESTS = 4096
 _BATCH, _TOKENS, _LENGTH = "runtime.max_batch_size", "runtime.max_num_tokens", "runtime.max_seq_len"

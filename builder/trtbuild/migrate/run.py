@@ -23,7 +23,7 @@ from trtbuild.migrate.target import Target, choose_target
 from trtbuild.migrate.translate import Row, translate
 from trtbuild.model import ModelFacts, read_facts
 from trtbuild.pipeline import prepare
-from trtbuild.recipe import RuntimeKind
+from trtbuild.recipe_fields import RuntimeKind
 
 _KINDS = ("kept", "renamed", "computed", "dropped", "not recognized")
 

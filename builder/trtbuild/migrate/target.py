@@ -14,7 +14,7 @@ from trtbuild.llm_schema import Schema, load_schema
 from trtbuild.llm_validate import validate
 from trtbuild.migrate.fates import table
 from trtbuild.migrate.values import text
-from trtbuild.recipe import RuntimeKind
+from trtbuild.recipe_fields import RuntimeKind
 from trtbuild.refusals import embedded_takes
 from trtbuild.releases import Flow, Release, find_release, newest, oldest_served
 from trtbuild.trtllm_build_extra import extra_problems

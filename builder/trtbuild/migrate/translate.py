@@ -15,7 +15,7 @@ from trtbuild.migrate.places import Places
 from trtbuild.migrate.target import Target
 from trtbuild.migrate.values import TRANSFORMS, text
 from trtbuild.recipe import Recipe
-from trtbuild.settings import recipe_value
+from trtbuild.setting_values import recipe_value
 
 Kind = Literal["kept", "renamed", "computed", "dropped", "not recognized"]
 # Limits that hold in several places of an old deployment: the smallest is what it really had.

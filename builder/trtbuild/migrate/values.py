@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from trtbuild.compat import facts
-from trtbuild.recipe import CapacityPolicy
+from trtbuild.recipe_fields import CapacityPolicy
 
 _TRUE, _FALSE = ("true", "1", "enable", "yes"), ("false", "0", "disable", "no")
 _LARGEST_FRACTION = 0.95

@@ -1,0 +1,50 @@
+"""The recipe's section `compress`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trtbuild.recipe_fields import (
+    MIN_CALIBRATION_LENGTH,
+    Format,
+    KvCacheFormat,
+    NonEmpty,
+    PositiveInt,
+    Section,
+    Sparsity,
+)
+
+
+class Calibration(Section):
+    """The text that decides scales and sparsity masks."""
+
+    data: NonEmpty | None = Field(
+        default=None, description="A .txt, .jsonl or .parquet file; by default the text that trtbuild ships."
+    )
+    column: NonEmpty | None = Field(
+        default=None, description="Column of the file: text, or chat messages for the chat template."
+    )
+    count: PositiveInt = Field(default=128, description="Number of samples.")
+    length: Annotated[int, Field(ge=MIN_CALIBRATION_LENGTH)] = Field(default=512, description="Tokens per sample.")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Which samples are drawn.")
+
+
+class Compress(Section):
+    """What happens to the weights and to the KV cache."""
+
+    format: Format = Field(default="none", description="Weight format: none keeps bf16.")
+    group_size: PositiveInt | None = Field(
+        default=None, description="Weights per INT4 scale along the input; int4_awq only."
+    )
+    kv_cache: KvCacheFormat = Field(default="none", description="Format of the KV cache: none keeps the compute type.")
+    sparsity: Sparsity = Field(default="none", description="2:4 keeps two of every four weights along the input.")
+    sparsity_method: Literal["sparsegpt", "magnitude"] | None = Field(
+        default=None, description="How 2:4 chooses the weights to keep."
+    )
+    calibration: Calibration = Calibration()
+    exclude: tuple[NonEmpty, ...] = Field(
+        default=(), description="Module name patterns (shell wildcards) that stay in bf16."
+    )
+    max_memory: NonEmpty | None = Field(default=None, description="Upper bound on memory, for example 8GiB.")
