@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from trtbuild.runtime.fast.kernels.decode_attention import decode_attention, splits_for
+from trtbuild.runtime.fast.kernels.embed import embed
 from trtbuild.runtime.fast.kernels.norm import add_norm
 from trtbuild.runtime.fast.kernels.prefill_attention import prefill_attention
 from trtbuild.runtime.fast.kernels.rotary import rotary_write
@@ -23,7 +23,7 @@ _Attend = Callable[[Layer, Pool, torch.Tensor, torch.Tensor], None]
 class Packed:
     """The tokens of a step in a row, all int32 on the device: single tokens of `singles` sequences, then prompt runs.
 
-    `tokens`, `positions` and `columns` [T]; `table` [blocks, sequences], its first `singles` columns those of the
+    `tokens` (-1 - r: what the newest step chose in row r), `positions` and `columns` [T]; `table` [blocks, sequences], its first `singles` columns those of the
     single tokens; `tiles` [tiles, 4] of the runs, rows counted from the first run; `wanted`: rows whose logits
     are asked.
     """
@@ -38,11 +38,12 @@ class Packed:
 
 
 class Decoder:
-    """A decoder over its paged cache."""
+    """A decoder over its paged cache; tokens that the host does not know come from `chosen`."""
 
-    def __init__(self, weights: Weights, pools: list[Pool]) -> None:
+    def __init__(self, weights: Weights, pools: list[Pool], chosen: torch.Tensor) -> None:
         self.weights = weights
         self.pools = pools
+        self._chosen = chosen
         device = weights.embedding.device
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._head = Matrix(weights.head)
@@ -94,7 +95,7 @@ class Decoder:
     def _layers(self, tokens: torch.Tensor, attend: _Attend) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream [T, hidden] before the last layer's output, and that output."""
         eps = self.weights.eps
-        stream = functional.embedding(tokens, self.weights.embedding)
+        stream = embed(tokens, self._chosen, self.weights.embedding)
         delta = None
         for layer, pool in zip(self.weights.layers, self.pools, strict=True):
             x = add_norm(stream, delta, layer.attention_norm, eps, layer.qkv.input_scale)
