@@ -71,13 +71,14 @@ class Decoder:
                 pool,
             )  # fmt: skip
             prefill_attention(
-                runs, out[singles:], step.tiles, step.table, layer.heads, pool, scale=layer.output.input_scale
-            )
+                runs, out[singles:], step.tiles, step.table, layer.heads, pool,
+                scale=layer.output.input_scale, pre=layer.output.pre,
+            )  # fmt: skip
 
-        stream, delta = self._layers(step.tokens, attend)
+        stream, delta = self._layers(step.tokens, attend, step.wanted)
         rows = step.wanted.shape[0]
         logits = torch.empty((rows, self.weights.head.shape[0]), dtype=torch.float32, device=stream.device)
-        self._write_logits(stream[step.wanted], delta[step.wanted], logits)
+        self._write_logits(stream, delta, logits)
         return logits
 
     def _attend_singles(self, positions: torch.Tensor, table: torch.Tensor) -> _Attend:
@@ -87,18 +88,20 @@ class Decoder:
             splits = splits_for(rows * layer.heads.keys, self._multiprocessors)
             decode_attention(
                 qkv, out, positions, table, self.weights.rotation, layer.heads, pool,
-                splits=splits, scale=layer.output.input_scale,
+                splits=splits, scale=layer.output.input_scale, pre=layer.output.pre, following=layer.output.weight,
             )  # fmt: skip
 
         return attend
 
-    def _layers(self, tokens: torch.Tensor, attend: _Attend) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream [T, hidden] before the last layer's output, and that output."""
+    def _layers(
+        self, tokens: torch.Tensor, attend: _Attend, wanted: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream [T, hidden] before the last layer's output, and that output; of `wanted` rows alone."""
         eps = self.weights.eps
         stream = embed(tokens, self._chosen, self.weights.embedding)
         delta = None
         for layer, pool in zip(self.weights.layers, self.pools, strict=True):
-            x = add_norm(stream, delta, layer.attention_norm, eps, layer.qkv.input_scale)
+            x = add_norm(stream, delta, layer.attention_norm, eps, layer.qkv.input_scale, layer.qkv.weight)
             qkv = linear(x, layer.qkv)
             codes = layer.output.input_scale is not None
             attended = qkv.new_empty(
@@ -106,11 +109,21 @@ class Decoder:
                 dtype=torch.float8_e4m3fn if codes else qkv.dtype,
             )
             attend(layer, pool, qkv, attended)
-            x = add_norm(stream, linear(attended, layer.output), layer.mlp_norm, eps, layer.gate_up.input_scale)
-            delta = linear(gated(x, layer.gate_up, layer.down.input_scale), layer.down)
+            if wanted is not None and layer is self.weights.layers[-1]:
+                # After the last attention no row has to do with another.
+                attended, stream = _rows(attended, wanted), _rows(stream, wanted)
+            x = add_norm(
+                stream, linear(attended, layer.output), layer.mlp_norm, eps, layer.gate_up.input_scale,
+                layer.gate_up.weight,
+            )  # fmt: skip
+            delta = linear(gated(x, layer.gate_up, layer.down), layer.down)
         assert delta is not None  # noqa: S101  a decoder has layers
         return stream, delta
 
     def _write_logits(self, stream: torch.Tensor, delta: torch.Tensor, logits: torch.Tensor) -> None:
-        x = add_norm(stream, delta, self.weights.norm, self.weights.eps, None)
+        x = add_norm(stream, delta, self.weights.norm, self.weights.eps, None, self._head.weight)
         linear(x, self._head, logits)
+
+
+def _rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.uint8)[rows].view(x.dtype)  # indexing knows no float8
