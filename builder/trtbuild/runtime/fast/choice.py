@@ -98,7 +98,7 @@ def _int4_reason(modules: list[nn.Module]) -> str | None:
     found: list[Any] = modules
     if any(module.form != "packed" for module in found):
         return "is expanded (weights: expanded)"
-    groups = {module.in_features / module.weight_scale.shape[1] for module in found}
+    groups = {module.in_features // module.weight_scale.shape[1] for module in found}
     if len(groups) != 1 or not groups <= set(_GROUPS):
         return f"has groups of {sorted(groups)} inputs, not one of {_GROUPS}"
     scales = [module.pre_quant_scale for module in found]

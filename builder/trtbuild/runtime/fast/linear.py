@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional
@@ -11,24 +12,37 @@ from trtbuild.runtime.fast.kernels.activation import silu_mul
 from trtbuild.runtime.fast.kernels.few_rows import Block, few_rows
 from trtbuild.runtime.fast.kernels.int4 import expand
 from trtbuild.runtime.fast.kernels.one_row import Tiling, one_row
+from trtbuild.runtime.fast.kernels.one_row_int4 import Lines, one_row_int4
 from trtbuild.runtime.fast.weights import Matrix
+
+
+Share: TypeAlias = Tiling | Block | Lines
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Up to `rows` rows run in these shares on a kernel of ours; without `gated` the activation is one of its own."""
+    """Up to `rows` rows run in these shares on a kernel of ours, or on cuBLAS and with the activation by itself."""
 
     rows: int
-    plain: Tiling | Block
-    gated: Tiling | Block | None
+    plain: Share | None
+    gated: Share | None
 
 
 # Measured on an H100 with the sizes of Llama 3.1 8B (benchmarks/gpu/tilings.py). More rows than the last line says run on
 # cuBLAS; 4-bit weights are expanded for it.
 TABLE: dict[str, tuple[Line, ...]] = {
-    "bf16": (Line(1, Tiling(4, 2048, 8, 2), Tiling(4, 1024, 4, 3)),),
-    "fp8": (Line(1, Tiling(4, 1024, 4, 3), Tiling(4, 1024, 4, 3)),),
+    "bf16": (
+        Line(1, Tiling(4, 2048, 8, 2), Tiling(4, 1024, 4, 3)),
+        Line(16, Block(64, 256, 2, 4, 3), Block(64, 256, 1, 4, 3)),
+        Line(64, None, Block(128, 64, 1, 4, 5)),
+    ),
+    "fp8": (
+        Line(1, Tiling(4, 1024, 4, 3), Tiling(4, 1024, 4, 3)),
+        Line(16, Block(64, 256, 2, 4, 4), Block(64, 256, 1, 4, 4)),
+        Line(64, None, Block(64, 128, 1, 4, 6)),
+    ),
     "int4": (
+        Line(1, Lines(16, 8, 4), Lines(16, 8, 4)),
         Line(16, Block(64, 0, 4, 4, 4), Block(64, 0, 1, 4, 4)),
         Line(64, Block(64, 0, 4, 4, 3), Block(64, 0, 1, 4, 3)),
         Line(256, Block(128, 0, 4, 8, 3, rows=128), None),
@@ -39,7 +53,7 @@ TABLE: dict[str, tuple[Line, ...]] = {
 def linear(x: torch.Tensor, matrix: Matrix, out: torch.Tensor | None = None) -> torch.Tensor:
     """The product [T, N] of `x` [T, K], bfloat16 or E4M3 codes as the matrix asks: bfloat16, or float32 in `out`."""
     line = _line(matrix, x.shape[0])
-    if line is not None:
+    if line is not None and line.plain is not None:
         return _ours(x, matrix, line.plain, out=out)
     if out is not None:
         return torch.mm(x, matrix.weight.t(), out_dtype=out.dtype, out=out)
@@ -66,20 +80,26 @@ def _line(matrix: Matrix, rows: int) -> Line | None:
 def _ours(
     x: torch.Tensor,
     matrix: Matrix,
-    share: Tiling | Block,
+    share: Share,
     *,
     gated: bool = False,
     following: Matrix | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     scale = None if following is None else following.input_scale
+    pre = None if following is None else following.pre
+    if isinstance(share, Lines):
+        assert matrix.group_scales is not None  # noqa: S101  the table's line for 4 bits
+        return one_row_int4(
+            x, matrix.weight, matrix.group_scales, share, bias=matrix.bias, gated=gated, pre=pre, scale=scale
+        )  # fmt: skip
     if isinstance(share, Tiling):
         return one_row(
             x, matrix.weight, share, factor=matrix.factor, bias=matrix.bias, gated=gated, scale=scale, out=out
         )  # fmt: skip
     return few_rows(
         x, matrix.weight, share, scales=matrix.group_scales, factor=matrix.factor, bias=matrix.bias, gated=gated,
-        pre=None if following is None else following.pre, scale=scale, out=out,
+        pre=pre, scale=scale, out=out,
     )  # fmt: skip
 
 

@@ -30,10 +30,10 @@ def _decode(
     AHEAD: tl.constexpr,
 ):  # fmt: skip
     let_next_start(CHAIN)
+    wait_for_previous(CHAIN)
     if AHEAD:
         number = (tl.program_id(0) * KEYS + tl.program_id(1)) * SPLITS + tl.program_id(2)
         prefetch(following, size, number, 128)
-    wait_for_previous(CHAIN)
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.program_id(2)

@@ -20,11 +20,12 @@ from trtbuild.runtime.fast.kernels.numbers import next_power_of_2, silu_times, t
 
 _SMALLEST = 16
 _COUNTERS = 2**16
+_ENOUGH = 256  # tiles that keep a device busy without splitting the inputs
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A program's share: `outputs` rows of W, `inputs` numbers of each a turn (a group where weights have 4 bits),
+    """A program's share: `outputs` rows of W, `inputs` numbers of each a turn (`groups` groups where weights have 4 bits),
     of one of `splits` parts of the inputs, for at most `rows` rows of x.
     """
 
@@ -34,26 +35,29 @@ class Block:
     warps: int
     stages: int
     rows: int = 256
+    groups: int = 1
 
 
 @triton.jit
 def _part(
     x, weight, scales, M, N, n, m, total, start, end, K, stride,
-    INPUTS: tl.constexpr, INT4: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    INPUTS: tl.constexpr, GROUPS: tl.constexpr, INT4: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """`total` [outputs, rows] plus the product over the inputs `start`..`end`."""
     if INT4:
         HALF: tl.constexpr = INPUTS // 2
         k = tl.arange(0, HALF)
-        for first in range(start, end, INPUTS):
-            group = first // INPUTS
-            scale = tl.load(scales + group * stride + n, mask=n < N, other=0.0)
-            low, high = unpack_tile(weight + group * (stride * HALF), n * HALF, scale, n < N, HALF, ASM)
-            at = x + m[:, None] * K + first + k[None, :]
-            left = tl.load(at, mask=(m < M)[:, None], other=0.0)
-            right = tl.load(at + HALF, mask=(m < M)[:, None], other=0.0)
-            total = tl.dot(low, tl.trans(left), total)
-            total = tl.dot(high, tl.trans(right), total)
+        for turn in range(start, end, INPUTS * GROUPS):
+            for step in tl.static_range(GROUPS):
+                first = turn + step * INPUTS
+                group = first // INPUTS
+                real = (n < N) & (first < end)
+                scale = tl.load(scales + group * stride + n, mask=real, other=0.0)
+                low, high = unpack_tile(weight + group * (stride * HALF), n * HALF, scale, real, HALF, ASM)
+                at = x + m[:, None] * K + first + k[None, :]
+                seen = ((m < M) & (first < end))[:, None]
+                total = tl.dot(low, tl.trans(tl.load(at, mask=seen, other=0.0)), total)
+                total = tl.dot(high, tl.trans(tl.load(at + HALF, mask=seen, other=0.0)), total)
     else:
         k = tl.arange(0, INPUTS)
         for first in range(start, end, INPUTS):
@@ -72,7 +76,7 @@ def _part(
 @triton.jit
 def _few_rows(
     x, weight, scales, out, partial, counters, factor_at, bias, pre, out_scale, M, N, K, share,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
     INT4: tl.constexpr, FP8: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, PRE: tl.constexpr,
     CODES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
@@ -89,13 +93,13 @@ def _few_rows(
     total = tl.zeros([OUTPUTS, ROWS], dtype=tl.float32)
     if GATED:
         gate = tl.zeros([OUTPUTS, ROWS], dtype=tl.float32)
-        gate = _part(x, weight, scales, M, N, n, m, gate, start, end, K, stride, INPUTS, INT4, EVEN, ASM)
+        gate = _part(x, weight, scales, M, N, n, m, gate, start, end, K, stride, INPUTS, GROUPS, INT4, EVEN, ASM)
         # The rows of `up` follow those of `gate`, in every group of 4-bit codes too.
         offset = N.to(tl.int64) * (INPUTS // 2) if INT4 else N.to(tl.int64) * K
         more = scales + N if INT4 else scales
-        total = _part(x, weight + offset, more, M, N, n, m, total, start, end, K, stride, INPUTS, INT4, EVEN, ASM)
+        total = _part(x, weight + offset, more, M, N, n, m, total, start, end, K, stride, INPUTS, GROUPS, INT4, EVEN, ASM)
     else:
-        total = _part(x, weight, scales, M, N, n, m, total, start, end, K, stride, INPUTS, INT4, EVEN, ASM)
+        total = _part(x, weight, scales, M, N, n, m, total, start, end, K, stride, INPUTS, GROUPS, INT4, EVEN, ASM)
     mine = True
     if SPLITS > 1:
         place = tl.arange(0, OUTPUTS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
@@ -159,21 +163,22 @@ def few_rows(
     total = weight.shape[1] if int4 else weight.shape[0]
     outputs = total // 2 if gated else total
     inputs = weight.shape[2] * 2 if int4 else block.inputs
-    splits = 1 if gated else min(block.splits, triton.cdiv(width, inputs))
+    tiles = triton.cdiv(outputs, block.outputs)
+    splits = 1 if gated or tiles > _ENOUGH else min(block.splits, triton.cdiv(width, inputs))
     share = triton.cdiv(triton.cdiv(width, splits), inputs) * inputs
     if out is None:
         out = torch.empty(
             (rows, outputs), dtype=torch.bfloat16 if scale is None else torch.float8_e4m3fn, device=x.device
         )
     high = min(block.rows, max(_SMALLEST, next_power_of_2(rows)))
-    tiles, bands = triton.cdiv(outputs, block.outputs), triton.cdiv(rows, high)
+    bands = triton.cdiv(rows, high)
     partial = counters = None
     if splits > 1:
         partial = torch.empty(tiles * bands * splits * block.outputs * high, dtype=torch.float32, device=x.device)
         counters = _counters(x.device)
     _few_rows[(tiles, splits, bands)](
         x, weight, scales, out, partial, counters, factor, bias, pre, scale, rows, outputs, width, share,
-        ROWS=high, OUTPUTS=block.outputs, INPUTS=inputs, SPLITS=splits, INT4=int4, FP8=factor is not None,
+        ROWS=high, OUTPUTS=block.outputs, INPUTS=inputs, GROUPS=block.groups, SPLITS=splits, INT4=int4, FP8=factor is not None,
         BIAS=bias is not None, GATED=gated, PRE=pre is not None, CODES=scale is not None,
         EVEN=outputs % block.outputs == 0 and width % (inputs * splits) == 0, ASM=x.is_cuda,
         num_warps=block.warps, num_stages=block.stages, **chained(),

@@ -37,12 +37,12 @@ def _add_norm(
     THREADS: tl.constexpr,
 ):
     let_next_start(CHAIN)
+    wait_for_previous(CHAIN)
     row = tl.program_id(0).to(tl.int64) - extra
     if AHEAD:
         if row < 0:
             prefetch(following, size, tl.program_id(0), THREADS)
             return
-    wait_for_previous(CHAIN)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     at = row * width + columns
