@@ -21,8 +21,8 @@ from trtbuild.runtime.model import ModelRunner
 from trtbuild.runtime.outputs import Completion, EngineStats, Output
 from trtbuild.runtime.request import Request, final_output
 from trtbuild.runtime.sampling_params import SamplingParams
-from trtbuild.runtime.sequence import Sequence as EngineSequence
 from trtbuild.runtime.scheduler import Chunk, Scheduler
+from trtbuild.runtime.sequence import Sequence as EngineSequence
 from trtbuild.runtime.step import StepResult, finish_promised, finish_step, promise_tokens
 from trtbuild.runtime.step_logits import StepLogits
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+
 import torch
 
+from trtbuild.runtime.fast.answers import Answers
 from trtbuild.runtime.fast.decoder import Decoder
 from trtbuild.runtime.fast.kernels.argmax import argmax
 from trtbuild.runtime.scheduler import Chunk

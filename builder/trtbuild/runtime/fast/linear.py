@@ -15,7 +15,6 @@ from trtbuild.runtime.fast.kernels.one_row import Tiling, one_row
 from trtbuild.runtime.fast.kernels.one_row_int4 import Lines, one_row_int4
 from trtbuild.runtime.fast.weights import Matrix
 
-
 Share: TypeAlias = Tiling | Block | Lines
 
 

@@ -99,12 +99,10 @@ def _pack(chunks: list[Chunk], wanted: list[int], decoder: Decoder) -> Packed:
     tiles.sort(key=lambda tile: -tile[2])
     device = decoder.weights.embedding.device
 
-    parts = _send(
-        [tokens, positions, columns, _table([chunk.sequence for chunk in chunks]),
-         np.array(tiles, dtype=np.int32).reshape(-1, 4), np.array(wanted, dtype=np.int32)],
-        device,
-    )  # fmt: skip
-    return Packed(*parts, singles=singles)
+    table = _table([chunk.sequence for chunk in chunks])
+    places = np.array(tiles, dtype=np.int32).reshape(-1, 4)
+    sent = _send([tokens, positions, columns, table, places, np.array(wanted, dtype=np.int32)], device)
+    return Packed(sent[0], sent[1], sent[2], sent[3], sent[4], sent[5], singles=singles)
 
 
 def _tokens(chunk: Chunk) -> list[int]:

@@ -97,7 +97,9 @@ def _few_rows(
         # The rows of `up` follow those of `gate`, in every group of 4-bit codes too.
         offset = N.to(tl.int64) * (INPUTS // 2) if INT4 else N.to(tl.int64) * K
         more = scales + N if INT4 else scales
-        total = _part(x, weight + offset, more, M, N, n, m, total, start, end, K, stride, INPUTS, GROUPS, INT4, EVEN, ASM)
+        total = _part(
+            x, weight + offset, more, M, N, n, m, total, start, end, K, stride, INPUTS, GROUPS, INT4, EVEN, ASM
+        )
     else:
         total = _part(x, weight, scales, M, N, n, m, total, start, end, K, stride, INPUTS, GROUPS, INT4, EVEN, ASM)
     mine = True
