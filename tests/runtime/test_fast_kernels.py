@@ -82,8 +82,9 @@ def test_one_row(outputs: int, inputs: int, fp8: bool, form: str) -> None:
         gate, up = y.chunk(2, dim=1)
         y = gate * torch.sigmoid(gate) * up
     to_codes = form == "gated to codes"
-    used = TABLE["fp8" if fp8 else "bf16"]
+    used = TABLE["fp8" if fp8 else "bf16"][0]
     for tiling in (used.plain, used.gated, Tiling(16, 256, 4, 3)):
+        assert isinstance(tiling, Tiling)
         poison()
         found = one_row(
             x, weight, tiling, factor=scalar(factor) if fp8 else None, bias=bias, gated=gated,

@@ -88,7 +88,7 @@ class Decoder:
             splits = splits_for(rows * layer.heads.keys, self._multiprocessors)
             decode_attention(
                 qkv, out, positions, table, self.weights.rotation, layer.heads, pool,
-                splits=splits, scale=layer.output.input_scale, pre=layer.output.pre, following=layer.output.weight,
+                splits=splits, scale=layer.output.input_scale, pre=layer.output.pre,
             )  # fmt: skip
 
         return attend
@@ -101,7 +101,7 @@ class Decoder:
         stream = embed(tokens, self._chosen, self.weights.embedding)
         delta = None
         for layer, pool in zip(self.weights.layers, self.pools, strict=True):
-            x = add_norm(stream, delta, layer.attention_norm, eps, layer.qkv.input_scale, layer.qkv.weight)
+            x = add_norm(stream, delta, layer.attention_norm, eps, layer.qkv.input_scale)
             qkv = linear(x, layer.qkv)
             codes = layer.output.input_scale is not None
             attended = qkv.new_empty(
@@ -112,16 +112,13 @@ class Decoder:
             if wanted is not None and layer is self.weights.layers[-1]:
                 # After the last attention no row has to do with another.
                 attended, stream = _rows(attended, wanted), _rows(stream, wanted)
-            x = add_norm(
-                stream, linear(attended, layer.output), layer.mlp_norm, eps, layer.gate_up.input_scale,
-                layer.gate_up.weight,
-            )  # fmt: skip
+            x = add_norm(stream, linear(attended, layer.output), layer.mlp_norm, eps, layer.gate_up.input_scale)
             delta = linear(gated(x, layer.gate_up, layer.down), layer.down)
         assert delta is not None  # noqa: S101  a decoder has layers
         return stream, delta
 
     def _write_logits(self, stream: torch.Tensor, delta: torch.Tensor, logits: torch.Tensor) -> None:
-        x = add_norm(stream, delta, self.weights.norm, self.weights.eps, None, self._head.weight)
+        x = add_norm(stream, delta, self.weights.norm, self.weights.eps, None)
         linear(x, self._head, logits)
 
 

@@ -41,10 +41,10 @@ TABLE: dict[str, tuple[Line, ...]] = {
         Line(64, None, Block(64, 128, 1, 4, 6)),
     ),
     "int4": (
-        Line(1, Lines(16, 8, 4), Lines(16, 8, 4)),
-        Line(16, Block(64, 0, 4, 4, 4), Block(64, 0, 1, 4, 4)),
-        Line(64, Block(64, 0, 4, 4, 3), Block(64, 0, 1, 4, 3)),
-        Line(256, Block(128, 0, 4, 8, 3, rows=128), None),
+        Line(1, Lines(8, 16, 4), Lines(8, 8, 4)),
+        Line(16, Block(64, 0, 8, 4, 2, groups=2), Block(64, 0, 1, 4, 3, groups=4)),
+        Line(64, Block(128, 0, 4, 8, 3, groups=2), Block(128, 0, 1, 8, 3, groups=2)),
+        Line(256, Block(128, 0, 4, 8, 3, rows=256), Block(64, 0, 1, 4, 3, rows=128)),
     ),
 }
 
@@ -67,7 +67,7 @@ def gated(x: torch.Tensor, matrix: Matrix, following: Matrix) -> torch.Tensor:
     share = None if line is None or matrix.bias is not None else line.gated
     if share is not None and not (isinstance(share, Tiling) and following.pre is not None):
         return _ours(x, matrix, share, gated=True, following=following)
-    return silu_mul(linear(x, matrix), following.input_scale, following.pre, following.weight)
+    return silu_mul(linear(x, matrix), following.input_scale, following.pre)
 
 
 def _line(matrix: Matrix, rows: int) -> Line | None:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trtbuild.runtime.fast.kernels.chain import ahead, chained, let_next_start, prefetch, wait_for_previous
+from trtbuild.runtime.fast.kernels.chain import chained, let_next_start, wait_for_previous
 from trtbuild.runtime.fast.kernels.numbers import silu_times, to_codes
 
 _BLOCK = 1024
@@ -14,12 +14,10 @@ _BLOCK = 1024
 
 @triton.jit
 def _silu_mul(
-    pairs, out, pre, scale, width, following, size,
-    PRE: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr, CHAIN: tl.constexpr, AHEAD: tl.constexpr,
+    pairs, out, pre, scale, width,
+    PRE: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     let_next_start(CHAIN)
-    if AHEAD:
-        prefetch(following, size, tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), 128)
     wait_for_previous(CHAIN)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -39,17 +37,15 @@ def silu_mul(
     pairs: torch.Tensor,
     scale: torch.Tensor | None,
     pre: torch.Tensor | None = None,
-    following: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """silu(gate) * up [T, W] of `pairs` [T, 2 W], gate first, times `pre` [W] where given.
 
-    With `scale` (0-d) its E4M3 codes, else bfloat16. `following`: the matrix that the next kernel reads.
+    With `scale` (0-d) its E4M3 codes, else bfloat16.
     """
     rows, width = pairs.shape[0], pairs.shape[1] // 2
     out = torch.empty((rows, width), dtype=pairs.dtype if scale is None else torch.float8_e4m3fn, device=pairs.device)
-    size = ahead(following, rows)
     _silu_mul[(rows, triton.cdiv(width, _BLOCK))](
-        pairs, out, pre, scale, width, following, size,
-        PRE=pre is not None, CODES=scale is not None, BLOCK=_BLOCK, AHEAD=size > 0, num_warps=4, **chained(),
+        pairs, out, pre, scale, width,
+        PRE=pre is not None, CODES=scale is not None, BLOCK=_BLOCK, num_warps=4, **chained(),
     )  # fmt: skip
     return out

@@ -10,12 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from trtbuild.runtime.fast.kernels.chain import ahead, chained, let_next_start, prefetch, wait_for_previous
+from trtbuild.runtime.fast.kernels.chain import chained, let_next_start, wait_for_previous
 from trtbuild.runtime.fast.kernels.numbers import next_power_of_2, to_codes
 from trtbuild.runtime.fast.kernels.rotary import head_norm
 from trtbuild.runtime.fast.shapes import Heads, Pool, Rotation
 
-_TILE = 64  # positions that a program looks at together
+_TILE = 128  # positions that a program looks at together
 _MOST_SPLITS = 16
 _SMALLEST_DOT = 16
 
@@ -23,17 +23,13 @@ _SMALLEST_DOT = 16
 @triton.jit
 def _decode(
     qkv, out, partial, sums, positions, table, table_stride, cos, sin, query_norm, key_norm, eps,
-    pool_keys, pool_values, slots, key_scale, value_scale, scaling, window, pre, out_scale, following, size,
+    pool_keys, pool_values, slots, key_scale, value_scale, scaling, window, pre, out_scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
     NORM: tl.constexpr, CODES: tl.constexpr, PRE: tl.constexpr, OUT_CODES: tl.constexpr, CHAIN: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     let_next_start(CHAIN)
     wait_for_previous(CHAIN)
-    if AHEAD:
-        number = (tl.program_id(0) * KEYS + tl.program_id(1)) * SPLITS + tl.program_id(2)
-        prefetch(following, size, number, 128)
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -186,14 +182,12 @@ def decode_attention(
     splits: int,
     scale: torch.Tensor | None,
     pre: torch.Tensor | None = None,
-    following: torch.Tensor | None = None,
 ) -> None:
     """Write the attention output of one token a sequence to `out` [B, Hq D], and its keys and values into `pool`.
 
     `qkv` [B, (Hq + 2 H) D] holds the projections as they are; `positions` [B] (int32) each token's place in its
     sequence, -1 for a row to leave out; `table` [blocks, at least B] (int32) the blocks of each sequence, a column
     each. `out` is multiplied by `pre` [Hq D] where given; it is bfloat16, or E4M3 codes with `scale` (0-d float32).
-    `following`: the matrix that the next kernel reads.
     """
     rows = qkv.shape[0]
     lines = rows * heads.queries
@@ -202,16 +196,14 @@ def decode_attention(
         partial = torch.empty((lines, splits, heads.size), dtype=torch.float32, device=qkv.device)
         sums = torch.empty((lines, splits, 2), dtype=torch.float32, device=qkv.device)
     group = heads.queries // heads.keys
-    size = ahead(following, rows)
     _decode[(rows, heads.keys, splits)](
         qkv, out, partial, sums, positions, table, table.stride(0), rotation.cos, rotation.sin,
         heads.query_norm, heads.key_norm, heads.eps,
         pool.keys, pool.values, pool.keys.shape[1], pool.key_scale, pool.value_scale,
-        heads.scaling, heads.window, pre, scale, following, size,
+        heads.scaling, heads.window, pre, scale,
         QUERIES=heads.queries, KEYS=heads.keys, SIZE=heads.size, GROUP=group,
         ROWS=max(_SMALLEST_DOT, next_power_of_2(group)), PAGE=pool.page, TILE=_TILE, SPLITS=splits,
         NORM=heads.query_norm is not None, CODES=pool.is_fp8, PRE=pre is not None, OUT_CODES=scale is not None,
-        AHEAD=size > 0,
         num_warps=4, num_stages=2, **chained(),
     )  # fmt: skip
     if splits > 1:

@@ -15,23 +15,26 @@ _BLOCK = 32
 @triton.jit
 def unpack_tile(at, rows, scale, inside, HALF: tl.constexpr, ASM: tl.constexpr):
     """Both halves [rows, HALF] (bfloat16) of the group whose rows begin at `at` + `rows` [rows] bytes."""
+    packed = tl.load(at + rows[:, None] + tl.arange(0, HALF)[None, :], mask=inside[:, None], other=0)
     if ASM:
-        packed = tl.load(at + rows[:, None] + tl.arange(0, HALF)[None, :], mask=inside[:, None], other=0)
         wide = scale[:, None] + tl.zeros([1, HALF], dtype=tl.bfloat16)
-        # 0x4300 with a code u in its last bits is the bfloat16 number 128 + u, and 0xc308 is -136.
+        # Two bytes become the halves of a register; 0x4300 with a code u in its last bits is the bfloat16 number
+        # 128 + u, and 0xc308 is -136. Only neighbours of two are taken together: tensor cores want no more in one place.
         low, high = tl.inline_asm_elementwise(
             """{
-            .reg .b32 a, b, c, d, s, t, u, one, off, none;
+            .reg .b32 a, b, c, d, s, t, zero, one, off, none;
+            mov.b32 zero, 0;
             mov.b32 one, 0x3f803f80;
             mov.b32 off, 0xc308c308;
             mov.b32 none, 0x80008000;
-            shr.u32 s, $4, 4;
-            shr.u32 t, $4, 8;
-            shr.u32 u, $4, 12;
-            lop3.b32 a, $4, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 b, s, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 c, t, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 d, u, 0x000f000f, 0x43004300, 0xea;
+            prmt.b32 s, $4, zero, 0x4140;
+            prmt.b32 t, $4, zero, 0x4342;
+            lop3.b32 a, s, 0x000f000f, 0x43004300, 0xea;
+            lop3.b32 b, t, 0x000f000f, 0x43004300, 0xea;
+            shr.u32 s, s, 4;
+            shr.u32 t, t, 4;
+            lop3.b32 c, s, 0x000f000f, 0x43004300, 0xea;
+            lop3.b32 d, t, 0x000f000f, 0x43004300, 0xea;
             fma.rn.bf16x2 a, a, one, off;
             fma.rn.bf16x2 b, b, one, off;
             fma.rn.bf16x2 c, c, one, off;
@@ -48,14 +51,10 @@ def unpack_tile(at, rows, scale, inside, HALF: tl.constexpr, ASM: tl.constexpr):
             pack=4,
         )
     else:
-        column = tl.arange(0, HALF)
-        byte = at + rows[:, None] + (column // 4 * 4 + column % 2 * 2)[None, :]
-        shift = (column % 4 // 2 * 4)[None, :]
-        first = tl.load(byte, mask=inside[:, None], other=0).to(tl.int32)
-        second = tl.load(byte + 1, mask=inside[:, None], other=0).to(tl.int32)
+        codes = packed.to(tl.int32)
         wide = scale.to(tl.float32)[:, None]
-        low = ((((first >> shift) & 15) - 8).to(tl.float32) * wide).to(tl.bfloat16)
-        high = ((((second >> shift) & 15) - 8).to(tl.float32) * wide).to(tl.bfloat16)
+        low = (((codes & 15) - 8).to(tl.float32) * wide).to(tl.bfloat16)
+        high = (((codes >> 4) - 8).to(tl.float32) * wide).to(tl.bfloat16)
     return low, high
 
 

@@ -6,14 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trtbuild.runtime.fast.kernels.chain import (
-    ahead,
-    chained,
-    let_next_start,
-    prefetch,
-    programs_ahead,
-    wait_for_previous,
-)
+from trtbuild.runtime.fast.kernels.chain import chained, let_next_start, wait_for_previous
 from trtbuild.runtime.fast.kernels.numbers import next_power_of_2, to_codes
 
 
@@ -26,23 +19,14 @@ def _add_norm(
     scale,
     eps,
     width,
-    following,
-    size,
-    extra,
     ADD: tl.constexpr,
     CODES: tl.constexpr,
     BLOCK: tl.constexpr,
     CHAIN: tl.constexpr,
-    AHEAD: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
     let_next_start(CHAIN)
     wait_for_previous(CHAIN)
-    row = tl.program_id(0).to(tl.int64) - extra
-    if AHEAD:
-        if row < 0:
-            prefetch(following, size, tl.program_id(0), THREADS)
-            return
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     at = row * width + columns
@@ -66,22 +50,18 @@ def add_norm(
     weight: torch.Tensor,
     eps: float,
     scale: torch.Tensor | None,
-    following: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Add `delta` to the residual `stream` [T, W] in place and return the stream's RMS norm times `weight` [W].
 
-    With `scale` (0-d float32) the result is the E4M3 codes of norm / scale, else bfloat16. `following`: the matrix that the
-    next kernel reads.
+    With `scale` (0-d float32) the result is the E4M3 codes of norm / scale, else bfloat16.
     """
     rows, width = stream.shape
     out = torch.empty_like(stream, dtype=stream.dtype if scale is None else torch.float8_e4m3fn)
     block = next_power_of_2(width)
     warps = max(1, min(8, block // 512))
-    size = ahead(following, rows)
-    extra = programs_ahead(size, warps)
-    _add_norm[(rows + extra,)](
-        stream, delta, weight, out, scale, eps, width, following, size, extra,
-        ADD=delta is not None, CODES=scale is not None, BLOCK=block, AHEAD=size > 0, THREADS=32 * warps, num_warps=warps,
+    _add_norm[(rows,)](
+        stream, delta, weight, out, scale, eps, width,
+        ADD=delta is not None, CODES=scale is not None, BLOCK=block, num_warps=warps,
         **chained(),
     )  # fmt: skip
     return out
