@@ -3,7 +3,7 @@
     bf16        plain
     fp8         ModelOpt's FP8, one scale a tensor
     int4        ModelOpt's INT4-AWQ without pre-quant scaling, groups of 128
-    int4-ct     the same codes and scales as compressed-tensors `pack-quantized`, which vLLM reads (it refuses ModelOpt's)
+    int4-ct     the same codes and scales as compressed-tensors `pack-quantized`: vLLM refuses ModelOpt's INT4
 
 A file a layer. The form of compressed-tensors: vllm-project/compressed-tensors,
 src/compressed_tensors/compressors/quantized_compressors/pack_quantized.py @0.15.

@@ -4,8 +4,8 @@
     python benchmarks/gpu/side_by_side.py table [--results FILE]
 
 Each engine runs in a process of its own; what FILE has already is not run again. Prompts of 128 random tokens, 256
-generated, greedy, no prefix reuse. A step is (time of 256 tokens - time of one token) / 255 of `generate`, the median of
-the runs; prefill is 8 prompts of 1920 tokens with one token each. DIR needs 16 GB; memory (/dev/shm) will do.
+generated, greedy, no prefix reuse. A step is (time of 256 tokens - time of one token) / 255 of `generate`, the median
+of the runs; prefill is 8 prompts of 1920 tokens with one token each. DIR needs 16 GB; memory (/dev/shm) will do.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def table(known: dict[str, Any]) -> None:
             print(f"| {form} | batch {batch} | {rates} | {b / a:.2f} | {goal:.2f}{', missed' * (b / a < goal)} |")
         ratio = mine["prefill"] / theirs["prefill"]
         print(
-            f"| {form} | prefill {PREFILL[0]}x{PREFILL[1]} | {mine['prefill']:,.0f} tok/s | {theirs['prefill']:,.0f} tok/s "
-            f"| {ratio:.2f} | {goals[-1]:.2f}{', missed' * (ratio < goals[-1])} |"
+            f"| {form} | prefill {PREFILL[0]}x{PREFILL[1]} | {mine['prefill']:,.0f} tok/s "
+            f"| {theirs['prefill']:,.0f} tok/s | {ratio:.2f} | {goals[-1]:.2f}{', missed' * (ratio < goals[-1])} |"
         )
         same = sum(a == b for a, b in zip(mine["first"], theirs["first"], strict=True))
         print(f"| {form} | same first token | {same} of {len(mine['first'])} | | | |")

@@ -235,7 +235,7 @@ class Engine:
             return
         try:
             step = self._runner.execute(chunks)
-        except Exception as error:  # the step's requests fail; the others may go on
+        except Exception as error:  # noqa: BLE001  the step's requests fail; the others may go on
             self._settle_ahead()
             self._fail(chunks, error)
             return
@@ -259,7 +259,7 @@ class Engine:
         """Take in what a step has brought, and give it to the callers."""
         try:
             results = finish(chunks, step)
-        except Exception as error:  # the step's requests fail; the others may go on
+        except Exception as error:  # noqa: BLE001  the step's requests fail; the others may go on
             self._fail(chunks, error)
             return
         self._failures = 0

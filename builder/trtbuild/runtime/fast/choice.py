@@ -82,6 +82,10 @@ def _fusing_reason(modules: list[nn.Module]) -> str | None:
         return None
     if all(isinstance(module, Int4Linear) for module in modules):
         return _int4_reason(modules)
+    return _fp8_reason(modules)
+
+
+def _fp8_reason(modules: list[nn.Module]) -> str | None:
     if not all(isinstance(module, Fp8Linear) for module in modules):
         return "is of a format without a kernel here"
     if any(module.form != "packed" for module in modules):

@@ -23,9 +23,9 @@ _Attend = Callable[[Layer, Pool, torch.Tensor, torch.Tensor], None]
 class Packed:
     """The tokens of a step in a row, all int32 on the device: single tokens of `singles` sequences, then prompt runs.
 
-    `tokens` (-1 - r: what the newest step chose in row r), `positions` and `columns` [T]; `table` [blocks, sequences], its first `singles` columns those of the
-    single tokens; `tiles` [tiles, 4] of the runs, rows counted from the first run; `wanted`: rows whose logits
-    are asked.
+    `tokens` (-1 - r: what the newest step chose in row r), `positions` and `columns` [T]; `table` [blocks, sequences],
+    its first `singles` columns those of the single tokens; `tiles` [tiles, 4] of the runs, rows counted from the first
+    run; `wanted`: rows whose logits are asked.
     """
 
     tokens: torch.Tensor

@@ -27,8 +27,8 @@ class Line:
     gated: Share | None
 
 
-# Measured on an H100 with the sizes of Llama 3.1 8B (benchmarks/gpu/tilings.py). More rows than the last line says run on
-# cuBLAS; 4-bit weights are expanded for it.
+# Measured on an H100 with the sizes of Llama 3.1 8B (benchmarks/gpu/tilings.py). More rows than the last line says run
+# on cuBLAS; 4-bit weights are expanded for it.
 TABLE: dict[str, tuple[Line, ...]] = {
     "bf16": (
         Line(1, Tiling(4, 2048, 8, 2), Tiling(4, 1024, 4, 3)),

@@ -1,8 +1,8 @@
 """Linear layers of a few rows: y = x @ W^T, and silu(gate) * up of it, with weights of any format.
 
-The weights take the place of the left operand, whose tiles are at least 64 rows high on tensor cores, and the few rows of
-x that of the right one, so that little is padded. Where the outputs are too few programs for the device, the inputs are
-split too: each program leaves its part, and the last one of a tile adds them up, in order.
+The weights take the place of the left operand, whose tiles are at least 64 rows high on tensor cores, and the few rows
+of x that of the right one, so that little is padded. Where the outputs are too few programs for the device, the inputs
+are split too: each program leaves its part, and the last one of a tile adds them up, in order.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ _ENOUGH = 256  # tiles that keep a device busy without splitting the inputs
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A program's share: `outputs` rows of W, `inputs` numbers of each a turn (`groups` groups where weights have 4 bits),
-    of one of `splits` parts of the inputs, for at most `rows` rows of x.
+    """A program's share: `outputs` rows of W and one of `splits` parts of their inputs, for at most `rows` rows of x.
+
+    A turn takes `inputs` numbers of each row of W, or `groups` groups where weights have 4 bits.
     """
 
     outputs: int
@@ -156,9 +157,9 @@ def few_rows(
 ) -> torch.Tensor:
     """The rows `x` [M, K] times a weight: [M, N], bfloat16 or `out`.
 
-    The weight is [N, K], bfloat16 or E4M3 codes as `x` is, or `int4.pack`'s bytes with `scales` [K / S, N]. `factor` (0-d
-    float32, with codes) multiplies the sums, then `bias` [N] is added. With `gated` the weight has 2 N rows, gate first, and
-    the result is silu(gate) * up, times `pre` [N] where given; `scale` (0-d) then asks for E4M3 codes of it.
+    The weight is [N, K], bfloat16 or E4M3 codes as `x` is, or `packing.pack`'s bytes with `scales` [K / S, N]. `factor`
+    (0-d float32, with codes) multiplies the sums, then `bias` [N] is added. With `gated` the weight has 2 N rows, gate
+    first, and the result is silu(gate) * up, times `pre` [N] where given; `scale` (0-d) then asks for E4M3 codes of it.
     """
     rows, width = x.shape
     int4 = scales is not None
@@ -180,9 +181,9 @@ def few_rows(
         counters = _counters(x.device)
     _few_rows[(tiles, splits, bands)](
         x, weight, scales, out, partial, counters, factor, bias, pre, scale, rows, outputs, width, share,
-        ROWS=high, OUTPUTS=block.outputs, INPUTS=inputs, GROUPS=block.groups, SPLITS=splits, INT4=int4, FP8=factor is not None,
-        BIAS=bias is not None, GATED=gated, PRE=pre is not None, CODES=scale is not None,
-        EVEN=outputs % block.outputs == 0 and width % (inputs * splits) == 0, ASM=x.is_cuda,
+        ROWS=high, OUTPUTS=block.outputs, INPUTS=inputs, GROUPS=block.groups, SPLITS=splits,
+        INT4=int4, FP8=factor is not None, BIAS=bias is not None, GATED=gated, PRE=pre is not None,
+        CODES=scale is not None, EVEN=outputs % block.outputs == 0 and width % (inputs * splits) == 0, ASM=x.is_cuda,
         num_warps=block.warps, num_stages=block.stages, **chained(),
     )  # fmt: skip
     return out

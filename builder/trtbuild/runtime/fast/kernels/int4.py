@@ -19,7 +19,7 @@ def unpack_tile(at, rows, scale, inside, HALF: tl.constexpr, ASM: tl.constexpr):
     if ASM:
         wide = scale[:, None] + tl.zeros([1, HALF], dtype=tl.bfloat16)
         # Two bytes become the halves of a register; 0x4300 with a code u in its last bits is the bfloat16 number
-        # 128 + u, and 0xc308 is -136. Only neighbours of two are taken together: tensor cores want no more in one place.
+        # 128 + u, and 0xc308 is -136. Only pairs of neighbours go together: tensor cores take no more in one piece.
         low, high = tl.inline_asm_elementwise(
             """{
             .reg .b32 a, b, c, d, s, t, zero, one, off, none;

@@ -1,7 +1,7 @@
 """Linear layers for one row with 4-bit weights, limited by how fast these can be read and unpacked.
 
-Legend: N outputs, K inputs, S inputs of one group. A program's tile has a line for each of its outputs in each of several
-groups, so that enough bytes are asked for at once.
+Legend: N outputs, K inputs, S inputs of one group. A program's tile has a line for each of its outputs in each of
+several groups, so that enough bytes are asked for at once.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def one_row_int4(
 ) -> torch.Tensor:
     """The row `x` [1, K] (bfloat16) times `packing.pack`'s bytes with `scales` [K / S, N]: [1, N], bfloat16.
 
-    `bias` [N] is added. With `gated` the weight has 2 N rows, gate first, and the result is silu(gate) * up, times `pre`
-    [N] where given; `scale` (0-d) then asks for E4M3 codes of it.
+    `bias` [N] is added. With `gated` the weight has 2 N rows, gate first, and the result is silu(gate) * up, times
+    `pre` [N] where given; `scale` (0-d) then asks for E4M3 codes of it.
     """
     total, half = packed.shape[1], packed.shape[2]
     outputs = total // 2 if gated else total
