@@ -98,10 +98,7 @@ def measure(generate: Generate) -> dict[str, Any]:
 
 def child(engine: str, form: str, work: Path, results: Path) -> None:
     """One engine's part."""
-    from checkpoints import write
-
-    path = work / ("int4-ct" if (engine, form) == ("vllm", "int4") else form)
-    write(form if path.name == form else path.name, path)
+    path = work / files(engine, form)
     started = time.perf_counter()
     generate, version = {"ours": ours, "vllm": vllm}[engine](path)
     ready = time.perf_counter() - started
@@ -113,6 +110,11 @@ def child(engine: str, form: str, work: Path, results: Path) -> None:
     known[f"{form} {engine}"] = found
     results.write_text(json.dumps(known, indent=1))
     print({key: value for key, value in found.items() if key != "first"}, flush=True)
+
+
+def files(engine: str, form: str) -> str:
+    """The checkpoint that `engine` reads of `form`."""
+    return "int4-ct" if (engine, form) == ("vllm", "int4") else form
 
 
 def read(results: Path) -> dict[str, Any]:
@@ -144,8 +146,8 @@ def table(known: dict[str, Any]) -> None:
 def main() -> None:
     """Run both engines in processes of their own, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "child", "table"))
-    parser.add_argument("--format", choices=tuple(GOALS), default="bf16")
+    parser.add_argument("command", choices=("run", "table", "write", "child"))
+    parser.add_argument("--format", default="bf16")
     parser.add_argument("--engines", default="ours,vllm")
     parser.add_argument("--results", type=Path, default=Path("side_by_side.json"))
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/trtbuild-benchmark"))
@@ -153,14 +155,20 @@ def main() -> None:
     if arguments.command == "table":
         table(read(arguments.results))
         return
+    if arguments.command == "write":
+        from checkpoints import write
+
+        write(arguments.format, arguments.work / arguments.format)
+        return
     for engine in arguments.engines.split(","):
         if arguments.command == "child":
             child(engine, arguments.format, arguments.work, arguments.results)
         elif f"{arguments.format} {engine}" not in read(arguments.results):
-            options = ["--format", arguments.format, "--engines", engine, "--work", str(arguments.work)]
-            subprocess.run(
-                [sys.executable, __file__, "child", *options, "--results", str(arguments.results)], check=False
-            )  # fmt: skip
+            places = ["--work", str(arguments.work), "--results", str(arguments.results)]
+            this = [sys.executable, __file__]
+            # Files are written by a process of their own: an engine must find the GPU empty.
+            subprocess.run([*this, "write", "--format", files(engine, arguments.format), *places], check=True)
+            subprocess.run([*this, "child", "--format", arguments.format, "--engines", engine, *places], check=False)
 
 
 if __name__ == "__main__":

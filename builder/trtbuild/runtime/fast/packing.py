@@ -3,8 +3,8 @@
 Legend: N outputs, K inputs, S inputs of one group (each has a scale per output).
 
 [K / S, N, S / 2] bytes: byte c of a group and output holds the code of the group's input c in its low half and that
-of input S / 2 + c in its high half, both plus 8. What a program takes of one group lies in one piece, and the two halves
-of the bytes are two tiles whose inputs follow one another.
+of input S / 2 + c in its high half, both plus 8. What a program takes of one group lies in one piece, and the two
+halves of the bytes are two tiles whose inputs follow one another.
 """
 
 from __future__ import annotations
