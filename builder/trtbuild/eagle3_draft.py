@@ -116,13 +116,15 @@ def misfits(draft: Eagle3, model: ModelFacts, captured: int) -> list[str]:
     for what, name, theirs, ours in sizes:
         if theirs != ours:
             found.append(f"{what} {theirs}, and the model's {name} is {ours}")
+    if draft.quant_algo is not None:
+        found.append(f"is quantized ({draft.quant_algo}): trtbuild takes drafts of EAGLE-3 in bf16 or fp16 only")
     if draft.draft_vocab_size > draft.vocab_size:
         found.append(f"has draft_vocab_size {draft.draft_vocab_size}, more than its vocab_size {draft.vocab_size}")
     for name, shape in required(draft, captured).items():
         have = draft.shapes.get(name)
         if have is None:
             found.append(f"lacks the tensor {name}")
-        elif draft.quant_algo is None and have != shape:
+        elif have != shape:
             found.append(f"{name} has shape {list(have)}, not {list(shape)}{_why(name, draft, have, captured)}")
     return found
 
@@ -199,8 +201,6 @@ def _json(files: CheckpointFiles, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{files.where}: {name} is not JSON ({error})", "download it again") from None
     return value if isinstance(value, dict) else {}
-
-
 
 
 def few(problems: Iterable[str], most: int = 6) -> list[str]:

@@ -28,7 +28,8 @@ class Speculative(Section):
         description="Checkpoint of the draft model; of medusa, eagle and redrafter TensorRT-LLM's own, with the heads.",
     )
     max_draft_len: PositiveInt | None = Field(
-        default=None, description="Tokens that are drafted at a time; by default 5 (draft_target), 4 (ngram), 3 (eagle3), 1 (mtp)."
+        default=None,
+        description="Tokens drafted at a time; by default 5 (draft_target), 4 (ngram), 3 (eagle3), 1 (mtp).",
     )
     draft_kv_cache_share: Fraction | None = Field(
         default=None,
@@ -46,7 +47,7 @@ class Speculative(Section):
     )
     allow_advanced_sampling: bool | None = Field(
         default=None,
-        description="trtllm: answer sampled requests by sampling where one engine holds model and draft; by default yes.",
+        description="trtllm: answer sampled requests by sampling where one engine has model and draft; by default true.",
     )
     max_matching_ngram_size: PositiveInt | None = Field(
         default=None, description="ngram: longest run of tokens that is looked up."
@@ -58,7 +59,8 @@ class Speculative(Section):
         default=None, description="eagle3: model and draft in one engine; false takes two."
     )
     eagle3_layers_to_capture: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        default=None, description="eagle3: the model's layers whose outputs the draft reads; by default the draft's own."
+        default=None,
+        description="eagle3: the model's layers whose outputs the draft reads; by default as it says.",
     )
     num_nextn_predict_layers: PositiveInt | None = Field(
         default=None, description="mtp: what max_draft_len is called up to TensorRT-LLM 1.3.0rc15."

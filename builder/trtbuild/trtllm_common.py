@@ -44,9 +44,7 @@ def embedded_only(recipe: Recipe) -> Iterable[Problem]:
             yield Problem(f"runtime.{name}", f"{value}: {_EMBEDDED_ONLY}", "use auto")
 
 
-def unread_speculative(
-    recipe: Recipe, fields: Mapping[str, tuple[str, ...]] = SPECULATIVE_FIELDS
-) -> Iterable[Problem]:
+def unread_speculative(recipe: Recipe, fields: Mapping[str, tuple[str, ...]] = SPECULATIVE_FIELDS) -> Iterable[Problem]:
     """Fields of the section that say nothing about its method; `fields` are what each method reads."""
     section, silent = recipe.speculative, type(recipe.speculative)()
     for name in type(section).model_fields:
