@@ -71,7 +71,7 @@ def take_speculation(settings: Settings, schema: Schema, version: str) -> None:
             settings.take(path)
         elif name == _LENGTH:
             _length(settings, method)
-        elif name == _CAPTURED and not settings.given(path) and _trained_on(settings) is not None:
+        elif name == _CAPTURED and name in fields and not settings.given(path) and _trained_on(settings):
             settings.put(path, _trained_on(settings), "draft: eagle_config of its config.json")
         elif name == _SAMPLING:
             _sampling(settings, fields, version)

@@ -85,7 +85,7 @@ def speculation_refusals(settings: Settings, facts: ModelFacts, release: Release
     if method == "draft_target":
         yield from _draft_model(settings, facts)
     elif method == "eagle3":
-        yield from _eagle3(settings, facts)
+        yield from _eagle3(settings, facts, release)
     elif method == "mtp":
         yield from _mtp(settings, facts, schema)
 
@@ -144,7 +144,7 @@ def _draft_model(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
         )
 
 
-def _eagle3(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
+def _eagle3(settings: Settings, facts: ModelFacts, release: Release) -> Iterable[Problem]:
     if facts.architecture in table("speculative")["eagle3"]["no"]:
         yield Problem(_AT, f"eagle3: TensorRT-LLM lists none for {facts.architecture}", "use another method")
     at, layers = "speculative.eagle3_layers_to_capture", captured_layers(settings, facts)
@@ -162,14 +162,22 @@ def _eagle3(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     if draft is None:
         return
     if draft.captured is not None and tuple(sorted(set(layers))) != draft.captured:
-        message = f"{list(layers)}: the draft was trained on the layers {list(draft.captured)}"
-        yield Problem(at, message, "remove it")
+        yield _other_layers(draft.captured, layers, release, named=named)
     longest = settings["runtime.max_seq_len"]
     if draft.context_length < longest:
         message = f"knows {draft.context_length} positions, and runtime.max_seq_len is {longest}"
         yield Problem(_DRAFT, message, f"use runtime.max_seq_len: {draft.context_length}, or another draft")
     for message in few(misfits(draft, facts, len(set(layers)))):
         yield Problem(_DRAFT, message, "use a draft that was trained for this model")
+
+
+def _other_layers(trained: tuple[int, ...], layers: tuple[int, ...], release: Release, *, named: bool) -> Problem:
+    """The draft would read other layers than those that it was trained on."""
+    if named:
+        message = f"{list(layers)}: the draft was trained on the layers {list(trained)}"
+        return Problem("speculative.eagle3_layers_to_capture", message, "remove it")
+    message = f"was trained on the layers {list(trained)}, and TensorRT-LLM {release.version} captures others"
+    return Problem(_DRAFT, message, "use a newer runtime.version")
 
 
 def _mtp(settings: Settings, facts: ModelFacts, schema: Schema) -> Iterable[Problem]:
@@ -203,11 +211,9 @@ def speculation_warnings(settings: Settings, facts: ModelFacts, release: Release
         return warnings
     known, one = members(schema, method), recipe.speculative.eagle3_one_model is not False
     if "allow_advanced_sampling" not in known and (method == "mtp" or (method == "eagle3" and one)):
-        warnings.append(
-            f"TensorRT-LLM {release.version} verifies these drafts greedily: sampled requests are answered as greedy ones"
-        )
+        warnings.append(f"TensorRT-LLM {release.version} verifies these drafts greedily: the server refuses to sample")
     elif recipe.speculative.allow_advanced_sampling is False:
-        warnings.append("allow_advanced_sampling: false answers sampled requests as greedy ones")
+        warnings.append("allow_advanced_sampling: false: the server refuses to sample")
     if method == "ngram":
         warnings.append("TensorRT-LLM switches its overlap scheduler off for ngram: see that drafts gain more")
     if recipe.model.adapters:

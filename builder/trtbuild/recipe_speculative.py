@@ -20,8 +20,8 @@ class Speculative(Section):
 
     method: SpeculativeMethod = Field(
         default="none",
-        description="How tokens are drafted; medusa, eagle, lookahead and redrafter: trtllm-engine only, eagle3 and mtp: "
-        "trtllm only.",
+        description="How tokens are drafted; medusa, eagle, lookahead and redrafter: trtllm-engine only; ngram, eagle3 "
+        "and mtp: trtllm only.",
     )
     draft: NonEmpty | None = Field(
         default=None,
@@ -47,7 +47,7 @@ class Speculative(Section):
     )
     allow_advanced_sampling: bool | None = Field(
         default=None,
-        description="trtllm: answer sampled requests by sampling where one engine has model and draft; by default true.",
+        description="trtllm: sampled requests are sampled where one engine has model and draft; by default true.",
     )
     max_matching_ngram_size: PositiveInt | None = Field(
         default=None, description="ngram: longest run of tokens that is looked up."
@@ -60,6 +60,7 @@ class Speculative(Section):
     )
     eagle3_layers_to_capture: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         default=None,
+        min_length=1,
         description="eagle3: the model's layers whose outputs the draft reads; by default as it says.",
     )
     num_nextn_predict_layers: PositiveInt | None = Field(
