@@ -12,6 +12,7 @@ from trtbuild.compress_settings import is_compressed
 from trtbuild.draft import Draft
 from trtbuild.embedded_settings import embedded_files, take_embedded
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
+from trtbuild.llm_speculation import llm_draft_files
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_file import LoadedRecipe
@@ -170,7 +171,8 @@ def _adapter_files(settings: Settings) -> dict[str, str]:
 
 def _engine_files(settings: Settings) -> dict[str, str]:
     """What the engine step reads of the user's besides the checkpoint."""
-    return _adapter_files(settings) | (draft_files(settings) if _kind(settings) == _ENGINE else {})
+    drafts = {_ENGINE: draft_files, _TRTLLM: llm_draft_files}.get(_kind(settings))
+    return _adapter_files(settings) | (drafts(settings) if drafts else {})
 
 
 def _kind(settings: Settings) -> str:
@@ -309,7 +311,7 @@ def _warnings(settings: Settings, facts: ModelFacts) -> tuple[str, ...]:
     if not facts.has_chat_template:
         warnings.append("the checkpoint has no chat template: requests with `messages` will be refused")
     if _kind(settings) == _TRTLLM:
-        warnings += trtllm_warnings(settings)
+        warnings += trtllm_warnings(settings, facts)
     if _kind(settings) == _ENGINE:
         warnings += engine_warnings(settings, facts)
     return tuple(warnings)

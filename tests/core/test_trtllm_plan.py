@@ -309,11 +309,6 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
             ["runtime.context_chunking_policy=FAIR"],
             "runtime.context_chunking_policy: 'FAIR' is not allowed by TensorRT-LL",
         ),
-        (["speculative.method=ngram"], "use none, and runtime.extra.speculative_config with decoding_type: NGram"),
-        (
-            ["speculative.method=eagle3"],
-            "with the draft model that it needs; use none (TensorRT-LLM 1.2.1 calls it Eagle)",
-        ),
         (
             ["speculative.method=medusa"],
             "medusa: the LLM API of TensorRT-LLM 1.2.1 has no such method, only TensorRT eng",
