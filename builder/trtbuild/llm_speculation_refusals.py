@@ -210,6 +210,8 @@ def speculation_warnings(settings: Settings, facts: ModelFacts, release: Release
             warnings.append(f"{_EXTRA} names a draft model on the serving host: the package has none")
         return warnings
     known, one = members(schema, method), recipe.speculative.eagle3_one_model is not False
+    if not known:
+        return warnings
     if "allow_advanced_sampling" not in known and (method == "mtp" or (method == "eagle3" and one)):
         warnings.append(f"TensorRT-LLM {release.version} verifies these drafts greedily: the server refuses to sample")
     elif recipe.speculative.allow_advanced_sampling is False:
@@ -223,7 +225,7 @@ def speculation_warnings(settings: Settings, facts: ModelFacts, release: Release
             f"nothing records that TensorRT-LLM {release.version} drafts for {facts.architecture} by EAGLE-3"
         )
     tokens = settings["runtime.max_batch_size"] * (settings["speculative.max_draft_len"] + 1)
-    if members(schema, method) and tokens > settings["runtime.max_num_tokens"]:
+    if tokens > settings["runtime.max_num_tokens"]:
         warnings.append(
             f"a full batch verifies {tokens} tokens in a step, and runtime.max_num_tokens is "
             f"{settings['runtime.max_num_tokens']}: fewer requests will run at once"

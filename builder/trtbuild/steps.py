@@ -123,7 +123,7 @@ def _trtllm_engine(work: Work) -> dict[str, Any]:
         )
     adapters = {name: path for name, path in work.files.items() if name != DRAFT_ROLE}
     draft = work.files.get(DRAFT_ROLE)
-    if draft is not None:
+    if "speculation" in parameters:
         found = trtllm_draft.check(draft, checkpoint, parameters["speculation"], parameters["version"], layout)
         trtllm_draft.refuse(draft, found, parameters["version"])
         checks += found

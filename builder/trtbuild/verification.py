@@ -128,11 +128,12 @@ def _draft(
     directory: Path, engine: Mapping[str, Any], arguments: Mapping[str, Any], layout: trtllm_checkpoint.Layout
 ) -> list[trtllm_checkpoint.CheckpointCheck]:
     """The rules by which TensorRT-LLM takes the package's draft model, if it has one."""
-    speculation = engine.get("speculation") or {}
-    if not speculation.get("draft"):
+    speculation = engine.get("speculation")
+    if speculation is None:
         return []
+    draft = directory / speculation["draft"] if speculation["draft"] else None
     asked = {"method": speculation["method"], "config": arguments[SECTION]}
-    return trtllm_draft.check(directory / speculation["draft"], directory, asked, engine["version"], layout)
+    return trtllm_draft.check(draft, directory, asked, engine["version"], layout)
 
 
 def _check(name: str, look: Callable[[], tuple[list[str], str]]) -> Check:

@@ -12,6 +12,8 @@ import pytest
 
 from drafts import eagle3_tensors, save_eagle3
 from tiny import save_checkpoint
+from trtbuild.adapters import trtllm_draft
+from trtbuild.adapters.trtllm_checkpoint import Layout
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.model import read_tensors
 from trtbuild.verification import verify_trtllm
@@ -121,3 +123,17 @@ def test_a_draft_model_in_the_stock_form(plain_recipe: Path, cli: Cli, tmp_path:
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     tokenizer.write_text(json.dumps(document), encoding="utf-8")
     assert "has another tokenizer than the model: 2 of" in cli("check", plain_recipe, *options, check=3).stderr
+
+
+def test_layers_that_predict_further_tokens(tmp_path: Path) -> None:
+    model = save_checkpoint(tmp_path / "model", tokenizer=False)
+    asked = {"method": "mtp", "config": {"decoding_type": "MTP"}}
+    (found,) = trtllm_draft.check(None, model, asked, "1.2.1", Layout())
+    assert found.problems == (
+        "config.json names 0 layers that predict further tokens, and no tensor is in model.layers.3.",
+    )
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}))
+    (found,) = trtllm_draft.check(None, model, asked, "1.2.1", Layout())
+    assert (found.problems, found.detail) == ((), "9 tensors in model.layers.2")
+    assert trtllm_draft.check(None, model, asked | {"method": "ngram"}, "1.2.1", Layout()) == []

@@ -30,12 +30,12 @@ _ALIGNED = 8
 
 
 def check(
-    draft: Path, model: Path, speculation: Mapping[str, Any], version: str, layout: Layout
+    draft: Path | None, model: Path, speculation: Mapping[str, Any], version: str, layout: Layout
 ) -> list[CheckpointCheck]:
     """Whether TensorRT-LLM `version` would take the draft beside the model; every rule reports.
 
     Args:
-        draft: directory of the draft.
+        draft: directory of the draft; None for methods without one.
         model: directory of the model's checkpoint.
         speculation: `method` and `config` of the engine step.
         version: of TensorRT-LLM.
@@ -44,6 +44,8 @@ def check(
     Raises:
         ArtifactError, CompatibilityError: a file is missing, damaged or a pickle.
     """
+    if draft is None:
+        return [_mtp(LocalFiles(model))] if speculation["method"] == "mtp" else []
     facts, files = read_facts(LocalFiles(model)), LocalFiles(draft)
     problem = other_tokens(model, draft)
     found = [CheckpointCheck("draft: tokenizer", () if problem is None else (problem.message,))]
@@ -53,7 +55,16 @@ def check(
     return found + [CheckpointCheck(f"draft: {rule.name}", rule.problems, rule.detail) for rule in rules]
 
 
-def refuse(draft: Path, checks: Sequence[CheckpointCheck], version: str) -> None:
+def _mtp(files: LocalFiles) -> CheckpointCheck:
+    """Layers that predict further tokens follow the decoder's (deepseek-ai/DeepSeek-V3, README_WEIGHTS.md)."""
+    facts = read_facts(files)
+    prefix = f"model.layers.{facts.num_layers}."
+    count = sum(tensor.name.startswith(prefix) for tensor in read_tensors(files))
+    problem = f"config.json names {facts.mtp_layers} layers that predict further tokens, and no tensor is in {prefix}"
+    return CheckpointCheck("draft: MTP layers", () if count else (problem,), f"{count} tensors in {prefix[:-1]}")
+
+
+def refuse(draft: Path | None, checks: Sequence[CheckpointCheck], version: str) -> None:
     """Refuse a draft that some rule speaks against.
 
     Raises:
@@ -62,8 +73,9 @@ def refuse(draft: Path, checks: Sequence[CheckpointCheck], version: str) -> None
     wrong = [problem for check in checks for problem in check.problems]
     if wrong:
         raise CompatibilityError(
-            f"speculative.draft: TensorRT-LLM {version} would not take the draft {draft}:\n" + "\n".join(wrong),
-            "use a draft that was made for this model",
+            f"speculative: TensorRT-LLM {version} would not draft with {draft or 'the checkpoint'}:\n"
+            + "\n".join(wrong),
+            "use a draft that was made for this model, or another speculative.method",
         )
 
 
