@@ -203,19 +203,13 @@ def _mtp(settings: Settings, facts: ModelFacts, schema: Schema) -> Iterable[Prob
 
 def speculation_warnings(settings: Settings, facts: ModelFacts, release: Release, schema: Schema) -> list[str]:
     """What is allowed and may still surprise."""
-    recipe, warnings = settings.recipe, []
+    recipe = settings.recipe
     method = recipe.speculative.method
-    if method == "none":
-        if any("model" in key for key in recipe.runtime.extra.get(SECTION) or {}):
-            warnings.append(f"{_EXTRA} names a draft model on the serving host: the package has none")
-        return warnings
-    known, one = members(schema, method), recipe.speculative.eagle3_one_model is not False
-    if not known:
-        return warnings
-    if "allow_advanced_sampling" not in known and (method == "mtp" or (method == "eagle3" and one)):
-        warnings.append(f"TensorRT-LLM {release.version} verifies these drafts greedily: the server refuses to sample")
-    elif recipe.speculative.allow_advanced_sampling is False:
-        warnings.append("allow_advanced_sampling: false: the server refuses to sample")
+    if method == "none" and any("model" in key for key in recipe.runtime.extra.get(SECTION) or {}):
+        return [f"{_EXTRA} names a draft model on the serving host: the package has none"]
+    if not members(schema, method):
+        return []
+    warnings = _sampling(settings, release, schema)
     if method == "ngram":
         warnings.append("TensorRT-LLM switches its overlap scheduler off for ngram: see that drafts gain more")
     if recipe.model.adapters:
@@ -234,3 +228,14 @@ def speculation_warnings(settings: Settings, facts: ModelFacts, release: Release
     if draft is not None and draft.vocab_size != facts.vocab_size:
         warnings.append(f"the draft's vocabulary has {draft.vocab_size} entries, the model's {facts.vocab_size}")
     return warnings
+
+
+def _sampling(settings: Settings, release: Release, schema: Schema) -> list[str]:
+    """Whether requests can be sampled where one engine has model and draft."""
+    section = settings.recipe.speculative
+    one = section.method == "mtp" or (section.method == "eagle3" and section.eagle3_one_model is not False)
+    if one and "allow_advanced_sampling" not in members(schema, section.method):
+        return [f"TensorRT-LLM {release.version} verifies these drafts greedily: the server refuses to sample"]
+    if one and section.allow_advanced_sampling is False:
+        return ["allow_advanced_sampling: false: the server refuses to sample"]
+    return []

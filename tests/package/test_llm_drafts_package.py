@@ -137,3 +137,14 @@ def test_layers_that_predict_further_tokens(tmp_path: Path) -> None:
     (found,) = trtllm_draft.check(None, model, asked, "1.2.1", Layout())
     assert (found.problems, found.detail) == ((), "9 tensors in model.layers.2")
     assert trtllm_draft.check(None, model, asked | {"method": "ngram"}, "1.2.1", Layout()) == []
+
+
+def test_the_draft_is_part_of_the_engine_s_key(plain_recipe: Path, cli: Cli, tmp_path: Path) -> None:
+    changes = ("speculative.method=eagle3", f"speculative.draft={tmp_path}/draft")
+    options = ["--until", "engine", *(item for change in changes for item in ("--set", change))]
+    save_eagle3(tmp_path / "draft")
+    first = cli("build", plain_recipe, *options).stdout
+    assert cli("build", plain_recipe, *options).stdout == first
+    weights = tmp_path / "draft" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert cli("build", plain_recipe, *options).stdout != first
