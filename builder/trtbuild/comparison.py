@@ -11,6 +11,7 @@ from trtbuild.llm_keys import LLM_ARGUMENT, leaves
 from trtbuild.llm_speculation import LLM_FIELDS, argument, members
 from trtbuild.llm_validate import validate
 from trtbuild.model import ModelFacts
+from trtbuild.model_classes import class_list, refused_class
 from trtbuild.plan import Cell, Comparison, Row
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Flow, Release, newest_of_all
@@ -93,11 +94,11 @@ def _refusable(reason: str | None) -> Cell:
 
 
 def _model(architecture: str, column: _Column) -> Cell:
-    reason = refused_architecture(column.flow, architecture)
-    if reason is not None:
-        return Cell("not available", reason)
-    older = column.flow == "llm-api" and column.release.version != newest_of_all().version
-    return Cell("available", "by the newest release's list" if older else "")
+    if column.flow == "engine":
+        return _refusable(refused_architecture(architecture))
+    reason = refused_class(column.release, architecture)
+    note = class_list(column.release).note(column.release.version)
+    return Cell("available", note) if reason is None else Cell("not available", reason)
 
 
 def _format(settings: Settings, column: _Column) -> Cell:

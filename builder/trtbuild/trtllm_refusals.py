@@ -17,9 +17,9 @@ from trtbuild.llm_speculation_refusals import (
 )
 from trtbuild.llm_validate import validate
 from trtbuild.model import ModelFacts
+from trtbuild.model_classes import class_list, refused_class, version_with
 from trtbuild.recipe import Recipe
 from trtbuild.setting_values import Settings
-from trtbuild.support import refused_architecture
 from trtbuild.trtllm_common import (
     adapter_refusals,
     block_refusals,
@@ -31,7 +31,7 @@ from trtbuild.trtllm_common import (
 )
 from trtbuild.trtllm_deploy import deploy_refusals, hosts
 from trtbuild.trtllm_parallel import parallel_refusals
-from trtbuild.trtllm_settings import FLOW, planned_release, release_schema, wanted_release, world_size
+from trtbuild.trtllm_settings import planned_release, release_schema, wanted_release, world_size
 
 
 def trtllm_mistakes(settings: Settings) -> list[Problem]:
@@ -87,7 +87,7 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems = [wanted] if isinstance(wanted, Problem) else []
     problems += _elsewhere(settings)
     problems += _fields(settings, schema)
-    problems += _model(facts)
+    problems += _model(release, facts)
     problems += _format(settings, facts)
     problems += block_refusals(settings)
     problems += gpu_refusals(recipe, release.line, world_size(recipe))
@@ -119,6 +119,9 @@ def trtllm_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
         warnings.append(f"TensorRT-LLM {release.version} is in no table of trtbuild; {release.schema_note}")
     elif not release.proven:
         warnings.append(f"the arguments were checked against another version; {release.schema_note}")
+    note = class_list(release).note(release.version)
+    if note:
+        warnings.append(f"the model's class was accepted {note}")
     if recipe.target.gpu is None:
         warnings.append("without target.gpu nothing says whether the GPU runs the format")
     if recipe.compress.sparsity == "2:4":
@@ -181,12 +184,14 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
     return {first: _nested(rest, value) if rest else value}
 
 
-def _model(facts: ModelFacts) -> Iterable[Problem]:
-    reason = refused_architecture(FLOW, facts.architecture)
+def _model(release: Release, facts: ModelFacts) -> Iterable[Problem]:
+    reason = refused_class(release, facts.architecture)
     if reason is not None:
+        other = version_with(facts.architecture)
+        newer = f"runtime.version: {other}, " if other else ""
         engines = compat("architectures")["engine"]["converted"].get(facts.architecture) == facts.model_type
         others = "trtllm-engine or embedded" if engines else "embedded"
-        yield Problem("model.path", reason, f"use runtime.kind: {others}, or another model")
+        yield Problem("model.path", reason, f"use {newer}runtime.kind: {others}, or another model")
 
 
 def _format(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:

@@ -41,6 +41,7 @@ LAYERS = [
         "weight_formats",
         "releases",
         "support",
+        "model_classes",
         "llm_keys",
         "llm_schema",
         "build_flags",
