@@ -29,9 +29,10 @@ from trtbuild.llm_speculation import (
 from trtbuild.llm_speculation_conflicts import conflicts
 from trtbuild.llm_validate import unknown_argument
 from trtbuild.model import ModelFacts
+from trtbuild.model_classes import refused_class
 from trtbuild.releases import Release
 from trtbuild.setting_values import Settings
-from trtbuild.support import refused_architecture, speculative_method
+from trtbuild.support import speculative_method
 from trtbuild.trtllm_common import unread_speculative
 from trtbuild.trtllm_parallel import divides_heads
 
@@ -83,7 +84,7 @@ def speculation_refusals(settings: Settings, facts: ModelFacts, release: Release
         what = "a draft model" if method == "draft_target" else "a draft that was trained for the model"
         yield Problem(_DRAFT, f"is missing, and {method} needs {what}", "name its directory")
     if method == "draft_target":
-        yield from _draft_model(settings, facts)
+        yield from _draft_model(settings, facts, release)
     elif method == "eagle3":
         yield from _eagle3(settings, facts, release)
     elif method == "mtp":
@@ -118,11 +119,11 @@ def _lengths(settings: Settings) -> Iterable[Problem]:
             yield Problem(f"{at}.{batch}", f"{length} is more than max_draft_len {longest}", f"use at most {longest}")
 
 
-def _draft_model(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
+def _draft_model(settings: Settings, facts: ModelFacts, release: Release) -> Iterable[Problem]:
     draft = settings.draft.facts if settings.draft else None
     if draft is None:
         return
-    reason = refused_architecture("llm-api", draft.architecture)
+    reason = refused_class(release, draft.architecture)
     if reason is not None:
         yield Problem(_DRAFT, reason, "use another draft model")
     if draft.remote_code and not settings.recipe.model.trust_remote_code:

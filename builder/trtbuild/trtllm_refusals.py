@@ -19,6 +19,7 @@ from trtbuild.llm_validate import validate
 from trtbuild.model import ModelFacts
 from trtbuild.model_classes import class_list, refused_class, version_with
 from trtbuild.recipe import Recipe
+from trtbuild.releases import Release
 from trtbuild.setting_values import Settings
 from trtbuild.trtllm_common import (
     adapter_refusals,

@@ -289,7 +289,7 @@ def test_a_draft_model_that_does_not_fit(tiny_llama: Path, tmp_path: Path) -> No
     (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
     with pytest.raises(CompatibilityError) as caught:
         planned(tiny_llama, tmp_path, *changes, f"speculative.draft={other}")
-    assert "PhiForCausalLM is not among the classes that TensorRT-LLM lists for its llm-api flow" in str(caught.value)
+    assert "PhiForCausalLM is not among the classes that TensorRT-LLM 1.2.1 lists for its LLM API" in str(caught.value)
     assert "knows 64 positions, and runtime.max_seq_len is 512" in str(caught.value)
 
 
