@@ -86,7 +86,8 @@ def measure(generate: Generate) -> dict[str, Any]:
     found: dict[str, Any] = {"step": {}}
     for batch in BATCHES:
         asked = prompts(batch, PROMPT)
-        seconds(asked, 8)
+        seconds(asked, 1)
+        seconds(asked, NEW)
         steps = [(seconds(asked, NEW) - seconds(asked, 1)) / (NEW - 1) * 1000 for _ in range(RUNS)]
         found["step"][str(batch)] = statistics.median(steps)
     asked = prompts(*PREFILL)

@@ -139,6 +139,7 @@ def test_four_bits(outputs: int, inputs: int, rows: int, group: int) -> None:
     from trtbuild.runtime.fast.kernels.few_rows import Block, few_rows
     from trtbuild.runtime.fast.kernels.int4 import expand
     from trtbuild.runtime.fast.kernels.one_row_int4 import Lines, one_row_int4
+    from trtbuild.runtime.fast.linear import TABLE
     from trtbuild.runtime.fast.packing import pack
 
     numbers = torch.randint(-8, 8, (outputs, inputs), device=DEVICE, dtype=torch.int8)
@@ -152,7 +153,10 @@ def test_four_bits(outputs: int, inputs: int, rows: int, group: int) -> None:
     x, bias, pre = normal(rows, inputs), normal(outputs), normal(outputs // 2)
     y = x.double() @ exact.T
     gated = activated(y) * pre.double()
-    for block in (Block(64, 0, 3, 4, 3), Block(128, 0, 1, 8, 2, rows=128, groups=2), Block(64, 0, 2, 4, 3, groups=4)):
+    narrow = Block(64, 0, 2, 4, 3, rows=16, groups=4)
+    shares = [one for line in TABLE["int4"] if rows <= line.rows for one in (line.plain, line.gated)]
+    used = [one for one in shares if isinstance(one, Block)]
+    for block in (Block(64, 0, 3, 4, 3, rows=64), Block(128, 0, 1, 8, 2, rows=128, groups=2), narrow, *used):
         poison()
         assert error(few_rows(x, packed, block, scales=scales, bias=bias), y + bias.double()) < BF16_ERROR
         poison()

@@ -30,6 +30,7 @@ class Device:
 
     def launch(self, chunks: list[Any]) -> StepLogits:
         for chunk in chunks:
+            assert chunk.end <= chunk.sequence.final_length
             if not chunk.is_known:
                 sequence = chunk.sequence
                 assert (chunk.start, sequence.token_ids[chunk.start]) == (len(sequence.token_ids) - 1, 0)

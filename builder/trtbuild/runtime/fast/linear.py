@@ -37,7 +37,7 @@ TABLE: dict[str, tuple[Line, ...]] = {
     ),
     "fp8": (
         Line(1, Tiling(4, 1024, 4, 3), Tiling(4, 1024, 4, 3)),
-        Line(16, Block(64, 256, 2, 4, 4), Block(64, 256, 1, 4, 4)),
+        Line(16, None, Block(64, 256, 1, 4, 4)),
         Line(64, None, Block(64, 128, 1, 4, 6)),
     ),
     "int4": (

@@ -15,7 +15,7 @@ from trtbuild.runtime.fast.kernels.numbers import next_power_of_2, to_codes
 from trtbuild.runtime.fast.kernels.rotary import head_norm
 from trtbuild.runtime.fast.shapes import Heads, Pool, Rotation
 
-_TILE = 128  # positions that a program looks at together
+_TILE = 64  # positions that a program looks at together
 _MOST_SPLITS = 16
 _SMALLEST_DOT = 16
 

@@ -74,7 +74,8 @@ def _part(
     return total
 
 
-@triton.jit
+# A step may have any number of rows: no kernel is compiled for a number of its own.
+@triton.jit(do_not_specialize=["M"])
 def _few_rows(
     x, weight, scales, out, partial, counters, factor_at, bias, pre, out_scale, M, N, K, share,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,

@@ -11,7 +11,7 @@ from trtbuild.runtime.fast.shapes import Heads, Pool
 
 TILE_ROWS = 128  # tokens of one sequence that a program takes together
 _TILE_PLACES = 64
-_WARPS, _STAGES = 4, 3
+_WARPS, _STAGES = 8, 3
 
 
 @triton.jit
