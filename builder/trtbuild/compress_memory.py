@@ -14,6 +14,7 @@ from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, needs_text
 _IMPORTED = 700_000_000  # Python with torch, transformers and ModelOpt, and a tokenizer
 _COPYING = 450_000_000  # with torch alone
 _FLOAT = 4
+_SOURCE = 2
 _PLAIN_SCRATCH = 12  # a matrix that is pruned, and its mask
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _KEPT_UNASKED = 2 << 30
@@ -65,14 +66,23 @@ class Demand:
         running = _FLOAT * self.length * (8 * self.hidden_size + 4 * widest)
         return _IMPORTED + weights + hessians + running
 
+    @property
+    def ahead_bytes(self) -> int:
+        """The next layer, in the source's own type."""
+        return _SOURCE * self.layer.parameters if self.compressed else 0
+
     def kept_bytes(self, limit: int | None) -> int:
         """The hidden states that stay in memory under a limit on everything: all or none."""
         room = _KEPT_UNASKED if limit is None else limit - self.smallest
         return self.state_bytes if self.state_bytes <= room else 0
 
+    def reads_ahead(self, limit: int | None) -> bool:
+        """Whether there is room to read the next layer while one is computed; kept states come first."""
+        return limit is None or self.smallest + self.kept_bytes(limit) + self.ahead_bytes <= limit
+
     def peak(self, limit: int | None) -> int:
         """The peak to expect."""
-        return self.smallest + self.kept_bytes(limit)
+        return self.smallest + self.kept_bytes(limit) + (self.ahead_bytes if self.reads_ahead(limit) else 0)
 
 
 def parse_bytes(text: str) -> int | None:

@@ -80,9 +80,9 @@ def test_memory_does_not_grow_with_depth(
     seen: list[int] = []
     frame = skeleton.Skeleton.frame
 
-    def watched(self: Any, index: int) -> Any:
+    def watched(self: Any, index: int, values: Any) -> Any:
         seen.append(resident())
-        return frame(self, index)
+        return frame(self, index, values)
 
     monkeypatch.setattr(skeleton.Skeleton, "frame", watched)
     run(make_request(source, tmp_path / "out", **changes), silent)

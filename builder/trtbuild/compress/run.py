@@ -123,7 +123,7 @@ def _change_by_layer(
 ) -> tuple[Selection, list[str]]:
     from trtbuild.compress.identity import resume_key
     from trtbuild.compress.skeleton import open_skeleton
-    from trtbuild.compress.stream import Stream
+    from trtbuild.compress.stream import Stream, batch_size
 
     device = pick_device(request.device)
     demand = _demand(request, facts, ids)
@@ -136,8 +136,10 @@ def _change_by_layer(
         skeleton = open_skeleton(request, source, device)
         selection = select(skeleton.model, source, request)
         work = request.work or request.output.with_name(f"{request.output.name}.unfinished")
-        stream = Stream(request, skeleton, selection, ids, work, resume_key(request, source, ids, device), meter)
+        key = resume_key(request, source, ids, device, batch_size(device, len(ids[0])) if ids else 1)
+        stream = Stream(request, skeleton, selection, ids, work, key, meter)
         stream.keep_states = demand.kept_bytes(request.max_memory) > 0
+        stream.ahead = device.type != "cpu" or demand.reads_ahead(request.max_memory)
         stream.prepare()
     with clock.phase("layers"):
         stream.run()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ SHARD_BYTES = 5_000_000_000
 _ALIGNMENT = 64
 _ENTRY_BYTES = 140  # of a header's entry beside the name: type, up to four sides, two offsets, punctuation
 _PREAMBLE_BYTES = 64
+_COPIED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +104,16 @@ class ShardWriter:
         """Write whole tensors, the widest types first: every one then begins at a multiple of its type's size."""
         for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
             tensor = tensors[name].detach().contiguous()
-            self.append(name, tensor.dtype, tensor.shape, [tensor.reshape(-1)])
+            self.append(name, tensor.dtype, tensor.shape, on_host(tensor.reshape(-1)))
 
-    def sync(self) -> None:
-        """Bring what was written to the disk."""
-        if self._file is not None:
-            os.fdatasync(self._file)
+    def sync(self, shards: Iterable[int]) -> None:
+        """Bring what was written to these files to the disk; another thread may go on writing to them."""
+        for shard in sorted(set(shards)):
+            descriptor = os.open(self._path(shard), os.O_RDONLY)
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def seal(self) -> list[tuple[Path, int]]:
         """Write the headers; return the files in order, each with its number of data bytes."""
@@ -146,7 +151,6 @@ class ShardWriter:
 
     def _close(self) -> None:
         if self._file is not None:
-            os.fdatasync(self._file)
             os.close(self._file)
             self._file = None
 
@@ -175,6 +179,18 @@ def place_files(output: Path, files: Sequence[tuple[Path, int]], written: Sequen
         weight_map = {item.name: names[item.shard] for item in written}
         size = sum(size for _, size in files)
         write_json(output / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def on_host(flat: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The elements of a flat tensor in the host's memory; those of a GPU block by block, through one buffer."""
+    if not flat.is_cuda:
+        yield flat
+        return
+    step = _COPIED_BYTES // flat.element_size()
+    buffer = torch.empty(min(step, flat.numel()), dtype=flat.dtype, pin_memory=True)
+    for begin in range(0, flat.numel(), step):
+        part = flat[begin : begin + step]
+        yield buffer[: part.numel()].copy_(part)
 
 
 def raw_bytes(block: torch.Tensor) -> memoryview:

@@ -1,8 +1,9 @@
 """Compress one decoder layer at a time: memory does not grow with depth, and a killed run goes on where it was.
 
 A layer is read, the calibration states run through it, ModelOpt prunes and quantizes it as a model with this layer
-alone, its tensors are appended to the output's files, and it is freed. Every part (first what lies outside the layers,
-then each layer) ends with a line in the journal; a run that finds a journal of the same key begins behind it.
+alone, its tensors are appended to the output's files, and it is freed. While one is computed, threads read the next and
+write the one before. Every part (first what lies outside the layers, then each layer) ends with a line in the journal
+once its bytes are on the disk; a run that finds a journal of the same key begins behind it.
 
 What a layer gets is what it gets in the whole model: ModelOpt calibrates on the activations of the model that is not
 yet quantized, and each layer's numbers depend on its own inputs and weights alone.
@@ -11,8 +12,9 @@ yet quantized, and each layer's numbers depend on its own inputs and weights alo
 from __future__ import annotations
 
 import gc
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,17 +26,22 @@ from trtbuild.compress.blocks import rounded_type
 from trtbuild.compress.journal import Journal
 from trtbuild.compress.metadata import write_metadata
 from trtbuild.compress.passes import LayerLoop
+from trtbuild.compress.reading import LayerReader, workers
 from trtbuild.compress.request import Meter, Request
 from trtbuild.compress.selection import Selection
 from trtbuild.compress.shards import ShardWriter, Written, place_files, reserved_bytes
 from trtbuild.compress.skeleton import Call, NotStreamableError, Skeleton
 from trtbuild.compress.states import States
+from trtbuild.compress.storing import Part, Storing, of_tensors
 from trtbuild.compress.whole import SPARSEGPT_PASSES
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
 from trtbuild.weight_formats import needs_text
 
 # Names of a quantized layer's tensors beside its weight and bias are at most this long; there are at most five.
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale")
+_READERS = min(os.cpu_count() or 1, 8)
+_ON_DEVICE_BYTES = 4 << 30  # hidden states before and behind a layer
+_BATCH_TOKENS = 8192
 _ORIGINAL, _PRUNED, _CACHED = "original", "pruned", "cached"
 
 
@@ -60,12 +67,13 @@ class Stream:
     key: str
     meter: Meter
     keep_states: bool = True  # hold the hidden states in memory too
+    ahead: bool = True  # read the next layer while one is computed
     idle: list[str] = field(default_factory=list)
     resumed: int = 0  # decoder layers that an earlier run had finished
-    _calls: tuple[Call, ...] = ()
+    _calls: Mapping[int, Sequence[Call]] = field(default_factory=dict)
     _shape: tuple[int, ...] = ()
     _journal: Journal | None = None
-    _known: dict[Path, States] = field(default_factory=dict)
+    _known: dict[str, States] = field(default_factory=dict)
 
     def prepare(self) -> None:
         """Find out what the layers are called with, and store the states before the first.
@@ -76,7 +84,7 @@ class Stream:
         self.skeleton.refuse_outer(self.selection)
         self.work.mkdir(parents=True, exist_ok=True)
         self._journal = self._open_journal()
-        first = not self._journal.parts
+        first = self._recomputed or not self._journal.parts
         samples = self.samples if first else self.samples[:1]
 
         def take(index: int, hidden: torch.Tensor) -> None:
@@ -85,12 +93,13 @@ class Stream:
                 for stream in self._streams():
                     self._states(stream, 0).put(index, hidden)
 
+        count, batch = len(self.samples), self._batch
+        sizes = sorted({min(batch, count), count % batch} - {0})
         try:
-            probed = self.skeleton.probe(samples, take)
+            self._calls = self.skeleton.probe(samples, take, sizes)
         except NotStreamableError:
             shutil.rmtree(self.work)
             raise
-        self._calls = probed.calls if probed is not None else ()
 
     def run(self) -> None:
         """Compress every layer that is not finished, and put the checkpoint in place.
@@ -105,19 +114,39 @@ class Stream:
         with self._kept_if_useful():
             written = [Written.of_json(item) for part in journal.parts for item in part["tensors"]]
             with ShardWriter(self.work, self._room(), written=written) as writer:
-                if not journal.parts:
-                    self._outer(journal, writer)
-                self.resumed = len(journal.parts) - 1
-                for index in range(self.skeleton.depth):
-                    if index < self.resumed:
-                        self.skeleton.skip(index)
-                    else:
-                        self._layer(index, journal, writer)
-                        gc.collect()  # ModelOpt's modules refer to themselves
+                self.resumed = max(len(journal.parts) - 1, 0)
+                with Storing(journal, writer) as storing, workers(_READERS, "read") as pool:
+                    if not journal.parts:
+                        self._outer(storing)
+                    self._layers(LayerReader(self.skeleton, pool, ahead=self.ahead), storing)
                 files = writer.seal()
             place_files(self.request.output, files, writer.written)
             self.idle += [name for part in journal.parts for name in part.get("idle", [])]
             self._configure(journal)
+
+    def _layers(self, reader: LayerReader, storing: Storing) -> None:
+        again = self._recomputed and self.resumed < self.skeleton.depth
+        reader.expect(0 if again else self.resumed)
+        _import_libraries(self.request)
+        with _quick_collection():
+            for index in range(self.skeleton.depth):
+                if index >= self.resumed:
+                    self._layer(index, reader, storing)
+                    gc.collect()  # ModelOpt's modules refer to themselves
+                elif again:
+                    self._pass_through(index, reader)
+                else:
+                    self.skeleton.skip(index)
+
+    @property
+    def _recomputed(self) -> bool:
+        """Whether states stay on the device, so that a resumed run puts the samples through finished layers again."""
+        return self.skeleton.device.type == "cuda" and self._streams() == (_PRUNED,) and not self.request.sparse
+
+    @property
+    def _batch(self) -> int:
+        """How many samples run at once; a part of the key, since sums are split by it."""
+        return batch_size(self.skeleton.device, len(self.samples[0])) if self.samples else 1
 
     def _open_journal(self) -> Journal:
         """The journal, empty unless all that it counts on is there."""
@@ -136,7 +165,7 @@ class Stream:
             ends |= {item[0]: item[5] for item in part["tensors"]}
         files = [(self.work / f"shard-{shard:05d}", end) for shard, end in ends.items()]
         states = [self._states_path(stream, len(journal.parts) - 1) for stream in self._streams()]
-        if len(journal.parts) > self.skeleton.depth:
+        if self._recomputed or len(journal.parts) > self.skeleton.depth:
             states = []
         return all(path.is_file() and path.stat().st_size >= end for path, end in files) and all(
             path.is_file() for path in states
@@ -170,26 +199,34 @@ class Stream:
     def _states(self, stream: str, index: int) -> States:
         """The states before decoder layer `index`."""
         path = self._states_path(stream, index)
-        if path not in self._known:
-            kind = torch.float32 if self.skeleton.device.type == "cpu" else torch.bfloat16
-            self._known[path] = States(path, self._shape, kind, self.keep_states)
-        return self._known[path]
+        if path.name not in self._known:
+            device = self.skeleton.device
+            kind = torch.float32 if device.type == "cpu" else torch.bfloat16
+            if self._recomputed:
+                size = 2 * len(self.samples) * torch.Size(self._shape).numel() * kind.itemsize
+                place = device if size <= _ON_DEVICE_BYTES else torch.device("cpu")
+                self._known[path.name] = States(None, self._shape, kind, keep=True, device=place)
+            else:
+                self._known[path.name] = States(path, self._shape, kind, self.keep_states)
+        return self._known[path.name]
 
     def _states_path(self, stream: str, index: int) -> Path:
         return self.work / f"states-{stream}-{index}"
 
-    def _outer(self, journal: Journal, writer: ShardWriter) -> None:
+    def _outer(self, storing: Storing) -> None:
         self.meter.advance(0, "write the checkpoint: embeddings")
         parts = {part.info.name: part.info for part in self.skeleton.outer_parts().values()}
-        for name in sorted(parts, key=lambda name: (-rounded_type(parts[name]).itemsize, name)):
-            info = parts[name]
-            writer.append(name, rounded_type(info), info.shape, self.skeleton.blocks.rounded(info))
-        self._finish(journal, writer, 0, {})
 
-    def _layer(self, index: int, journal: Journal, writer: ShardWriter) -> None:
-        done = len(writer.written)
+        def write(writer: ShardWriter) -> None:
+            for name in sorted(parts, key=lambda name: (-rounded_type(parts[name]).itemsize, name)):
+                info = parts[name]
+                writer.append(name, rounded_type(info), info.shape, self.skeleton.blocks.rounded(info))
+
+        storing.take(Part(write, behind=[self._states(stream, 0) for stream in self._streams()]))
+
+    def _layer(self, index: int, reader: LayerReader, storing: Storing) -> None:
         name = self.skeleton.name_of(index)
-        frame, layer = self.skeleton.frame(index)
+        frame, layer = self.skeleton.frame(index, reader.take(index))
         selection = self.selection.within(self.skeleton.prefix, index)
         idle: list[str] = []
         if self.request.sparse:
@@ -207,12 +244,31 @@ class Stream:
         else:
             self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
             tensors = self._plain(name, layer)
-        writer.append_all(tensors)
-        self._finish(journal, writer, done, found | {"idle": idle})
-        for stream in self._streams():
-            self._states(stream, index).discard()
-            del self._known[self._states_path(stream, index)]
-        self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done")
+        storing.take(
+            Part(
+                of_tensors(tensors),
+                found | {"idle": idle},
+                behind=[self._states(stream, index + 1) for stream in self._streams()] if not self._last(index) else [],
+                spent=self._spend(index),
+                told=lambda: self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done"),
+            )
+        )
+
+    def _pass_through(self, index: int, reader: LayerReader) -> None:
+        """Compute the states behind a layer that an earlier run had finished."""
+        _, layer = self.skeleton.frame(index, reader.take(index))
+        self._loop(index, layer, self._streams(), [("compute again", 0)]).finish()
+        self._spend(index)
+
+    def _spend(self, index: int) -> list[States]:
+        """The states before a layer, which nothing in this run needs any more."""
+        spent = [self._known.pop(self._states_path(stream, index).name) for stream in self._streams()]
+        for states in spent:
+            states.release()
+        return spent
+
+    def _last(self, index: int) -> bool:
+        return index + 1 == self.skeleton.depth
 
     def _sparsify(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
         from trtbuild.compress import sparsify
@@ -237,15 +293,16 @@ class Stream:
     def _loop(
         self, index: int, layer: nn.Module, streams: Sequence[str], passes: Sequence[tuple[str, int]]
     ) -> LayerLoop:
-        last = index + 1 == self.skeleton.depth
+        last = self._last(index)
         return LayerLoop(
             layer=layer,
             name=self.skeleton.name_of(index),
-            call=self._calls[index],
+            calls={size: calls[index] for size, calls in self._calls.items()},
             states=[
                 (self._states(stream, index), None if last else self._states(stream, index + 1)) for stream in streams
             ],
             count=len(self.samples),
+            batch=self._batch,
             device=self.skeleton.device,
             passes=passes,
             meter=self.meter,
@@ -264,14 +321,6 @@ class Stream:
                 )
             tensors[info.name] = value.to(rounded_type(info))
         return tensors
-
-    def _finish(self, journal: Journal, writer: ShardWriter, done: int, found: dict[str, object]) -> None:
-        writer.sync()
-        index = len(journal.parts)
-        if index < self.skeleton.depth:
-            for stream in self._streams():
-                self._states(stream, index).sync()
-        journal.finish(found | {"tensors": [item.to_json() for item in writer.written[done:]]})
 
     def _configure(self, journal: Journal) -> None:
         if not self.request.quantized:
@@ -295,3 +344,30 @@ class Stream:
             if self.skeleton.blocks.unchanged():
                 shutil.rmtree(self.work)
             raise
+
+
+def batch_size(device: torch.device, length: int) -> int:
+    """How many calibration samples run at once: on a GPU enough to keep it busy, on a CPU one."""
+    return max(_BATCH_TOKENS // length, 1) if device.type == "cuda" else 1
+
+
+def _import_libraries(request: Request) -> None:
+    """Import ModelOpt, which takes seconds, while the first tensors are read and written."""
+    if request.quantized:
+        import trtbuild.compress.export
+        import trtbuild.compress.quantize
+    if request.sparse:
+        import trtbuild.compress.sparsify  # noqa: F401
+    if request.quantized or request.sparse:
+        import modelopt.torch.export  # noqa: F401
+
+
+@contextmanager
+def _quick_collection() -> Iterator[None]:
+    """While open, the collector leaves alone what was there before: libraries, which take a tenth of a second."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
