@@ -20,6 +20,7 @@ from trtbuild.compress.metadata import read_json, write_json, write_metadata
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.errors import ToolError
+from trtbuild.toolchain import version_of
 from trtbuild.weight_formats import is_searched
 
 _SHARD_BYTES = 5_000_000_000
@@ -114,6 +115,20 @@ def write_config(
     revert_quant_config_names(section, build_reverse_name_mapper(model))
     nested = {"producer": {"name": "modelopt", "version": modelopt.__version__}, "quantization": section}
     _complete_metadata(nested, convert_hf_quant_config_format(nested), selection, request)
+
+
+def write_uniform_config(section: Mapping[str, object], selection: Selection, request: Request) -> None:
+    """Write the configs of a checkpoint whose quantized layers are all alike, without ModelOpt.
+
+    Args:
+        section: Format and group size as ModelOpt names them.
+        selection: Of the whole model.
+        request: Where to write.
+    """
+    producer = {"name": "modelopt", "version": version_of("nvidia-modelopt")}
+    whole = {"quant_algo": section["quant_algo"], "kv_cache_quant_algo": None, **section, "exclude_modules": []}
+    flat = {"ignore": [], "quant_algo": section["quant_algo"], "producer": producer, "quant_method": "modelopt"}
+    _complete_metadata({"producer": producer, "quantization": whole}, flat, selection, request)
 
 
 def _type_of(model: nn.Module) -> torch.dtype:

@@ -243,7 +243,21 @@ def _result(request: Request, checked: Checked, samples: Any, clock: _Clock, not
         "tensors": checked.tensors,
         "bytes": checked.bytes,
         "seconds": clock.seconds,
+        "device": _device(),
         "notes": notes,
+    }
+
+
+def _device() -> dict[str, Any] | None:
+    """The GPU that layers ran on, and the most of its memory that tensors took and that was reserved for them."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return None
+    return {
+        "name": torch.cuda.get_device_name(),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
     }
 
 

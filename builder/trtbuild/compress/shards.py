@@ -56,6 +56,22 @@ def reserved_bytes(names: Iterable[str]) -> int:
     return math.ceil((LENGTH_BYTES + room) / _ALIGNMENT) * _ALIGNMENT - LENGTH_BYTES
 
 
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Room for a tensor in a file, that threads fill piece by piece."""
+
+    path: Path
+    offset: int
+
+    def write(self, piece: torch.Tensor, first: int) -> None:
+        """Write a flat piece whose first element is number `first` of the tensor."""
+        descriptor = os.open(self.path, os.O_WRONLY)
+        try:
+            _write(descriptor, piece, self.offset + first * piece.element_size())
+        finally:
+            os.close(descriptor)
+
+
 @dataclass(slots=True)
 class ShardWriter:
     """Appends tensors to numbered files of a directory; a file is complete after `seal`.
@@ -99,6 +115,14 @@ class ShardWriter:
         if end - begin != size:
             raise ValueError(f"{name}: {end - begin} bytes were written, {size} announced")
         self.written.append(Written(shard, name, STORED_TYPES[kind], tuple(shape), begin, end))
+
+    def reserve(self, name: str, kind: torch.dtype, shape: Sequence[int]) -> Slot:
+        """Make room for one tensor that others will write; it must be whole before the next `sync`."""
+        size = math.prod(shape) * kind.itemsize
+        shard, begin = self._place(size, kind.itemsize)
+        self._open(shard, begin)
+        self.written.append(Written(shard, name, STORED_TYPES[kind], tuple(shape), begin, begin + size))
+        return Slot(self._path(shard), LENGTH_BYTES + self.room + begin)
 
     def append_all(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write whole tensors, the widest types first: every one then begins at a multiple of its type's size."""

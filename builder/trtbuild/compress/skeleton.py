@@ -95,6 +95,7 @@ class Skeleton:
     ) -> None:
         self.model, self.prefix, self.parts, self.blocks, self.device = model, prefix, parts, blocks, device
         self._layers: list[nn.Module | None] = list(model.get_submodule(prefix).children())
+        self._slots = model.state_dict(keep_vars=True)
         self._dummy: Probed | None = None
 
     @property
@@ -105,6 +106,10 @@ class Skeleton:
     def name_of(self, index: int) -> str:
         """The name of a decoder layer in the model."""
         return f"{self.prefix}.{index}"
+
+    def slot(self, place: str) -> torch.Tensor:
+        """The tensor of the model, without storage, that a part of the files belongs to."""
+        return self._slots[place]
 
     def outer_parts(self) -> dict[str, Part]:
         """What the files hold of the model outside its decoder layers: embeddings, the last norm, the output layer."""
@@ -163,7 +168,8 @@ class Skeleton:
         layer, self._layers[index] = self._layers[index], None
         if layer is None or self._dummy is None:
             raise RuntimeError(f"layer {index} was taken before, or the model was not probed")
-        frame = copy.deepcopy(self.model)
+        # Copies, so that the collector, which leaves alone what is older than the work, frees what ModelOpt ties up.
+        frame, layer = copy.deepcopy(self.model), copy.deepcopy(layer)
         frame.get_submodule(self.prefix).add_module(str(index), layer)
         with torch.no_grad():
             for name, slot in layer.state_dict(keep_vars=True).items():

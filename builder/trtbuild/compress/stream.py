@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ import torch
 from torch import nn
 
 from trtbuild.compress.blocks import rounded_type
+from trtbuild.compress.codings import SECTIONS
+from trtbuild.compress.direct import Direct, is_direct
 from trtbuild.compress.journal import Journal
 from trtbuild.compress.metadata import write_metadata
 from trtbuild.compress.passes import LayerLoop
@@ -39,7 +41,7 @@ from trtbuild.weight_formats import needs_text
 
 # Names of a quantized layer's tensors beside its weight and bias are at most this long; there are at most five.
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale")
-_READERS = min(os.cpu_count() or 1, 8)
+_WORKERS = min(os.cpu_count() or 1, 8)
 _ON_DEVICE_BYTES = 4 << 30  # hidden states before and behind a layer
 _BATCH_TOKENS = 8192
 _ORIGINAL, _PRUNED, _CACHED = "original", "pruned", "cached"
@@ -84,6 +86,8 @@ class Stream:
         self.skeleton.refuse_outer(self.selection)
         self.work.mkdir(parents=True, exist_ok=True)
         self._journal = self._open_journal()
+        if self._direct:
+            return
         first = self._recomputed or not self._journal.parts
         samples = self.samples if first else self.samples[:1]
 
@@ -115,14 +119,35 @@ class Stream:
             written = [Written.of_json(item) for part in journal.parts for item in part["tensors"]]
             with ShardWriter(self.work, self._room(), written=written) as writer:
                 self.resumed = max(len(journal.parts) - 1, 0)
-                with Storing(journal, writer) as storing, workers(_READERS, "read") as pool:
-                    if not journal.parts:
-                        self._outer(storing)
-                    self._layers(LayerReader(self.skeleton, pool, ahead=self.ahead), storing)
+                with workers(_WORKERS, "work") as pool, Storing(journal, writer) as storing:
+                    if self._direct:
+                        direct = Direct(self.skeleton, self.selection, self.request, pool)
+                        self._straight(direct, journal, storing)
+                    else:
+                        if not journal.parts:
+                            self._outer(storing)
+                        self._layers(LayerReader(self.skeleton, pool, ahead=self.ahead), storing)
                 files = writer.seal()
             place_files(self.request.output, files, writer.written)
             self.idle += [name for part in journal.parts for name in part.get("idle", [])]
             self._configure(journal)
+
+    @property
+    def _direct(self) -> bool:
+        return is_direct(self.skeleton, self.selection, self.request)
+
+    def _straight(self, direct: Direct, journal: Journal, storing: Storing) -> None:
+        """All that is not finished, without loading a layer."""
+        if not journal.parts:
+            self.meter.advance(0, "write the checkpoint: embeddings")
+            storing.take(Part(direct.outer()))
+        for index in range(self.resumed, self.skeleton.depth):
+            write, layers = direct.layer(index)
+            self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
+            storing.take(Part(write, {"layers": layers, "kv_cache": None, "idle": []}, told=self._teller(index)))
+
+    def _teller(self, index: int) -> Callable[[], None]:
+        return lambda: self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done")
 
     def _layers(self, reader: LayerReader, storing: Storing) -> None:
         again = self._recomputed and self.resumed < self.skeleton.depth
@@ -250,7 +275,7 @@ class Stream:
                 found | {"idle": idle},
                 behind=[self._states(stream, index + 1) for stream in self._streams()] if not self._last(index) else [],
                 spent=self._spend(index),
-                told=lambda: self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done"),
+                told=self._teller(index),
             )
         )
 
@@ -326,8 +351,11 @@ class Stream:
         if not self.request.quantized:
             write_metadata(self.request, None)
             return
-        from trtbuild.compress.export import write_config
+        from trtbuild.compress.export import write_config, write_uniform_config
 
+        if self._direct and not self.request.exclude:
+            write_uniform_config(SECTIONS[self.request.format], self.selection, self.request)
+            return
         layers = {name: value for part in journal.parts for name, value in part.get("layers", {}).items()}
         kv_cache = next((part["kv_cache"] for part in journal.parts if part.get("kv_cache")), None)
         write_config(self.skeleton.model, layers, kv_cache, self.selection, self.request)
