@@ -1,7 +1,7 @@
-"""The codes and scales of formats that need nothing but the weights, as ModelOpt computes them, for a few rows at a time.
+"""Codes and scales of formats that need nothing but the weights, as ModelOpt computes them, for a few rows at a time.
 
 The order of roundings is ModelOpt's with float32 weights (nvidia-modelopt 0.47.0: modelopt/torch/export/quant_utils.py
-`to_quantized_weight` and `get_scaling_factor`, modelopt/torch/quantization/nn/modules/tensor_quantizer.py `export_amax`,
+`to_quantized_weight`, `get_scaling_factor`, modelopt/torch/quantization/nn/modules/tensor_quantizer.py `export_amax`,
 modelopt/torch/quantization/qtensor/mxfp8_tensor.py). The largest magnitude of 16-bit weights is exact in 16 bits, so
 that only one block at a time is ever widened.
 """

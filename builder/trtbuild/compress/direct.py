@@ -20,7 +20,9 @@ from trtbuild.compress.selection import Selection
 from trtbuild.compress.shards import ShardWriter, Slot
 from trtbuild.compress.skeleton import Skeleton
 from trtbuild.errors import ArtifactError
+from trtbuild.runtime.experts import UnfusedExperts
 from trtbuild.safetensors_header import TensorInfo
+from trtbuild.weight_formats import WEIGHT_FORMATS
 
 _BLOCK_ELEMENTS = 1 << 18  # their bf16, float32 and coded forms fit in a core's cache
 _COPIED_ELEMENTS = 1 << 23
@@ -146,6 +148,10 @@ class Direct:
 
 def is_direct(skeleton: Skeleton, selection: Selection, request: Request) -> bool:
     """Whether this compression needs nothing but each weight by itself."""
+    # ModelOpt gives the gate and up projections of an expert common ranges, where the format has ranges.
+    joined = WEIGHT_FORMATS[request.format].weight_range if request.format in CODINGS else False
+    if joined and any(isinstance(module, UnfusedExperts) for module in skeleton.model.modules()):
+        return False
     weights = [skeleton.parts[f"{name}.weight"] for name in selection.compressed]
     return (
         request.format in CODINGS
