@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 
 import torch
 
@@ -15,26 +14,6 @@ from trtbuild.compress.skeleton import Skeleton
 
 _PIECE_BYTES = 32 << 20
 _Wanted = Sequence[tuple[Part, torch.Tensor]]
-
-
-@contextmanager
-def workers(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """A pool whose threads leave PyTorch's own threads alone: each computes by itself.
-
-    PyTorch remembers the number that was set last for threads that start later; the caller's stays as it was.
-    """
-    threads, ready = torch.get_num_threads(), threading.Barrier(count + 1)
-
-    def alone() -> None:
-        torch.set_num_threads(1)
-        ready.wait()
-
-    with ThreadPoolExecutor(count, thread_name_prefix=name) as pool:
-        for _ in range(count):
-            pool.submit(alone)
-        ready.wait()
-        torch.set_num_threads(threads)
-        yield pool
 
 
 class LayerReader:

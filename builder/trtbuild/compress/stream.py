@@ -12,7 +12,6 @@ yet quantized, and each layer's numbers depend on its own inputs and weights alo
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,20 +27,20 @@ from trtbuild.compress.direct import Direct, is_direct
 from trtbuild.compress.journal import Journal
 from trtbuild.compress.metadata import write_metadata
 from trtbuild.compress.passes import LayerLoop
-from trtbuild.compress.reading import LayerReader, workers
+from trtbuild.compress.reading import LayerReader
 from trtbuild.compress.request import Meter, Request
 from trtbuild.compress.selection import Selection
 from trtbuild.compress.shards import ShardWriter, Written, place_files, reserved_bytes
 from trtbuild.compress.skeleton import Call, NotStreamableError, Skeleton
 from trtbuild.compress.states import States
 from trtbuild.compress.storing import Part, Storing, of_tensors
+from trtbuild.compress.threads import workers
 from trtbuild.compress.whole import SPARSEGPT_PASSES
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
 from trtbuild.weight_formats import needs_text
 
 # Names of a quantized layer's tensors beside its weight and bias are at most this long; there are at most five.
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale")
-_WORKERS = min(os.cpu_count() or 1, 8)
 _ON_DEVICE_BYTES = 4 << 30  # hidden states before and behind a layer
 _BATCH_TOKENS = 8192
 _ORIGINAL, _PRUNED, _CACHED = "original", "pruned", "cached"
@@ -119,7 +118,7 @@ class Stream:
             written = [Written.of_json(item) for part in journal.parts for item in part["tensors"]]
             with ShardWriter(self.work, self._room(), written=written) as writer:
                 self.resumed = max(len(journal.parts) - 1, 0)
-                with workers(_WORKERS, "work") as pool, Storing(journal, writer) as storing:
+                with workers() as pool, Storing(journal, writer) as storing:
                     if self._direct:
                         direct = Direct(self.skeleton, self.selection, self.request, pool)
                         self._straight(direct, journal, storing)
