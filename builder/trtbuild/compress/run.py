@@ -123,7 +123,8 @@ def _change_by_layer(
 ) -> tuple[Selection, list[str]]:
     from trtbuild.compress.identity import resume_key
     from trtbuild.compress.skeleton import open_skeleton
-    from trtbuild.compress.stream import Stream, batch_size
+    from trtbuild.compress.states_between import StatesBetween, batch_size
+    from trtbuild.compress.stream import Stream
 
     device = pick_device(request.device)
     demand = _demand(request, facts, ids)
@@ -136,9 +137,10 @@ def _change_by_layer(
         skeleton = open_skeleton(request, source, device)
         selection = select(skeleton.model, source, request)
         work = request.work or request.output.with_name(f"{request.output.name}.unfinished")
-        key = resume_key(request, source, ids, device, batch_size(device, len(ids[0])) if ids else 1)
-        stream = Stream(request, skeleton, selection, ids, work, key, meter)
-        stream.keep_states = demand.kept_bytes(request.max_memory) > 0
+        batch = batch_size(device, len(ids[0])) if ids else 1
+        key = resume_key(request, source, ids, device, batch)
+        states = StatesBetween(request, len(ids), device, work, keep=demand.kept_bytes(request.max_memory) > 0)
+        stream = Stream(request, skeleton, selection, ids, work, key, meter, states, batch)
         stream.ahead = device.type != "cpu" or demand.reads_ahead(request.max_memory)
         stream.prepare()
     with clock.phase("layers"):
@@ -163,6 +165,7 @@ def _demand(request: Request, facts: ModelFacts, ids: Sequence[Sequence[int]]) -
         sparsity_method=request.sparsity_method if request.sparse else None,
         samples=len(ids),
         length=len(ids[0]) if ids else 0,
+        experts=facts.num_experts is not None,
     )
 
 

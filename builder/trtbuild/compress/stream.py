@@ -25,6 +25,7 @@ from trtbuild.compress.blocks import rounded_type
 from trtbuild.compress.codings import SECTIONS
 from trtbuild.compress.direct import Direct, is_direct
 from trtbuild.compress.journal import Journal
+from trtbuild.compress.libraries import import_libraries, quick_collection
 from trtbuild.compress.metadata import write_metadata
 from trtbuild.compress.passes import LayerLoop
 from trtbuild.compress.reading import LayerReader
@@ -32,18 +33,14 @@ from trtbuild.compress.request import Meter, Request
 from trtbuild.compress.selection import Selection
 from trtbuild.compress.shards import ShardWriter, Written, place_files, reserved_bytes
 from trtbuild.compress.skeleton import Call, NotStreamableError, Skeleton
-from trtbuild.compress.states import States
+from trtbuild.compress.states_between import ORIGINAL, StatesBetween
 from trtbuild.compress.storing import Part, Storing, of_tensors
 from trtbuild.compress.threads import workers
 from trtbuild.compress.whole import SPARSEGPT_PASSES
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
-from trtbuild.weight_formats import needs_text
 
 # Names of a quantized layer's tensors beside its weight and bias are at most this long; there are at most five.
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale")
-_ON_DEVICE_BYTES = 4 << 30  # hidden states before and behind a layer
-_BATCH_TOKENS = 8192
-_ORIGINAL, _PRUNED, _CACHED = "original", "pruned", "cached"
 
 
 @dataclass(slots=True)
@@ -58,6 +55,7 @@ class Stream:
         work: Where the unfinished files lie; on the file system of the output.
         key: Of everything that decides the bytes.
         meter: Told after every layer and sample.
+        states: The hidden states of the samples.
     """
 
     request: Request
@@ -67,14 +65,14 @@ class Stream:
     work: Path
     key: str
     meter: Meter
-    keep_states: bool = True  # hold the hidden states in memory too
+    states: StatesBetween
+    batch: int = 1  # samples that run at once
     ahead: bool = True  # read the next layer while one is computed
     idle: list[str] = field(default_factory=list)
     resumed: int = 0  # decoder layers that an earlier run had finished
     _calls: Mapping[int, Sequence[Call]] = field(default_factory=dict)
-    _shape: tuple[int, ...] = ()
     _journal: Journal | None = None
-    _known: dict[str, States] = field(default_factory=dict)
+    _direct: bool = False
 
     def prepare(self) -> None:
         """Find out what the layers are called with, and store the states before the first.
@@ -85,19 +83,20 @@ class Stream:
         self.skeleton.refuse_outer(self.selection)
         self.work.mkdir(parents=True, exist_ok=True)
         self._journal = self._open_journal()
+        self._direct = is_direct(self.skeleton, self.selection, self.request)
         if self._direct:
             return
-        first = self._recomputed or not self._journal.parts
+        first = self.states.recomputed or not self._journal.parts
         samples = self.samples if first else self.samples[:1]
 
         def take(index: int, hidden: torch.Tensor) -> None:
-            self._shape = tuple(hidden.shape)
+            self.states.shape = tuple(hidden.shape)
             if first:
-                for stream in self._streams():
-                    self._states(stream, 0).put(index, hidden)
+                for states in self.states.all_before(0):
+                    states.put(index, hidden)
 
-        count, batch = len(self.samples), self._batch
-        sizes = sorted({min(batch, count), count % batch} - {0})
+        count = len(self.samples)
+        sizes = sorted({min(self.batch, count), count % self.batch} - {0})
         try:
             self._calls = self.skeleton.probe(samples, take, sizes)
         except NotStreamableError:
@@ -131,10 +130,6 @@ class Stream:
             self.idle += [name for part in journal.parts for name in part.get("idle", [])]
             self._configure(journal)
 
-    @property
-    def _direct(self) -> bool:
-        return is_direct(self.skeleton, self.selection, self.request)
-
     def _straight(self, direct: Direct, journal: Journal, storing: Storing) -> None:
         """All that is not finished, without loading a layer."""
         if not journal.parts:
@@ -149,10 +144,10 @@ class Stream:
         return lambda: self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done")
 
     def _layers(self, reader: LayerReader, storing: Storing) -> None:
-        again = self._recomputed and self.resumed < self.skeleton.depth
+        again = self.states.recomputed and self.resumed < self.skeleton.depth
         reader.expect(0 if again else self.resumed)
-        _import_libraries(self.request)
-        with _quick_collection():
+        import_libraries(self.request)
+        with quick_collection():
             for index in range(self.skeleton.depth):
                 if index >= self.resumed:
                     self._layer(index, reader, storing)
@@ -161,16 +156,6 @@ class Stream:
                     self._pass_through(index, reader)
                 else:
                     self.skeleton.skip(index)
-
-    @property
-    def _recomputed(self) -> bool:
-        """Whether states stay on the device, so that a resumed run puts the samples through finished layers again."""
-        return self.skeleton.device.type == "cuda" and self._streams() == (_PRUNED,) and not self.request.sparse
-
-    @property
-    def _batch(self) -> int:
-        """How many samples run at once; a part of the key, since sums are split by it."""
-        return batch_size(self.skeleton.device, len(self.samples[0])) if self.samples else 1
 
     def _open_journal(self) -> Journal:
         """The journal, empty unless all that it counts on is there."""
@@ -188,12 +173,10 @@ class Stream:
         for part in journal.parts:
             ends |= {item[0]: item[5] for item in part["tensors"]}
         files = [(self.work / f"shard-{shard:05d}", end) for shard, end in ends.items()]
-        states = [self._states_path(stream, len(journal.parts) - 1) for stream in self._streams()]
-        if self._recomputed or len(journal.parts) > self.skeleton.depth:
-            states = []
-        return all(path.is_file() and path.stat().st_size >= end for path, end in files) and all(
-            path.is_file() for path in states
-        )
+        begun = len(journal.parts) - 1
+        if begun < self.skeleton.depth and self.states.missing(begun):
+            return False
+        return all(path.is_file() and path.stat().st_size >= end for path, end in files)
 
     def _room(self) -> int:
         names = [part.info.name for part in self.skeleton.parts.values()]
@@ -202,40 +185,6 @@ class Stream:
             f"{self.skeleton.name_of(index)}.self_attn.k_proj.v_scale" for index in range(self.skeleton.depth)
         ] * 2
         return reserved_bytes(names)
-
-    def _streams(self) -> tuple[str, ...]:
-        """The kinds of states that go from layer to layer, each in the order of its use."""
-        original = self.request.sparse and self.request.sparsity_method == "sparsegpt"
-        return (() if not self.samples or not original else (_ORIGINAL,)) + self._quantized_streams()
-
-    def _quantized_streams(self) -> tuple[str, ...]:
-        """The states that calibration runs on: of the pruned model, and of the same with its KV cache rounded.
-
-        ModelOpt's AWQ rounds the KV cache in its second pass, as the first has calibrated it.
-        """
-        from trtbuild.compress.quantize import passes
-
-        if not self.samples or not needs_text(self.request.format, self.request.kv_cache):
-            return ()
-        cached = self.request.kv_cache != "none" and len(passes(self.request)) > 1
-        return (_PRUNED, _CACHED) if cached else (_PRUNED,)
-
-    def _states(self, stream: str, index: int) -> States:
-        """The states before decoder layer `index`."""
-        path = self._states_path(stream, index)
-        if path.name not in self._known:
-            device = self.skeleton.device
-            kind = torch.float32 if device.type == "cpu" else torch.bfloat16
-            if self._recomputed:
-                size = 2 * len(self.samples) * torch.Size(self._shape).numel() * kind.itemsize
-                place = device if size <= _ON_DEVICE_BYTES else torch.device("cpu")
-                self._known[path.name] = States(None, self._shape, kind, keep=True, device=place)
-            else:
-                self._known[path.name] = States(path, self._shape, kind, self.keep_states)
-        return self._known[path.name]
-
-    def _states_path(self, stream: str, index: int) -> Path:
-        return self.work / f"states-{stream}-{index}"
 
     def _outer(self, storing: Storing) -> None:
         self.meter.advance(0, "write the checkpoint: embeddings")
@@ -246,7 +195,7 @@ class Stream:
                 info = parts[name]
                 writer.append(name, rounded_type(info), info.shape, self.skeleton.blocks.rounded(info))
 
-        storing.take(Part(write, behind=[self._states(stream, 0) for stream in self._streams()]))
+        storing.take(Part(write, behind=self.states.all_before(0)))
 
     def _layer(self, index: int, reader: LayerReader, storing: Storing) -> None:
         name = self.skeleton.name_of(index)
@@ -272,8 +221,8 @@ class Stream:
             Part(
                 of_tensors(tensors),
                 found | {"idle": idle},
-                behind=[self._states(stream, index + 1) for stream in self._streams()] if not self._last(index) else [],
-                spent=self._spend(index),
+                behind=[] if self._last(index) else self.states.all_before(index + 1),
+                spent=self.states.spend(index),
                 told=self._teller(index),
             )
         )
@@ -281,15 +230,8 @@ class Stream:
     def _pass_through(self, index: int, reader: LayerReader) -> None:
         """Compute the states behind a layer that an earlier run had finished."""
         _, layer = self.skeleton.frame(index, reader.take(index))
-        self._loop(index, layer, self._streams(), [("compute again", 0)]).finish()
-        self._spend(index)
-
-    def _spend(self, index: int) -> list[States]:
-        """The states before a layer, which nothing in this run needs any more."""
-        spent = [self._known.pop(self._states_path(stream, index).name) for stream in self._streams()]
-        for states in spent:
-            states.release()
-        return spent
+        self._loop(index, layer, self.states.kinds, [("compute again", 0)]).finish()
+        self.states.spend(index)
 
     def _last(self, index: int) -> bool:
         return index + 1 == self.skeleton.depth
@@ -299,7 +241,7 @@ class Stream:
 
         if self.request.sparsity_method != "sparsegpt":
             return sparsify.sparsify(frame, selection, self.request, None)
-        loop = self._loop(index, layer, (_ORIGINAL,), SPARSEGPT_PASSES)
+        loop = self._loop(index, layer, (ORIGINAL,), SPARSEGPT_PASSES)
         idle = sparsify.sparsify(frame, selection, self.request, loop)
         loop.finish()
         return idle
@@ -307,26 +249,25 @@ class Stream:
     def _quantize(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
         from trtbuild.compress.quantize import passes, quantize
 
-        streams = self._quantized_streams()
-        loop = self._loop(index, layer, streams, passes(self.request)) if streams else None
+        kinds = self.states.quantized_kinds
+        loop = self._loop(index, layer, kinds, passes(self.request)) if kinds else None
         idle = quantize(frame, selection, self.request, loop, layers=1)
         if loop is not None:
             loop.finish()
         return idle
 
-    def _loop(
-        self, index: int, layer: nn.Module, streams: Sequence[str], passes: Sequence[tuple[str, int]]
-    ) -> LayerLoop:
+    def _loop(self, index: int, layer: nn.Module, kinds: Sequence[str], passes: Sequence[tuple[str, int]]) -> LayerLoop:
         last = self._last(index)
         return LayerLoop(
             layer=layer,
             name=self.skeleton.name_of(index),
             calls={size: calls[index] for size, calls in self._calls.items()},
             states=[
-                (self._states(stream, index), None if last else self._states(stream, index + 1)) for stream in streams
+                (self.states.before(kind, index), None if last else self.states.before(kind, index + 1))
+                for kind in kinds
             ],
             count=len(self.samples),
-            batch=self._batch,
+            batch=self.batch,
             device=self.skeleton.device,
             passes=passes,
             meter=self.meter,
@@ -371,30 +312,3 @@ class Stream:
             if self.skeleton.blocks.unchanged():
                 shutil.rmtree(self.work)
             raise
-
-
-def batch_size(device: torch.device, length: int) -> int:
-    """How many calibration samples run at once: on a GPU enough to keep it busy, on a CPU one."""
-    return max(_BATCH_TOKENS // length, 1) if device.type == "cuda" else 1
-
-
-def _import_libraries(request: Request) -> None:
-    """Import ModelOpt, which takes seconds, while the first tensors are read and written."""
-    if request.quantized:
-        import trtbuild.compress.export
-        import trtbuild.compress.quantize
-    if request.sparse:
-        import trtbuild.compress.sparsify  # noqa: F401
-    if request.quantized or request.sparse:
-        import modelopt.torch.export  # noqa: F401
-
-
-@contextmanager
-def _quick_collection() -> Iterator[None]:
-    """While open, the collector leaves alone what was there before: libraries, which take a tenth of a second."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
