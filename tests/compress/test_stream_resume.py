@@ -16,6 +16,7 @@ import torch
 from compress_requests import make_request, silent
 from safetensors.torch import load_file
 
+from tiny import save_checkpoint
 from trtbuild.compress import states_between
 from trtbuild.compress.journal import Journal
 from trtbuild.compress.run import run
@@ -180,3 +181,14 @@ def test_samples_in_batches(sources: Any, compress: Any, tmp_path: Path, monkeyp
     for name in theirs:
         close = torch.allclose(ours[name].float(), theirs[name].float(), rtol=1e-4)
         assert close, name
+
+
+def test_a_killed_copy_goes_on(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "source", "mixtral", max_shard_size="90KB")
+    request = make_request(source, tmp_path / "out")
+    run(request | {"output": str(tmp_path / "expected")}, silent)
+    moments: list[str | int | None] = ["copy: file 1 of", "copy: file 3 of", None]
+    result = json.loads(killed(request, moments, tmp_path).strip().splitlines()[-1])
+    assert result["notes"] == ["an earlier run had copied 3 files"]
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")
+    assert not (tmp_path / "out.unfinished").exists()

@@ -17,7 +17,7 @@ from trtbuild.compress.selection import Selection, select
 from trtbuild.compress.source import check_source, pick_device, read_tensors
 from trtbuild.compress.whole import SPARSEGPT_PASSES, compress_whole
 from trtbuild.compress_memory import Demand, show_bytes
-from trtbuild.errors import CompatibilityError, HostError, Problem, RecipeError
+from trtbuild.errors import ArtifactError, CompatibilityError, HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.safetensors_header import TensorInfo
 from trtbuild.weight_formats import WEIGHT_FORMATS
@@ -64,9 +64,8 @@ def _compress(
             raise RecipeError([Problem("compress.exclude", "has no meaning while nothing is compressed", "remove it")])
         meter = Meter(progress, len({info.shard for info in source.values()}))
         with clock.phase("copy"):
-            copy_checkpoint(request, source, meter)
+            notes = _copy(request, source, meter)
         selection = Selection({}, {})
-        notes: list[str] = []
         samples = None
     else:
         samples, selection, notes = _change(request, facts, source, progress, clock)
@@ -75,6 +74,28 @@ def _compress(
         checked = check_export(request, selection, source)
     progress(1, 1, "done")
     return _result(request, checked, samples, clock, notes)
+
+
+def _copy(request: Request, source: Mapping[str, TensorInfo], meter: Meter) -> list[str]:
+    """Copy what is not compressed; a killed run goes on behind its last file."""
+    from trtbuild.compress.identity import resume_key
+
+    work = _work(request)
+    try:
+        resumed = copy_checkpoint(
+            request, source, meter, work=work, key=resume_key(request, source, (), pick_device("cpu"), 1)
+        )
+    except ArtifactError:
+        shutil.rmtree(work)
+        raise
+    if request.work is None:
+        shutil.rmtree(work)
+    return [f"an earlier run had copied {resumed} files"] if resumed else []
+
+
+def _work(request: Request) -> Path:
+    """Where unfinished files lie."""
+    return request.work or request.output.with_name(f"{request.output.name}.unfinished")
 
 
 def _make_readable(output: Path) -> None:
@@ -136,7 +157,7 @@ def _change_by_layer(
         meter.advance(0, "load the model")
         skeleton = open_skeleton(request, source, device)
         selection = select(skeleton.model, source, request)
-        work = request.work or request.output.with_name(f"{request.output.name}.unfinished")
+        work = _work(request)
         batch = batch_size(device, len(ids[0])) if ids else 1
         key = resume_key(request, source, ids, device, batch)
         states = StatesBetween(request, len(ids), device, work, keep=demand.kept_bytes(request.max_memory) > 0)
@@ -227,7 +248,8 @@ def _disk_errors(request: Request, needed: int) -> Iterator[None]:
 
 
 def _disk_full(request: Request, needed: int, state: str) -> HostError:
-    goes_on = "; the next run goes on behind the last finished layer" if request.quantized or request.sparse else ""
+    done = "layer" if request.quantized or request.sparse else "file"
+    goes_on = f"; the next run goes on behind the last finished {done}"
     return HostError(
         f"{request.output}: the compressed checkpoint needs about {needed:,} bytes, {state}",
         f"free space there or move the store{goes_on}",

@@ -193,16 +193,20 @@ def place_files(output: Path, files: Sequence[tuple[Path, int]], written: Sequen
     numbered = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     names = numbered if total > 1 else [WHOLE]
     for (path, _), name in zip(files, names, strict=True):
-        target = output / name
-        target.unlink(missing_ok=True)
-        try:
-            target.hardlink_to(path)
-        except OSError:  # a file system without links
-            path.replace(target)
+        place_file(path, output / name)
     if total > 1:
         weight_map = {item.name: names[item.shard] for item in written}
         size = sum(size for _, size in files)
         write_json(output / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def place_file(path: Path, target: Path) -> None:
+    """Give a finished file a second name in place of what is there; the only one where links are unknown."""
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(path)
+    except OSError:  # a file system without links
+        path.replace(target)
 
 
 def on_host(flat: torch.Tensor) -> Iterator[torch.Tensor]:
