@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -136,12 +137,14 @@ def main() -> None:
         shutil.rmtree(work, ignore_errors=True)
         make_checkpoint(work / "source", depth=depth, **shape)
         (work / "scratch").mkdir()
+        os.sync()  # or the disk is still busy with the source
         answer = compress(work / "source", work / "output", settings)
         usage, phases = answer["usage"], answer["result"]["seconds"]
         sizes = [
             sum(path.stat().st_size for path in (work / name).glob("*.safetensors")) for name in ("source", "output")
         ]
         measured[depth] = usage["seconds"], usage["peak_memory_bytes"]
+        os.sync()
         plain = copies(work / "source", work / "output", work / "scratch")
         row = [f"{depth:6}", *(f"{size / 1e9:9.2f}" for size in sizes), f"{usage['peak_memory_bytes'] / 1e9:7.2f}"]
         row += [f"{usage['seconds']:7.1f}", f"{phases!s:56}", f"{plain:8.2f}"]
