@@ -119,14 +119,13 @@ def run_peer(source: Path, output: Path, options: argparse.Namespace, form: str)
 
 def peer(options: argparse.Namespace) -> dict[str, Any]:
     """Quantize with ModelOpt the model that Transformers loads, in this process."""
-    import resource
-
     import modelopt.torch.quantization as mtq
     import torch
     from modelopt.torch.export import export_hf_checkpoint
     from transformers import AutoModelForCausalLM
 
     from trtbuild.compress.textdata import CalibrationSpec, load_samples
+    from trtbuild.worker import peak_memory_bytes
 
     spec = CalibrationSpec(data=None, column=None, count=options.samples, length=options.length, seed=0)
     samples = load_samples(spec, options.source).input_ids
@@ -151,7 +150,7 @@ def peer(options: argparse.Namespace) -> dict[str, Any]:
         "phases": dict(zip(("load", "quantize", "export"), steps, strict=True)),
         "gpu": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "gpu_reserved": torch.cuda.max_memory_reserved() if on_gpu else 0,
-        "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "host": peak_memory_bytes(),
         "notes": [],
     }
 
