@@ -267,6 +267,7 @@ def _demand(settings: Settings, facts: ModelFacts) -> Demand:
         sparsity_method=settings["compress.sparsity_method"] if sparse else None,
         samples=settings["compress.calibration.count"],
         length=settings["compress.calibration.length"],
+        experts=facts.num_experts is not None,
     )
 
 

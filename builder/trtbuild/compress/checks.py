@@ -20,6 +20,7 @@ from trtbuild.compress.metadata import read_json
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import FUSED_BY_ENGINES, Selection
 from trtbuild.compress.source import read_tensors
+from trtbuild.compress.threads import workers
 from trtbuild.errors import ToolError
 from trtbuild.safetensors_header import TensorInfo
 from trtbuild.weight_formats import is_searched
@@ -73,8 +74,10 @@ def check_export(request: Request, selection: Selection, source: Mapping[str, Te
         _refuse("not quantized, although compress.exclude does not name it", set(wanted) - set(quantized))
         _refuse("quantized, although it is excluded", set(quantized) - set(wanted))
         _check_every_matrix(request, infos, selection, quantized)
-        for layer in quantized:
-            _check_layer(request, layer, infos, values, source)
+        with workers() as pool:
+            checking = [pool.submit(_check_layer, request, layer, infos, values, source) for layer in quantized]
+            for checked in checking:
+                checked.result()
         _check_shared_inputs(quantized, values, infos)
     _check_source_is_covered(infos, source)
     if request.kv_cache == "fp8":

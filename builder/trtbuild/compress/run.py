@@ -17,7 +17,7 @@ from trtbuild.compress.selection import Selection, select
 from trtbuild.compress.source import check_source, pick_device, read_tensors
 from trtbuild.compress.whole import SPARSEGPT_PASSES, compress_whole
 from trtbuild.compress_memory import Demand, show_bytes
-from trtbuild.errors import CompatibilityError, HostError, Problem, RecipeError
+from trtbuild.errors import ArtifactError, CompatibilityError, HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.safetensors_header import TensorInfo
 from trtbuild.weight_formats import WEIGHT_FORMATS
@@ -64,9 +64,8 @@ def _compress(
             raise RecipeError([Problem("compress.exclude", "has no meaning while nothing is compressed", "remove it")])
         meter = Meter(progress, len({info.shard for info in source.values()}))
         with clock.phase("copy"):
-            copy_checkpoint(request, source, meter)
+            notes = _copy(request, source, meter)
         selection = Selection({}, {})
-        notes: list[str] = []
         samples = None
     else:
         samples, selection, notes = _change(request, facts, source, progress, clock)
@@ -75,6 +74,28 @@ def _compress(
         checked = check_export(request, selection, source)
     progress(1, 1, "done")
     return _result(request, checked, samples, clock, notes)
+
+
+def _copy(request: Request, source: Mapping[str, TensorInfo], meter: Meter) -> list[str]:
+    """Copy what is not compressed; a killed run goes on behind its last file."""
+    from trtbuild.compress.identity import resume_key
+
+    work = _work(request)
+    try:
+        resumed = copy_checkpoint(
+            request, source, meter, work=work, key=resume_key(request, source, (), pick_device("cpu"), 1)
+        )
+    except ArtifactError:
+        shutil.rmtree(work)
+        raise
+    if request.work is None:
+        shutil.rmtree(work)
+    return [f"an earlier run had copied {resumed} files"] if resumed else []
+
+
+def _work(request: Request) -> Path:
+    """Where unfinished files lie."""
+    return request.work or request.output.with_name(f"{request.output.name}.unfinished")
 
 
 def _make_readable(output: Path) -> None:
@@ -123,6 +144,7 @@ def _change_by_layer(
 ) -> tuple[Selection, list[str]]:
     from trtbuild.compress.identity import resume_key
     from trtbuild.compress.skeleton import open_skeleton
+    from trtbuild.compress.states_between import StatesBetween, batch_size
     from trtbuild.compress.stream import Stream
 
     device = pick_device(request.device)
@@ -135,9 +157,12 @@ def _change_by_layer(
         meter.advance(0, "load the model")
         skeleton = open_skeleton(request, source, device)
         selection = select(skeleton.model, source, request)
-        work = request.work or request.output.with_name(f"{request.output.name}.unfinished")
-        stream = Stream(request, skeleton, selection, ids, work, resume_key(request, source, ids, device), meter)
-        stream.keep_states = demand.kept_bytes(request.max_memory) > 0
+        work = _work(request)
+        batch = batch_size(device, len(ids[0])) if ids else 1
+        key = resume_key(request, source, ids, device, batch)
+        states = StatesBetween(request, len(ids), device, work, keep=demand.kept_bytes(request.max_memory) > 0)
+        stream = Stream(request, skeleton, selection, ids, work, key, meter, states, batch)
+        stream.ahead = device.type != "cpu" or demand.reads_ahead(request.max_memory)
         stream.prepare()
     with clock.phase("layers"):
         stream.run()
@@ -161,6 +186,7 @@ def _demand(request: Request, facts: ModelFacts, ids: Sequence[Sequence[int]]) -
         sparsity_method=request.sparsity_method if request.sparse else None,
         samples=len(ids),
         length=len(ids[0]) if ids else 0,
+        experts=facts.num_experts is not None,
     )
 
 
@@ -222,7 +248,8 @@ def _disk_errors(request: Request, needed: int) -> Iterator[None]:
 
 
 def _disk_full(request: Request, needed: int, state: str) -> HostError:
-    goes_on = "; the next run goes on behind the last finished layer" if request.quantized or request.sparse else ""
+    done = "layer" if request.quantized or request.sparse else "file"
+    goes_on = f"; the next run goes on behind the last finished {done}"
     return HostError(
         f"{request.output}: the compressed checkpoint needs about {needed:,} bytes, {state}",
         f"free space there or move the store{goes_on}",
@@ -241,7 +268,21 @@ def _result(request: Request, checked: Checked, samples: Any, clock: _Clock, not
         "tensors": checked.tensors,
         "bytes": checked.bytes,
         "seconds": clock.seconds,
+        "device": _device(),
         "notes": notes,
+    }
+
+
+def _device() -> dict[str, Any] | None:
+    """The GPU that layers ran on, and the most of its memory that tensors took and that was reserved for them."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return None
+    return {
+        "name": torch.cuda.get_device_name(),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
     }
 
 
