@@ -189,6 +189,6 @@ def test_a_killed_copy_goes_on(tmp_path: Path) -> None:
     run(request | {"output": str(tmp_path / "expected")}, silent)
     moments: list[str | int | None] = ["copy: file 1 of", "copy: file 3 of", None]
     result = json.loads(killed(request, moments, tmp_path).strip().splitlines()[-1])
-    assert result["notes"] == ["an earlier run had copied 3 files"]
+    assert result["notes"] == ["files that an earlier run had copied: 3"]
     assert digests(tmp_path / "out") == digests(tmp_path / "expected")
     assert not (tmp_path / "out.unfinished").exists()

@@ -90,7 +90,7 @@ def _copy(request: Request, source: Mapping[str, TensorInfo], meter: Meter) -> l
         raise
     if request.work is None:
         shutil.rmtree(work)
-    return [f"an earlier run had copied {resumed} files"] if resumed else []
+    return [f"files that an earlier run had copied: {resumed}"] if resumed else []
 
 
 def _work(request: Request) -> Path:
