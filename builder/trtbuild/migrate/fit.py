@@ -33,6 +33,9 @@ def fit(draft: Draft, legacy: Legacy, facts: ModelFacts | None) -> None:
     fit_lora(draft)
     if {_GRAPHS + "batch_sizes", _GRAPHS + "max_batch_size"} <= set(draft.values):
         draft.leave_out(_GRAPHS + "max_batch_size", "batch_sizes says it", is_loss=False)
+    if draft.values.get(_GRAPHS + "enabled") is False:
+        for path in [path for path in draft.values if path.startswith(_GRAPHS) and path != _GRAPHS + "enabled"]:
+            draft.leave_out(path, "CUDA graphs are off", is_loss=False)
     target = draft.target
     if target.gpu is not None:
         draft.add("target.gpu", target.gpu, "--gpu")
