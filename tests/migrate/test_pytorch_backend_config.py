@@ -40,14 +40,18 @@ _OLD = {
 
 def migrated(tmp_path: Path, document: dict[str, Any], version: str = "1.2.1") -> Migration:
     source = tmp_path / "model.yaml"
-    source.write_text(yaml.safe_dump({"model": "/checkpoint", "backend": "pytorch"} | document))
+    source.write_text(yaml.safe_dump({"model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "backend": "pytorch"} | document))
     return migrate(str(source), version=version)
 
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_every_key_has_its_place(tmp_path: Path, nested: bool) -> None:
     done = migrated(tmp_path, {"pytorch_backend_config": _OLD} if nested else _OLD)
-    assert at(done.document, "runtime.cuda_graph_config") == {"batch_sizes": [1, 8, 32], "enable_padding": True}
+    assert at(done.document, "runtime.cuda_graph_config") == {
+        "enabled": True,
+        "batch_sizes": [1, 8, 32],
+        "enable_padding": True,
+    }
     assert at(done.document, "runtime.attn_backend") == "FLASHINFER"
     assert at(done.document, "runtime.moe_config.backend") == "TRTLLM"
     assert at(done.document, "runtime.enable_iter_perf_stats") is True
