@@ -26,6 +26,7 @@ from trtbuild.trtllm_engine_drafts import (
     with_drafts,
 )
 from trtbuild.trtllm_engine_lora import cache_parameters, lora, lora_parameters, take_lora
+from trtbuild.trtllm_instances import counted
 
 KIND = "trtllm-engine"
 FLOW: Flow = "engine"
@@ -83,7 +84,7 @@ def take_engine(settings: Settings, facts: ModelFacts) -> None:
     release = planned_release(settings.recipe)
     sm = sm_version(settings.recipe.target.gpu or "")
     settings.take("target.gpu", note=f"SM{sm}" if sm else "")
-    settings.take("target.count", ranks(settings.recipe), "tensor x pipeline parallel")
+    settings.take("target.count", *counted(settings.recipe, ranks(settings.recipe)))
     settings.take("runtime.kind")
     settings.put("runtime.version", release.version, "default: the newest with a container", note=_where(release))
     settings.take("runtime.build_in")

@@ -22,6 +22,7 @@ LAYERS = [
     {
         "checkpoint_checks",
         "checkpoint_files",
+        "adapter_file",
         "draft",
         "tokenizer_file",
         "safetensors_header",
@@ -58,6 +59,7 @@ LAYERS = [
         "trtllm_settings",
         "trtllm_parallel",
         "trtllm_common",
+        "trtllm_instances",
         "embedded_settings",
         "trtllm_deploy",
         "trtllm_build",

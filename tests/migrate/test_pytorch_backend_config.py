@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from migrate.test_old_deployments import at, losses, row_of
+from migrate.old_repositories import write_repository
+from migrate.test_old_deployments import at, losses, plan_of, row_of
 from trtbuild.migrate.run import Migration, migrate
 
 _OLD = {
@@ -104,3 +105,24 @@ def test_the_sampler_is_a_switch_or_a_choice(tmp_path: Path, version: str, argum
 def test_compile_options_of_0_21(tmp_path: Path) -> None:
     done = migrated(tmp_path, {"torch_compile_config": {"torch_compile_fullgraph": False}})
     assert at(done.document, "runtime.extra.torch_compile_config") == {"enable_fullgraph": False}
+
+
+def test_experts_of_a_model_without_any(tmp_path: Path, tiny_llama: Path) -> None:
+    source = tmp_path / "model.yaml"
+    source.write_text(
+        f"model: {tiny_llama}\nmoe_config: {{backend: CUTLASS, max_num_tokens: 64}}\nprint_iter_log: true\n"
+    )
+    done = migrate(str(source), model=str(tiny_llama), version="1.2.1")
+    assert "moe_config" not in done.document["runtime"]
+    assert at(done.document, "runtime.extra") == {"print_iter_log": True}
+    assert "the model has no experts" in row_of(done, "moe_config.max_num_tokens").note
+    assert losses(done) == set()
+
+
+def test_instances_that_shared_a_gpu(tmp_path: Path, tiny_llama: Path) -> None:
+    changes, names = {"gpu_device_ids": "3;3"}, frozenset({"gpu_device_ids"})
+    repository = write_repository(tmp_path / "repository", "1.0", changes=changes, only=names)
+    done = migrate(str(repository), model=str(tiny_llama), version="1.2.1")
+    assert at(done.document, "serving.gpu_device_ids") == [[3], [3]]
+    assert at(done.document, "runtime.kv_cache.free_gpu_memory_fraction") == 0.47
+    assert plan_of(done, tmp_path / "recipe.yaml").value("target.count") == 4

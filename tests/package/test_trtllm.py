@@ -215,7 +215,7 @@ def test_the_deployment_files(trtllm_recipe: Path, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda path: (path / "adapter_config.json").unlink(), "adapter_config.json of"),
+        (lambda path: (path / "adapter_config.json").unlink(), "has no adapter_config.json; give an adapter as PEFT"),
         (lambda path: rewrite(path / "adapter_config.json", lambda it: it.update(r=64)),
          "has rank 64, more than max_lora_rank 8; set runtime.lora_config.max_lora_rank: 64"),
         (lambda path: rewrite(path / "adapter_config.json", lambda it: it.update(peft_type="IA3")),
