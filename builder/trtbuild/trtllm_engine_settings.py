@@ -63,8 +63,9 @@ def wanted_release(recipe: Recipe) -> Release | Problem:
         message = f"TensorRT-LLM {found.version} builds engines, but {found.line.unserved}"
         return Problem(at, message, f"use {usual}, or {oldest_served()} at least")
     if found.container is None:
-        message = f"no Triton container has TensorRT-LLM {found.version}, and engines are built and served in one"
-        return Problem(at, message, f"use {usual}")
+        message = f"trtbuild knows no Triton container with TensorRT-LLM {found.version}"
+        more = ", whatever runtime.allow_unknown_version says" if runtime.allow_unknown_version else ""
+        return Problem(at, f"{message}, and engines are built and served in one{more}", f"use {usual}")
     return found
 
 

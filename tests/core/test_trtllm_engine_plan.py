@@ -185,11 +185,11 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
         ),
         (
             ["runtime.version=1.3.0rc5"],
-            "runtime.version: no Triton container has TensorRT-LLM 1.3.0rc5, and engines are",
+            "runtime.version: trtbuild knows no Triton container with TensorRT-LLM 1.3.0rc5, and engines are",
         ),
         (
             ["runtime.version=1.2.9", "runtime.allow_unknown_version=true"],
-            "no Triton container has TensorRT-LLM 1.2.9, and engines are built and served in one; use 1.2.1",
+            "engines are built and served in one, whatever runtime.allow_unknown_version says; use 1.2.1",
         ),
         (["runtime.kv_cache.tokens_per_block=48"], "48: TensorRT-LLM's blocks hold a power of two of tokens; use 32"),
         (["serving.layout=llm"], "serving.layout: llm: TensorRT engines are served by the five models of layout ensem"),
