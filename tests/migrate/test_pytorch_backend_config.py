@@ -126,3 +126,12 @@ def test_instances_that_shared_a_gpu(tmp_path: Path, tiny_llama: Path) -> None:
     assert at(done.document, "serving.gpu_device_ids") == [[3], [3]]
     assert at(done.document, "runtime.kv_cache.free_gpu_memory_fraction") == 0.47
     assert plan_of(done, tmp_path / "recipe.yaml").value("target.count") == 4
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_overlap_of_an_engine_s_steps(tmp_path: Path, tiny_llama: Path, value: str) -> None:
+    changes, names = {"enable_trt_overlap": value}, frozenset({"enable_trt_overlap"})
+    repository = write_repository(tmp_path / "repository", "1.2", changes=changes, only=names)
+    engine = migrate(str(repository), "trtllm-engine", model=str(tiny_llama), gpu="H100")
+    assert ("enable_trt_overlap" in losses(engine)) == (value == "true"), "the C++ backend leaves it off"
+    assert "enable_trt_overlap" not in losses(migrate(str(repository), "trtllm", model=str(tiny_llama)))

@@ -60,7 +60,9 @@ def fate_for(setting: Setting, kind: str) -> Fate | None:
     fate = fate_of(setting)
     if fate is None or fate.engines is None or kind != "trtllm-engine":
         return fate
-    return dataclasses.replace(fate, **{"field": None, "extra": None, "via": "", "values": {}} | dict(fate.engines))
+    return dataclasses.replace(
+        fate, **{"field": None, "extra": None, "via": "", "values": {}, "moot": None} | dict(fate.engines)
+    )
 
 
 def _row(section: str, name: str) -> Fate | None:
