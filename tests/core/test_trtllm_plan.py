@@ -294,7 +294,7 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
         (["runtime.tensor_parallel_size=3"], "3 does not divide the model's 4 attention heads; use one of 1, 2, 4"),
         (
             ["runtime.tensor_parallel_size=4", "compress.format=int4_awq", "compress.group_size=64"],
-            "each of 4 ranks gets 16 attention output inputs, no whole number of groups of 64; use a smaller compress.",
+            "each of 4 ranks gets 16 attention output inputs, no whole number of groups of 64; use a smaller tensor_",
         ),
         (["runtime.pipeline_parallel_size=9"], "9 is more than the model's 3 layers; use at most 3"),
         (
