@@ -62,6 +62,8 @@ def _checkpoint(directory: Path) -> dict[str, Any]:
     facts = read_facts(LocalFiles(directory))
     described = asdict(facts)
     described["files"] = len(facts.files)
+    # The other sizes are terms of compression's memory.
+    described["largest_layer"] = {"parameters": facts.largest_layer.parameters}
     described["kv_bytes_per_token"] = {"bf16": facts.kv_bytes_per_token(2), "fp8": facts.kv_bytes_per_token(1)}
     described["dtype"] = facts.dtype
     described["bytes_per_parameter"] = round(facts.weight_bytes / max(facts.parameters, 1), 3)

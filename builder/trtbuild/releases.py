@@ -25,7 +25,10 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """One Triton image with TensorRT-LLM; a cell that no source has is None."""
+    """One Triton image with TensorRT-LLM; a cell that no source has is None.
+
+    `transformers` and `modelopt` are what the wheel of the release requires, for example ``==4.57.3``.
+    """
 
     tag: str
     tensorrt_llm: str
@@ -102,7 +105,11 @@ class Release:
 @cache
 def containers() -> tuple[Container, ...]:
     """Every known image, newest first."""
-    return tuple(Container(**row) for row in facts("containers")["container"])
+    data = facts("containers")
+    required = {
+        row["tensorrt_llm"]: {name: row[name] for name in ("transformers", "modelopt")} for row in data["requirement"]
+    }
+    return tuple(Container(**row, **required.get(row["tensorrt_llm"], {})) for row in data["container"])
 
 
 @cache

@@ -235,6 +235,7 @@ def _launch_text(launch: Mapping[str, Any] | None) -> str:
     spec = triton_launch.LaunchSpec(
         engine=_server_parameters(launch),
         draft=_server_parameters(launch["draft"]) if "draft" in launch else None,
+        described=True,
         **{name: launch[name] for name in ("world_size", "container", "mode")},
     )
     return triton_launch.render_launch(spec)

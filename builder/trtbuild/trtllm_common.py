@@ -15,6 +15,7 @@ from trtbuild.recipe import Recipe
 from trtbuild.releases import Line
 from trtbuild.setting_values import Settings
 from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version, unknown_gpu
+from trtbuild.trtllm_instances import count_refusals
 
 _EMBEDDED_ONLY = "only the embedded runtime has it"
 # What each speculative method reads of its section.
@@ -89,23 +90,9 @@ def excluded_in_part(patterns: Sequence[str], facts: ModelFacts) -> Iterable[Pro
             return
 
 
-def instance_mistakes(recipe: Recipe, ranks: int) -> Iterable[Problem]:
-    """Each model instance needs one GPU a rank; instances may share GPUs, ranks may not."""
-    for place, group in enumerate(recipe.serving.gpu_device_ids):
-        at = f"serving.gpu_device_ids.{place}"
-        if len(group) != ranks:
-            message = f"names {len(group)} GPUs, and one engine takes {ranks} (tensor x pipeline x context parallel)"
-            yield Problem(at, message, f"name {ranks}")
-        elif len(set(group)) != len(group):
-            yield Problem(at, f"{list(group)} names a GPU twice", "give each rank a GPU of its own")
-
-
-def gpu_refusals(recipe: Recipe, line: Line, needed: int) -> Iterable[Problem]:
-    """Too few GPUs, an unknown one, or one that does not run the format; `needed` is the number of ranks."""
-    count = recipe.target.count
-    if count is not None and count < needed:
-        message = f"{count} GPUs, but tensor x pipeline x context parallel need {needed}"
-        yield Problem("target.count", message, f"use {needed}, or lower the parallel sizes")
+def gpu_refusals(recipe: Recipe, line: Line, ranks: int) -> Iterable[Problem]:
+    """Too few GPUs, an unknown one, or one that does not run the format; `ranks` are those of one engine."""
+    yield from count_refusals(recipe, ranks)
     if recipe.target.gpu is None:
         return
     sm = sm_version(recipe.target.gpu)

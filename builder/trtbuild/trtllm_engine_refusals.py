@@ -22,7 +22,6 @@ from trtbuild.trtllm_common import (
     excluded_in_part,
     gpu_refusals,
     group_refusals,
-    instance_mistakes,
     unread_speculative,
 )
 from trtbuild.trtllm_engine_drafts import draft_spec, speculative_refusals, speculative_warnings
@@ -35,6 +34,7 @@ from trtbuild.trtllm_engine_settings import (
     short_window,
     wanted_release,
 )
+from trtbuild.trtllm_instances import idle_gpus, instance_mistakes
 from trtbuild.trtllm_parallel import parallel_refusals
 
 _PROJECTIONS = (
@@ -61,7 +61,7 @@ def engine_mistakes(settings: Settings) -> list[Problem]:
     if recipe.target.gpu is None:
         message = "is missing, and an engine is built for one GPU architecture"
         problems.append(Problem("target.gpu", message, "name the GPU that will serve, such as H100"))
-    return [*problems, *instance_mistakes(recipe, ranks(recipe)), *_several(recipe)]
+    return [*problems, *instance_mistakes(settings, ranks(recipe)), *_several(recipe)]
 
 
 def _several(recipe: Recipe) -> Iterable[Problem]:
@@ -111,7 +111,8 @@ def engine_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
     """What is allowed and may still surprise."""
     version = planned_release(settings.recipe).version
     flags, line = flag_table(version), planned_release(settings.recipe).line
-    warnings = [] if version in flags.releases else [flags.note(version)]
+    warnings = idle_gpus(settings.recipe, ranks(settings.recipe))
+    warnings += [] if version in flags.releases else [flags.note(version)]
     if line.unread is not None:
         warnings.append(f"TensorRT-LLM {version}: {line.unread}")
     if short_window(settings, facts) and not settings.has("runtime.kv_cache.max_attention_window"):

@@ -26,6 +26,7 @@ from trtbuild.trtllm_engine_drafts import (
     with_drafts,
 )
 from trtbuild.trtllm_engine_lora import cache_parameters, lora, lora_parameters, take_lora
+from trtbuild.trtllm_instances import counted
 
 KIND = "trtllm-engine"
 FLOW: Flow = "engine"
@@ -62,8 +63,9 @@ def wanted_release(recipe: Recipe) -> Release | Problem:
         message = f"TensorRT-LLM {found.version} builds engines, but {found.line.unserved}"
         return Problem(at, message, f"use {usual}, or {oldest_served()} at least")
     if found.container is None:
-        message = f"no Triton container has TensorRT-LLM {found.version}, and engines are built and served in one"
-        return Problem(at, message, f"use {usual}")
+        message = f"trtbuild knows no Triton container with TensorRT-LLM {found.version}"
+        more = ", whatever runtime.allow_unknown_version says" if runtime.allow_unknown_version else ""
+        return Problem(at, f"{message}, and engines are built and served in one{more}", f"use {usual}")
     return found
 
 
@@ -83,7 +85,7 @@ def take_engine(settings: Settings, facts: ModelFacts) -> None:
     release = planned_release(settings.recipe)
     sm = sm_version(settings.recipe.target.gpu or "")
     settings.take("target.gpu", note=f"SM{sm}" if sm else "")
-    settings.take("target.count", ranks(settings.recipe), "tensor x pipeline parallel")
+    settings.take("target.count", *counted(settings.recipe, ranks(settings.recipe)))
     settings.take("runtime.kind")
     settings.put("runtime.version", release.version, "default: the newest with a container", note=_where(release))
     settings.take("runtime.build_in")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from trtbuild.errors import Problem
 from trtbuild.model import ModelFacts
 from trtbuild.setting_values import Settings
+from trtbuild.support import group_sizes
 
 
 def parallel_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
@@ -54,7 +55,9 @@ def _tensor_parallel(settings: Settings, facts: ModelFacts, size: int) -> Iterab
     for what, inputs in (("attention output", heads * facts.head_dim), ("intermediate", inner)):
         if inputs is not None and (inputs // size) % group:
             message = f"each of {size} ranks gets {inputs // size} {what} inputs, no whole number of groups of {group}"
-            yield Problem(at, message, "use a smaller compress.group_size or tensor_parallel_size")
+            smaller = any(allowed < group for allowed in group_sizes("W4A16_AWQ"))
+            hint = "use a smaller compress.group_size or tensor_parallel_size"
+            yield Problem(at, message, hint if smaller else "use a smaller tensor_parallel_size, or another format")
 
 
 def divides_heads(facts: ModelFacts, size: int) -> bool:

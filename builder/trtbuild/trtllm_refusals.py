@@ -28,9 +28,9 @@ from trtbuild.trtllm_common import (
     excluded_in_part,
     gpu_refusals,
     group_refusals,
-    instance_mistakes,
 )
 from trtbuild.trtllm_deploy import deploy_refusals, hosts
+from trtbuild.trtllm_instances import idle_gpus, instance_mistakes
 from trtbuild.trtllm_parallel import parallel_refusals
 from trtbuild.trtllm_settings import planned_release, release_schema, wanted_release, world_size
 
@@ -52,7 +52,7 @@ def trtllm_mistakes(settings: Settings) -> list[Problem]:
         # Releases differ in which pairs they take (TorchLlmArgs.validate_cuda_graph_config).
         message = f"{graph.max_batch_size} is set together with batch_sizes, which says it too"
         problems.append(Problem("runtime.cuda_graph_config.max_batch_size", message, "remove one of the two"))
-    return [*problems, *instance_mistakes(recipe, world_size(recipe)), *_hosts(recipe)]
+    return [*problems, *instance_mistakes(settings, world_size(recipe)), *_hosts(recipe)]
 
 
 def _hosts(recipe: Recipe) -> Iterable[Problem]:
@@ -96,6 +96,7 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += speculation_refusals(settings, facts, release, schema)
     problems += adapter_refusals(recipe)
     problems += _int4(recipe, facts)
+    problems += _experts(recipe, facts)
     return problems
 
 
@@ -115,7 +116,7 @@ def _int4(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
 def trtllm_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
     """What is allowed and may still surprise."""
     recipe, release = settings.recipe, planned_release(settings.recipe)
-    warnings = []
+    warnings = idle_gpus(recipe, world_size(recipe))
     if not release.known:
         warnings.append(f"TensorRT-LLM {release.version} is in no table of trtbuild; {release.schema_note}")
     elif not release.proven:
@@ -183,6 +184,18 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
     """A document with one value at a dotted path."""
     first, _, rest = path.partition(".")
     return {first: _nested(rest, value) if rest else value}
+
+
+def _experts(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
+    """Settings of experts, which say nothing about a model without any."""
+    if facts.num_experts:
+        return
+    backend = recipe.runtime.moe_config.backend
+    message = f"is set, but {facts.architecture} has no experts"
+    if backend is not None:
+        yield Problem("runtime.moe_config.backend", f"{backend} {message}", "remove it")
+    if recipe.runtime.extra.get("moe_config"):
+        yield Problem("runtime.extra.moe_config", message, "remove it")
 
 
 def _model(release: Release, facts: ModelFacts) -> Iterable[Problem]:

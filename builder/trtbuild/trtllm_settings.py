@@ -14,6 +14,7 @@ from trtbuild.releases import Flow, Release, containers, find_release, newest
 from trtbuild.setting_values import Settings, recipe_value
 from trtbuild.settings import FROM_GPU_MEMORY, check_capacity, take_limits
 from trtbuild.trtllm_common import adapter_names
+from trtbuild.trtllm_instances import counted
 
 FLOW: Flow = "llm-api"
 _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
@@ -65,7 +66,7 @@ def take_trtllm(settings: Settings, facts: ModelFacts) -> None:
     release = planned_release(settings.recipe)
     schema = release_schema(release)
     settings.take("target.gpu")
-    settings.take("target.count", world_size(settings.recipe), "tensor x pipeline x context parallel")
+    settings.take("target.count", *counted(settings.recipe, world_size(settings.recipe)))
     settings.take("runtime.kind")
     settings.put("runtime.version", release.version, "default: the newest with a container", note=_where(release))
     for name in _PARALLEL:

@@ -15,6 +15,10 @@ from trtbuild.releases import Container, Line, containers, lines
 UNKNOWN = "unknown"
 _SCHEMA_HEAD = ["schema", "fields", "read from", "commit", "holds for"]
 _FLAG_HEAD = ["lines", "flags", "read from", "commit", "holds for", "packages", "against the table before"]
+_CONTAINERS = (
+    "Triton containers (nvcr.io/nvidia/tritonserver:TAG-trtllm-python-py3); transformers and modelopt as the wheel of "
+    "that TensorRT-LLM requires them"
+)
 _BASE = ("torch", "tensorrt", "cuda", "transformers", "modelopt", "image")
 
 
@@ -63,7 +67,7 @@ def versions_text() -> str:
         for line in reversed(lines())
     ]
     sections = [
-        ("Triton containers (nvcr.io/nvidia/tritonserver:TAG-trtllm-python-py3)", [[*names, "flows"], *images]),
+        (_CONTAINERS, [[*names, "flows"], *images]),
         ("TensorRT-LLM release lines", [["line", "versions", "flows", "LLM arguments", *_BASE], *releases]),
         ("LLM arguments", [_SCHEMA_HEAD, *map(_schema_row, schema_names())]),
         ("flags of trtllm-build", [_FLAG_HEAD, *_flag_rows()]),

@@ -142,7 +142,7 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
         ({"self_attn.q_proj": 2}, {"modules_to_save": ["lm_head"]}, "brings modules of its own (modules_to_save: ['lm"),
         ({"self_attn.q_proj": 2}, {"alpha_pattern": {"q": 3}}, "scales modules differently"),
         ({"self_attn.q_proj": 2}, {"peft_type": "IA3"}, "is of type IA3, not LORA; give a LoRA adapter"),
-        ({"self_attn.q_proj": 2}, {"lora_alpha": None}, "adapter_config.json of"),
+        ({"self_attn.q_proj": 2}, {"lora_alpha": None}, "adapter_config.json has lora_alpha: None, which is no number"),
         ({}, {}, "adapts nothing; give another adapter"),
     ],
 )

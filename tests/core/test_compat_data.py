@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from trtbuild.compat import DATA, facts
 from trtbuild.errors import Problem
@@ -82,6 +83,18 @@ def test_containers_begin_with_25_01_and_have_a_line() -> None:
         assert [line.name for line in lines() if line.has(container.tensorrt_llm)], container
         cells = (container.tensorrt, container.cuda, container.driver, container.torch, container.python)
         assert all(cell is None or cell for cell in cells)
+
+
+def test_what_containers_require() -> None:
+    unread = {one.tensorrt_llm for one in containers() if one.modelopt is None}
+    assert unread == {"1.0.3.2510", "0.17.0.post1", "0.17.0"}
+    for container in (one for one in containers() if one.tensorrt_llm not in unread):
+        base = next(line.base for line in lines() if line.has(container.tensorrt_llm))
+        for name in ("transformers", "modelopt"):
+            # What release notes say of the line is what the release requires.
+            if name in base and "(" not in base[name]:
+                noted = base[name] + (".0" if base[name].count(".") == 1 else "")
+                assert SpecifierSet(getattr(container, name)).contains(noted), container
 
 
 def test_lines_do_not_overlap_and_name_what_exists() -> None:

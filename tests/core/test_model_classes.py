@@ -75,8 +75,8 @@ def test_a_plan_refuses_by_its_release_and_names_another(tmp_path: Path) -> None
     with pytest.raises(CompatibilityError) as caught:
         plan_for(checkpoint, tmp_path, "runtime.version=1.0.0")
     assert str(caught.value).endswith(
-        "1.0.0 lists for its LLM API; use runtime.version: 1.2.1, runtime.kind: trtllm-engine or embedded, "
-        "or another model"
+        "1.0.0 lists for its LLM API; use runtime.version: 1.2.1, runtime.kind: trtllm-engine or embedded, or another "
+        "model"
     )
     plan_for(checkpoint, tmp_path, "runtime.version=1.1.0")
 

@@ -22,6 +22,7 @@ LAYERS = [
     {
         "checkpoint_checks",
         "checkpoint_files",
+        "adapter_file",
         "draft",
         "eagle3_draft",
         "tokenizer_file",
@@ -62,6 +63,7 @@ LAYERS = [
         "trtllm_settings",
         "trtllm_parallel",
         "trtllm_common",
+        "trtllm_instances",
         "embedded_settings",
         "trtllm_deploy",
         "trtllm_build",

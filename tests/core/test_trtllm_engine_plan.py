@@ -185,11 +185,11 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
         ),
         (
             ["runtime.version=1.3.0rc5"],
-            "runtime.version: no Triton container has TensorRT-LLM 1.3.0rc5, and engines are",
+            "runtime.version: trtbuild knows no Triton container with TensorRT-LLM 1.3.0rc5, and engines are",
         ),
         (
             ["runtime.version=1.2.9", "runtime.allow_unknown_version=true"],
-            "no Triton container has TensorRT-LLM 1.2.9, and engines are built and served in one; use 1.2.1",
+            "engines are built and served in one, whatever runtime.allow_unknown_version says; use 1.2.1",
         ),
         (["runtime.kv_cache.tokens_per_block=48"], "48: TensorRT-LLM's blocks hold a power of two of tokens; use 32"),
         (["serving.layout=llm"], "serving.layout: llm: TensorRT engines are served by the five models of layout ensem"),
@@ -207,7 +207,10 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
         (["target.gpu=H1000"], "target.gpu: 'H1000' is no known GPU; did you mean H100"),
         (["target.gpu=A100", "compress.format=fp8"], "compress.format: fp8 does not run on A100 (SM80): TensorRT-LLM"),
         (["target.gpu=A100", "compress.kv_cache=fp8"], "an FP8 KV cache needs compute capability 8.9, the target has"),
-        (["target.count=1", "runtime.tensor_parallel_size=2"], "target.count: 1 GPUs, but tensor x pipeline x context"),
+        (
+            ["target.count=1", "runtime.tensor_parallel_size=2"],
+            "target.count: 1 GPUs, but tensor x pipeline parallel n",
+        ),
         (["runtime.tensor_parallel_size=3"], "3 does not divide the model's 4 attention heads; use one of 1, 2, 4"),
         (
             ["runtime.tensor_parallel_size=4", "compress.format=int4_awq", "compress.group_size=64"],

@@ -3,10 +3,13 @@
 Facts from config.pbtxt of the five models, read at
 - 0.17: triton-inference-server/tensorrtllm_backend, tag v0.17.0 (368eea9b), all_models/inflight_batcher_llm/
 - 0.19: the same path at tag v0.19.0 (c1e1963)
-- 1.0: NVIDIA/TensorRT-LLM @2a9abd95, triton_backend/all_models/inflight_batcher_llm/, the stored version before 1.0.0.
-  The parameters are those of tag v0.19.0 and of branch r25.05 (c2e65b8), which came before it
-- 1.2: what 1.0 and 1.3.0rc3 enclose; the latter is nctu6/vllm-tensorrt @5978a465, third_party/tensorrt_llm/, whose
-  version.py says 1.3.0rc3. It has one parameter more than 1.0, enable_trt_overlap, which @0c8de69a has too
+- 1.0: enclosed by files with the same parameters: NVIDIA/TensorRT-LLM @2a9abd95, triton_backend/all_models/
+  inflight_batcher_llm/ (before 1.0.0, the parameters of v0.19.0), and Ataraksia/TensorRT-LLM @a451bf93, the same
+  folder, which merges upstream's main at 1.1.0rc6. Tag v1.0.0 (@ae8270b7) is not among the stored versions
+- 1.2: what 1.1.0rc6 and 1.3.0rc3 enclose; the latter is nctu6/vllm-tensorrt @5978a465, third_party/tensorrt_llm/, whose
+  version.py says 1.3.0rc3. It has one parameter more, enable_trt_overlap, which is a comment in 1.1.0rc6; @0c8de69a
+  has it too, and 1.2 is written with it. Not among the stored versions: 1.2.0rc7 (@a65b0d4e), 1.2.0 (@dbdb13b) and
+  1.2.1 (@376f7e1)
 - newest: NVIDIA/TensorRT-LLM @0c8de69a (tensorrt_llm), @08dc37e3 (preprocessing), @89fd9b74, @0193dbd4
 """
 

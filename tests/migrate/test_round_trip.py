@@ -10,6 +10,7 @@ import pytest
 
 from core.test_trtllm_plan import EVERYTHING
 from migrate.test_old_deployments import at
+from tiny import save_checkpoint
 from trtbuild.adapters import trtllm, trtllm_engine
 from trtbuild.adapters.triton import RepositorySpec, render_repository
 from trtbuild.adapters.triton_parameters import EngineParameters, from_runtime
@@ -110,22 +111,28 @@ def test_embedded(layout: str, tiny_llama: Path, tmp_path: Path) -> None:
     assert [row for row in done.rows if row.kind == "not recognized"] == []
 
 
-def test_trtllm(tiny_llama: Path, tmp_path: Path) -> None:
-    repository = written(planned("trtllm", TRTLLM, tiny_llama, tmp_path), tmp_path)
-    done = migrate(str(repository), model=str(tiny_llama))
+@pytest.fixture
+def experts(tmp_path: Path) -> Path:
+    """A model that takes settings of experts."""
+    return save_checkpoint(tmp_path / "mixtral", "mixtral")
+
+
+def test_trtllm(experts: Path, tmp_path: Path) -> None:
+    repository = written(planned("trtllm", TRTLLM, experts, tmp_path), tmp_path)
+    done = migrate(str(repository), model=str(experts))
     kept = {path: value for path, value in TRTLLM.items() if path != "runtime.extra.num_postprocess_workers"}
-    assert_back(kept, done, tiny_llama, tmp_path)
+    assert_back(kept, done, experts, tmp_path)
 
 
-def test_trtllm_in_the_stock_form(tiny_llama: Path, tmp_path: Path) -> None:
+def test_trtllm_in_the_stock_form(experts: Path, tmp_path: Path) -> None:
     # The container's model files have no limits of answers.
     server = ("runtime.extra.num_postprocess_workers", "serving.max_output_tokens", "serving.default_max_tokens")
     values = {path: value for path, value in TRTLLM.items() if path not in server} | {"serving.model_py": "upstream"}
-    plan = planned("trtllm", values, tiny_llama, tmp_path)
+    plan = planned("trtllm", values, experts, tmp_path)
     arguments = trtllm.llm_arguments(json.loads(json.dumps(dict(plan.step("engine").parameters))))
     repository = written(plan, tmp_path, model_py="upstream", llm_args=arguments)
-    done = migrate(str(repository), model=str(tiny_llama))
-    assert_back(values, done, tiny_llama, tmp_path)
+    done = migrate(str(repository), model=str(experts))
+    assert_back(values, done, experts, tmp_path)
 
 
 ENGINE = {

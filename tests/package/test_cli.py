@@ -171,7 +171,9 @@ def test_plan_for_people_and_programs(cli: Cli, recipe: Path) -> None:
 
 
 def test_inspect_checkpoint_engine_and_package(cli: Cli, tiny_llama: Path, package: Path, tmp_path: Path) -> None:
-    assert json.loads(cli("inspect", tiny_llama, "--json").stdout)["kind"] == "checkpoint"
+    described = json.loads(cli("inspect", tiny_llama, "--json").stdout)
+    assert described["kind"] == "checkpoint"
+    assert list(described["checkpoint"]["largest_layer"]) == ["parameters"], "the rest is for compression's memory"
     assert json.loads(cli("inspect", package / "engine", "--json").stdout)["engine"]["max_batch_size"] == 4
     found = json.loads(cli("inspect", package, "--json").stdout)
     assert found["kind"] == "package"

@@ -215,7 +215,7 @@ def test_the_deployment_files(trtllm_recipe: Path, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda path: (path / "adapter_config.json").unlink(), "adapter_config.json of"),
+        (lambda path: (path / "adapter_config.json").unlink(), "has no adapter_config.json; give an adapter as PEFT"),
         (lambda path: rewrite(path / "adapter_config.json", lambda it: it.update(r=64)),
          "has rank 64, more than max_lora_rank 8; set runtime.lora_config.max_lora_rank: 64"),
         (lambda path: rewrite(path / "adapter_config.json", lambda it: it.update(peft_type="IA3")),
@@ -244,7 +244,8 @@ def test_doctor_versions(cli: Cli) -> None:
     lines = done.stdout.splitlines()
     newest = next(line for line in lines if line.startswith("26.07"))
     assert newest.split()[1:4] == ["1.2.1", "10.14.1.48", "13.1.0.036"]
-    assert "unknown" in newest
+    assert newest.split()[7:9] == ["==4.57.3", "~=0.37.0"]
+    assert "unknown" in next(line for line in lines if line.startswith("25.11")), "no source for 1.0.3.2510"
     assert any(line.startswith("1.3 ") and "not proven for a release" in line for line in lines)
     # Every table is there, and the flags of each line say what they hold for and what changed.
     for title in ("flags of trtllm-build", "quantization: the SM versions", "speculative decoding", "architectures"):
@@ -255,7 +256,8 @@ def test_doctor_versions(cli: Cli) -> None:
     assert {row["name"]: row["releases"] for row in found["build_flags"]}["1.2"] == ["1.2.0", "1.2.1"]
     assert all(row["commit"] and row["proof"] and row["date"] for row in found["build_flags"])
     assert found["containers"][0]["image"] == "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
-    assert found["containers"][0]["transformers"] is None
+    assert (found["containers"][0]["transformers"], found["containers"][0]["modelopt"]) == ("==4.57.3", "~=0.37.0")
+    assert next(row for row in found["containers"] if row["tag"] == "25.11")["transformers"] is None
     assert {row["name"] for row in found["schemas"]} == {"1.0.0", "1.1.0", "1.2.1", "1.3.0rc3", "1.3rc", "newest"}
 
 

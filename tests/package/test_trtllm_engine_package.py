@@ -61,6 +61,7 @@ def test_the_package(engine_package: tuple[Path, str], cli: Cli) -> None:
     launch = (package / "deploy" / "launch.sh").read_text()
     assert "engine=/package/engine/built" in launch
     assert launch.count('-n 1 "$server"') == 2
+    assert 'python3 - 0,1 "$engine" <<' in launch, "the engine is held against engine.json"
     config = (package / "model_repository" / "tensorrt_llm" / "config.pbtxt").read_text()
     assert 'backend: "tensorrtllm"' in config
     assert "max_batch_size: 4" in config

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trtbuild.adapters.triton_config import Model, type_name
 from trtbuild.errors import Problem
+
+_FEW, _NEAR = 8, 3  # tensors that a sentence names
 
 
 def check_ensembles(models: Sequence[Model]) -> list[Problem]:
@@ -50,7 +53,7 @@ def _step(ensemble: Model, model: Model, step: Any, types: dict[str, tuple[str, 
         for name, tensor_name in mapping.items():
             if name not in tensors:
                 message = f"maps {tensor_name} to the {kind} {name}, which the model {model.name} does not have"
-                problems.append(ensemble.problem(message, f"it has: {', '.join(tensors) or 'none'}"))
+                problems.append(ensemble.problem(message, _nearest(name, list(tensors))))
                 continue
             who = f"{kind} {name} of {model.name}"
             problems += _agree(ensemble, tensor_name, type_name(tensors[name]), who, types)
@@ -60,6 +63,16 @@ def _step(ensemble: Model, model: Model, step: Any, types: dict[str, tuple[str, 
                     message = f"the step {model.name} gets no input {tensor.name}, which is not optional"
                     problems.append(ensemble.problem(message, "map it in input_map"))
     return problems
+
+
+def _nearest(name: str, tensors: list[str]) -> str:
+    """The tensors that are spelled like this one; all of them where they are few."""
+    if len(tensors) <= _FEW:
+        return f"it has: {', '.join(tensors) or 'none'}"
+    near = difflib.get_close_matches(name, tensors, n=_NEAR, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"none of its {len(tensors)} is spelled like it: they are in its config.pbtxt"
 
 
 def _sources(ensemble: Model, step: Any, produced: set[str]) -> list[Problem]:

@@ -16,9 +16,10 @@ from typing import Literal
 
 from trtbuild.adapters.triton_parameters import EngineParameters
 from trtbuild.errors import Problem, RecipeError
-from trtbuild.render import render
+from trtbuild.render import data_dir, render
 
 _PACKAGE = "/package"
+_CHECK = data_dir("templates") / "deploy" / "check_built.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class LaunchSpec:
         model: name of the model with the engine.
         package: where the container sees the package.
         draft: the parameters of the draft model's engine, which has as many ranks.
+        described: whether an ``engine.json`` lies beside each engine's directory, as in a package; the script holds the
+            engine against it.
     """
 
     engine: EngineParameters
@@ -42,6 +45,7 @@ class LaunchSpec:
     model: str = "tensorrt_llm"
     draft: EngineParameters | None = None
     package: str = _PACKAGE
+    described: bool = False
 
 
 def launch_problems(spec: LaunchSpec) -> list[Problem]:
@@ -97,5 +101,7 @@ def render_launch(spec: LaunchSpec) -> str:
         "mapping": f"{spec.world_size} {spec.engine.tensor_parallel_size} {spec.engine.pipeline_parallel_size}",
         "draft_dir": spec.draft.gpt_model_path if spec.draft else None,
         "model": spec.model,
+        "used": ",".join(map(str, sorted(set(named)) if named else range(spec.world_size))),
+        "check_py": _CHECK.read_text(encoding="utf-8") if spec.described else "",
     }
     return render("deploy/launch-engine.sh.j2", context)

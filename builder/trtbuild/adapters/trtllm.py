@@ -7,7 +7,6 @@ as ``adapters/NAME``, and the draft model as ``draft``. The arguments name the d
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from ruamel.yaml.error import YAMLError
 
+from trtbuild.adapter_file import read_adapter_config
 from trtbuild.adapters import trtllm_draft
 from trtbuild.errors import ArtifactError, CompatibilityError, Problem
 from trtbuild.linking import place_tree
@@ -150,11 +150,10 @@ def check_adapter(name: str, directory: Path, values: Mapping[str, Any]) -> list
     """What is wrong with one LoRA adapter in PEFT's form, against the limits of `values`."""
     at = f"model.adapters {name}"
     try:
-        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-        rank, kind = int(config["r"]), config.get("peft_type")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"adapter_config.json of {directory} cannot be read ({type(error).__name__}: {error})"
-        return [Problem(at, message, "give an adapter as PEFT saves it")]
+        config = read_adapter_config(directory, "r")
+    except ValueError as error:
+        return [Problem(at, str(error), "give an adapter as PEFT saves it")]
+    rank, kind = config["r"], config.get("peft_type")
     problems = []
     if kind != "LORA":
         problems.append(Problem(at, f"is of type {kind}, not LORA", "give a LoRA adapter"))

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 _METHOD = "speculative_config.decoding_type"
 _SCHEDULE = "draft_len_schedule"  # its keys are numbers
+# A rename between a switch and a choice; `auto` is what the releases with the choice take by themselves.
+_SAMPLER = "TRTLLMSampler"
+_SWITCHED: Mapping[str, Callable[[Any], Any]] = {
+    "enable_trtllm_sampler": lambda on: _SAMPLER if on else "auto",
+    "sampler_type": lambda name: name == _SAMPLER,
+}
 
 
 @dataclass(slots=True)
@@ -85,7 +91,7 @@ def _respelled(path: str, value: Any, schema: Schema) -> tuple[str, Any]:
     for old, new in [*pairs, *((new, old) for old, new in pairs)]:
         # A rename with another unit is none (acceptance length and rate).
         if path == old and schema.has(new) and "acceptance" not in old:
-            return new, value
+            return new, _SWITCHED.get(old, lambda same: same)(value)
     return path, value
 
 

@@ -16,6 +16,8 @@ from trtbuild.migrate.legacy import Setting
 PLACE = "tokenizer"
 _FIELD_OF = {argument: path for path, argument in LLM_ARGUMENT.items()}
 _GRAPHS = "cuda_graph_config"
+# The section of a model.yaml up to 0.19 whose keys stand beside the others since.
+_NESTED = "pytorch_backend_config."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def fate_of(setting: Setting) -> Fate | None:
         "triton": lambda: _row("triton", setting.name),
         "build": lambda: _build(setting.name),
         "checkpoint": lambda: _row("checkpoint", setting.name) or _rest(setting.name),
-        "llm": lambda: _row("llm", setting.name) or _argument(setting.name),
+        "llm": lambda: _llm(setting.name.removeprefix(_NESTED)),
         "recipe": lambda: _field(setting.name),
     }
     return names[setting.section]()
@@ -60,7 +62,9 @@ def fate_for(setting: Setting, kind: str) -> Fate | None:
     own = None if fate is None else {"trtllm-engine": fate.engines, "trtllm": fate.llm_api}.get(kind)
     if fate is None or own is None:
         return fate
-    return dataclasses.replace(fate, **{"field": None, "extra": None, "via": "", "values": {}} | dict(own))
+    return dataclasses.replace(
+        fate, **{"field": None, "extra": None, "via": "", "values": {}, "moot": None} | dict(own)
+    )
 
 
 def _row(section: str, name: str) -> Fate | None:
@@ -96,6 +100,11 @@ def _rest(name: str) -> Fate | None:
     if name.startswith(("mapping.", "quantization.")):
         return None
     return Fate(moot=table()["checkpoint"]["rest"])
+
+
+def _llm(name: str) -> Fate | None:
+    """A key of LLM arguments: an older name, or one that the newer ones have too."""
+    return _row("llm", name) or _argument(name)
 
 
 def _argument(name: str) -> Fate | None:

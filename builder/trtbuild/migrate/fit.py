@@ -10,13 +10,16 @@ from trtbuild.migrate.legacy import Legacy
 from trtbuild.migrate.llm_drafts import fit_section
 from trtbuild.migrate.translate import Draft
 from trtbuild.model import ModelFacts
+from trtbuild.trtllm_instances import fitting, shared
 
 _MOST_REQUESTS = 4096
 _BATCH, _TOKENS, _LENGTH = "runtime.max_batch_size", "runtime.max_num_tokens", "runtime.max_seq_len"
 _CHUNKED, _CAPACITY = "runtime.enable_chunked_prefill", "runtime.kv_cache.max_tokens"
 _GRAPHS = "runtime.cuda_graph_config."
 _DEVICES = "serving.gpu_device_ids"
-_DEFAULT_BATCH, _DEFAULT_LENGTH = 8, 2048
+_FRACTION = "runtime.kv_cache.free_gpu_memory_fraction"
+_EXPERTS = ("runtime.moe_config.", "runtime.extra.moe_config.")
+_DEFAULT_BATCH, _DEFAULT_LENGTH, _USUAL_FRACTION = 8, 2048, 0.9
 
 
 def fit(draft: Draft, legacy: Legacy, facts: ModelFacts | None) -> None:
@@ -35,6 +38,9 @@ def fit(draft: Draft, legacy: Legacy, facts: ModelFacts | None) -> None:
     fit_lora(draft)
     if {_GRAPHS + "batch_sizes", _GRAPHS + "max_batch_size"} <= set(draft.values):
         draft.leave_out(_GRAPHS + "max_batch_size", "batch_sizes says it", is_loss=False)
+    if draft.values.get(_GRAPHS + "enabled") is False:
+        for path in [path for path in draft.values if path.startswith(_GRAPHS) and path != _GRAPHS + "enabled"]:
+            draft.leave_out(path, "CUDA graphs are off", is_loss=False)
     target = draft.target
     if target.gpu is not None:
         draft.add("target.gpu", target.gpu, "--gpu")
@@ -45,6 +51,9 @@ def _model(draft: Draft, facts: ModelFacts, *, from_build: bool) -> None:
     if length is None and from_build:
         # max_seq_len is deduced from the checkpoint's config: upstream's page of every release that was read.
         draft.add(_LENGTH, context, "trtllm-build takes the positions that the model knows")
+    given = [*draft.values, *(f"runtime.extra.{path}" for path in draft.extras.values)]
+    for path in (path for path in given if path.startswith(_EXPERTS) and not facts.num_experts):
+        draft.leave_out(path, "the model has no experts", is_loss=False)
     if length is not None and length > context:
         draft.add(_LENGTH, context, f"{length} is more than the positions that the model knows")
 
@@ -96,6 +105,12 @@ def _ranks(draft: Draft) -> None:
     if kind != "embedded" and values.get(count, math.prod(sizes)) < math.prod(sizes):
         draft.add(count, math.prod(sizes), "tensor x pipeline x context parallel")
     groups = values.get(_DEVICES, ())
+    highest = max((gpu for group in groups for gpu in group), default=-1)
+    if kind != "embedded" and values.get(count, highest + 1) <= highest:
+        draft.add(count, highest + 1, f"{_DEVICES} names GPU {highest}")
+    _, instances = shared(groups)
+    if instances > 1 and _CAPACITY not in values and values.get(_FRACTION, _USUAL_FRACTION) * instances > 1:
+        draft.add(_FRACTION, fitting(instances), f"{instances} instances share a GPU")
     if any(len(group) != math.prod(sizes) for group in groups):
         draft.leave_out(_DEVICES, f"its groups do not give each of {math.prod(sizes)} ranks a GPU")
     elif groups:

@@ -50,6 +50,11 @@ def boolean(value: Any) -> bool:
     raise ValueError(f"{text(value)} is neither true nor false")
 
 
+def inverted(value: Any) -> bool:
+    """A switch whose new name says the opposite."""
+    return not boolean(value)
+
+
 def whole(value: Any) -> int:
     """A whole number from 0."""
     if not text(value).isdecimal():
@@ -198,7 +203,10 @@ def adapters(value: Any) -> tuple[str, ...] | None:
 
 TRANSFORMS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {
-        **{one.__name__: one for one in (boolean, whole, positive, several, number, fraction, integers, word, words)},
+        **{
+            one.__name__: one
+            for one in (boolean, inverted, whole, positive, several, number, fraction, integers, word, words)
+        },
         **{one.__name__: one for one in (paths, drafting, decoding, speculation)},
         **{one.__name__: one for one in (groups, places, policy, layout, sparsity, kv_format, excluded, adapters)},
         "format": weight_format,

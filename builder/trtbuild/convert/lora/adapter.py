@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -10,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtbuild.adapter_file import read_adapter_config
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import Problem
 from trtbuild.safetensors_header import HeaderError, TensorInfo, read_header
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _FLOATS = ("F16", "BF16", "F32")
 _NAME = re.compile(r"(?:.*\.)?layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.lora_([AB])\.weight")
 # What PEFT can do besides, and what must stand there for it to be off.
@@ -90,11 +90,10 @@ def read_adapter(name: str, directory: Path, limits: Limits) -> Adapter | list[P
     """The adapter in `directory`, or everything that is wrong with it. Reads no tensor data."""
     at = f"model.adapters {name}"
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        kind, alpha = config.get("peft_type"), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        message = f"{CONFIG} of {directory} cannot be read ({type(error).__name__}: {error})"
-        return [Problem(at, message, "give an adapter as PEFT saves it")]
+        config = read_adapter_config(directory, "lora_alpha")
+    except ValueError as error:
+        return [Problem(at, str(error), "give an adapter as PEFT saves it")]
+    kind, alpha = config.get("peft_type"), float(config["lora_alpha"])
     if kind != "LORA":
         return [Problem(at, f"is of type {kind}, not LORA", "give a LoRA adapter")]
     if not (directory / WEIGHTS).is_file():
