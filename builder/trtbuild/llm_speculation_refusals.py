@@ -33,8 +33,7 @@ from trtbuild.model_classes import refused_class
 from trtbuild.releases import Release
 from trtbuild.setting_values import Settings
 from trtbuild.support import speculative_method
-from trtbuild.trtllm_common import unread_speculative
-from trtbuild.trtllm_parallel import divides_heads
+from trtbuild.trtllm_common import draft_refusals, unread_speculative
 
 _AT, _DRAFT = "speculative.method", "speculative.draft"
 _EXTRA = f"runtime.extra.{SECTION}"
@@ -123,21 +122,7 @@ def _draft_model(settings: Settings, facts: ModelFacts, release: Release) -> Ite
     draft = settings.draft.facts if settings.draft else None
     if draft is None:
         return
-    reason = refused_class(release, draft.architecture)
-    if reason is not None:
-        yield Problem(_DRAFT, reason, "use another draft model")
-    if draft.remote_code and not settings.recipe.model.trust_remote_code:
-        yield Problem(_DRAFT, "the checkpoint carries Python code (auto_map)", "use another draft model")
-    longest, tensor = settings["runtime.max_seq_len"], settings.recipe.runtime.tensor_parallel_size
-    if draft.context_length < longest:
-        message = f"knows {draft.context_length} positions, and runtime.max_seq_len is {longest}"
-        yield Problem(_DRAFT, message, f"use runtime.max_seq_len: {draft.context_length}, or another draft model")
-    if tensor > 1 and not divides_heads(draft, tensor):
-        message = f"cannot be divided over the {tensor} ranks of the model"
-        yield Problem(_DRAFT, message, "use another tensor_parallel_size or another draft model")
-    if draft.parameters >= facts.parameters:
-        message = f"has {draft.parameters} parameters, no fewer than the model's {facts.parameters}"
-        yield Problem(_DRAFT, message, "use a smaller model: drafts that cost as much as answers save nothing")
+    yield from draft_refusals(settings, facts, draft, refused_class(release, draft.architecture))
     if draft.vocab_size > facts.vocab_size:
         message = f"has a vocabulary of {draft.vocab_size}, and the model knows {facts.vocab_size} tokens"
         yield Problem(

@@ -16,6 +16,7 @@ from trtbuild.releases import Line
 from trtbuild.setting_values import Settings
 from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version, unknown_gpu
 from trtbuild.trtllm_instances import count_refusals
+from trtbuild.trtllm_parallel import divides_heads
 
 _EMBEDDED_ONLY = "only the embedded runtime has it"
 # What each speculative method reads of its section.
@@ -136,3 +137,24 @@ def adapter_refusals(recipe: Recipe, *, always: bool = False) -> Iterable[Proble
     if lora.max_lora_rank is None:
         message = "is not set; an adapter of a higher rank than the default would be refused at its first request"
         yield Problem("runtime.lora_config.max_lora_rank", message, "set the adapters' highest rank")
+
+
+def draft_refusals(
+    settings: Settings, facts: ModelFacts, draft: ModelFacts, unrunnable: str | None
+) -> Iterable[Problem]:
+    """A draft model that does not fit the model; `unrunnable` is why the runtime has no such class, if it has none."""
+    at, other = "speculative.draft", "use another draft model"
+    if unrunnable is not None:
+        yield Problem(at, unrunnable, other)
+    if draft.remote_code and not settings.recipe.model.trust_remote_code:
+        yield Problem(at, "the checkpoint carries Python code (auto_map in config.json)", other)
+    longest, tensor = settings["runtime.max_seq_len"], settings.recipe.runtime.tensor_parallel_size
+    if draft.context_length < longest:
+        message = f"knows {draft.context_length} positions, and runtime.max_seq_len is {longest}"
+        yield Problem(at, message, f"use runtime.max_seq_len: {draft.context_length}, or another draft model")
+    if tensor > 1 and not divides_heads(draft, tensor):
+        message = f"cannot be divided over the {tensor} ranks of the model"
+        yield Problem(at, message, "use another tensor_parallel_size or another draft model")
+    if draft.parameters >= facts.parameters:
+        message = f"has {draft.parameters} parameters, no fewer than the model's {facts.parameters}"
+        yield Problem(at, message, "use a smaller model: drafts that cost as much as answers save nothing")

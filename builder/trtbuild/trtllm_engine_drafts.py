@@ -18,7 +18,7 @@ from trtbuild.model import ModelFacts
 from trtbuild.setting_values import Settings
 from trtbuild.support import QUANT_ALGO, refused_architecture, speculative_method
 from trtbuild.trtllm_build import EngineSpec, Limits, Speculation, arguments, choose
-from trtbuild.trtllm_parallel import divides_heads
+from trtbuild.trtllm_common import draft_refusals
 
 DRAFT_TARGET = "draft_target"
 _LOOKAHEAD = ("max_window_size", "max_ngram_size", "max_verification_set_size")
@@ -219,24 +219,11 @@ def _draft_target(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     draft = settings.draft.facts if settings.draft else None
     if draft is None:
         return
-    at, name = "speculative.draft", draft.architecture
+    name = draft.architecture
     reason, converted = refused_architecture(name), table("architectures")["engine"]["converted"]
     if reason is None and converted.get(name) != draft.model_type:
         reason = f"{name} ({draft.model_type}) has no conversion here"
-    if reason is not None:
-        yield Problem(at, reason, "use another draft model")
-    if draft.remote_code and not settings.recipe.model.trust_remote_code:
-        yield Problem(at, "the checkpoint carries Python code (auto_map in config.json)", "use another draft model")
-    longest, tensor = settings["runtime.max_seq_len"], settings.recipe.runtime.tensor_parallel_size
-    if draft.context_length < longest:
-        message = f"knows {draft.context_length} positions, and runtime.max_seq_len is {longest}"
-        yield Problem(at, message, f"use runtime.max_seq_len: {draft.context_length}, or another draft model")
-    if tensor > 1 and not divides_heads(draft, tensor):
-        message = f"cannot be divided over the {tensor} ranks of the model's engine"
-        yield Problem(at, message, "use another tensor_parallel_size or another draft model")
-    if draft.parameters >= facts.parameters:
-        message = f"has {draft.parameters} parameters, no fewer than the model's {facts.parameters}"
-        yield Problem(at, message, "use a smaller model: drafts that cost as much as answers save nothing")
+    yield from draft_refusals(settings, facts, draft, reason)
 
 
 def _lookahead(settings: Settings) -> Iterable[Problem]:
