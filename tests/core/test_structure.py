@@ -16,6 +16,8 @@ from trtbuild.doctor import REQUIRED
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "builder" / "trtbuild"
 
+RECIPE = {"recipe", "recipe_fields", "recipe_compress", "recipe_speculative", "recipe_runtime", "recipe_file"}
+
 # A module may import from its own row and from the rows below it.
 LAYERS = [
     {"errors", "paths"},
@@ -27,12 +29,7 @@ LAYERS = [
         "eagle3_draft",
         "tokenizer_file",
         "safetensors_header",
-        "recipe",
-        "recipe_fields",
-        "recipe_compress",
-        "recipe_speculative",
-        "recipe_runtime",
-        "recipe_file",
+        *RECIPE,
         "yaml_text",
         "compat",
         "manifest",
@@ -109,15 +106,7 @@ ONLY_IN = {
     "click": {"cli"},
     "jinja2": {"render", "compress"},  # compress: the errors of a chat template
     "huggingface_hub": {"adapters"},
-    "pydantic": {
-        "recipe",
-        "recipe_fields",
-        "recipe_compress",
-        "recipe_speculative",
-        "recipe_runtime",
-        "recipe_file",
-        "migrate",
-    },
+    "pydantic": RECIPE | {"migrate"},
     "tritonclient": {"adapters", "serving"},
 }
 
