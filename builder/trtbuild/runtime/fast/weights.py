@@ -20,7 +20,7 @@ from trtbuild.runtime.linear import Fp8Linear, Int4Linear, unpack_int4
 class Matrix:
     """A linear layer: weight [N, K] in bfloat16, or E4M3 codes with their scales (0-d float32), or 4-bit codes.
 
-    Those are `packing.pack`'s bytes with `group_scales` [K / S, N]; `pre` [K] is what their input is to be multiplied by.
+    Those are `packing.pack`'s bytes with `group_scales` [K / S, N]; their input is to be multiplied by `pre` [K].
     """
 
     weight: torch.Tensor
