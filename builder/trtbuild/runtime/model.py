@@ -34,7 +34,7 @@ _LOGITS_AT_ONCE = 2**25
 class ModelRunner:
     """A loaded model with its paged cache; `path` says which path its steps take, and why if not the fast one."""
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, *, set_aside: int = 0) -> None:
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.compute_dtype, self.device)
         self.model = loaded.model
@@ -48,14 +48,18 @@ class ModelRunner:
         self.kv_is_fp8 = config.kv_cache.dtype == "fp8"
         self.calls = [call for _, call in layers]
         weights = self._fuse(config)
-        self.num_blocks = self._allocate(layers, config, loaded.kv_scales)
+        self.num_blocks = self._allocate(layers, config, loaded.kv_scales, set_aside)
         self.fast: FastPath | None = None
         if weights is not None:
             self.fast = self._fast_path(weights, [layer for layer, _ in layers], config)
 
     @classmethod
-    def load(cls, engine_dir: Path, config: EngineConfig, *, joined: JoinedScales | None = None) -> ModelRunner:
+    def load(
+        cls, engine_dir: Path, config: EngineConfig, *, joined: JoinedScales | None = None, set_aside: int = 0
+    ) -> ModelRunner:
         """The runner of the checkpoint in `engine_dir`, with the scales of its projections joined where that is given.
+
+        `set_aside` bytes of a GPU's memory are left to others before the cache takes what is free.
 
         Raises:
             ArtifactError: a file is missing or damaged.
@@ -80,7 +84,7 @@ class ModelRunner:
         if device.type == "cuda":
             torch.cuda.synchronize()
             loaded.notes.append(f"the checkpoint was read in {time.monotonic() - started:.1f} s")
-        return cls(loaded, config)
+        return cls(loaded, config, set_aside=set_aside)
 
     @property
     def chunk_limit(self) -> int:
@@ -101,14 +105,14 @@ class ModelRunner:
         segments: list[Segment] = []
         for chunk in chunks:
             sequence, row, first = chunk.sequence, len(token_ids), len(wanted)
-            token_ids += sequence.token_ids[chunk.start : chunk.end]
+            token_ids += chunk.token_ids
             positions += range(chunk.start, chunk.end)
             slots += self._slots(sequence, chunk.start, chunk.end)
             segments.append(self._segment(chunk, row))
             if sequence.wants_every_position and chunk.start < sequence.prompt_len:
                 wanted += range(row, len(token_ids))
             elif chunk.is_last:
-                wanted.append(len(token_ids) - 1)
+                wanted += range(len(token_ids) - 1 - chunk.num_drafted, len(token_ids))
             rows.append(slice(first, len(wanted)))
         step = Step(segments=segments, slots=self._tensor(slots))
         return StepLogits(self._forward(token_ids, positions, wanted, step), rows)
@@ -173,6 +177,8 @@ class ModelRunner:
     def _fuse(self, config: EngineConfig) -> Weights | None:
         """The weights of the fast path if it takes this model; `path` says so."""
         reason = why_general(self.model, self.calls, device=self.device, dtype=self.dtype, fp8_cache=self.kv_is_fp8)
+        if reason is None and config.speculative is not None:
+            reason = "it verifies no drafts"
         self.path = "fast" if reason is None else f"general: {reason}"
         if self.device.type == "cuda":
             self.notes.append(
@@ -208,6 +214,7 @@ class ModelRunner:
         layers: list[tuple[PagedLayer, LayerCall]],
         config: EngineConfig,
         scales: dict[int, tuple[float, float]] | None,
+        set_aside: int,
     ) -> int:
         """Make the pools and return their number of blocks."""
         if self.kv_is_fp8 and not scales:
@@ -216,7 +223,8 @@ class ModelRunner:
             self.notes.append("the checkpoint's k_scale and v_scale are not used: kv_cache.dtype is auto, not fp8")
         shapes = [(call.key_shape, call.value_shape) for _, call in layers]
         itemsize = 1 if self.kv_is_fp8 else self.dtype.itemsize
-        tokens = config.kv_cache.max_tokens or self._tokens_in_free_memory(bytes_per_slot(shapes, itemsize), config)
+        slot = bytes_per_slot(shapes, itemsize)
+        tokens = config.kv_cache.max_tokens or self._tokens_in_free_memory(slot, config, set_aside)
         num_blocks = tokens // self.block_size
         slots = num_blocks * self.block_size
         if num_blocks < 1:
@@ -235,13 +243,14 @@ class ModelRunner:
             )
         return num_blocks
 
-    def _tokens_in_free_memory(self, token_bytes: int, config: EngineConfig) -> int:
+    def _tokens_in_free_memory(self, token_bytes: int, config: EngineConfig, set_aside: int) -> int:
         if self.device.type != "cuda":
             raise ArtifactError(
                 "kv_cache.max_tokens: null is allowed only on a GPU", "give the number of tokens that the cache holds"
             )
         free, _ = torch.cuda.mem_get_info(self.device)
-        return int(free * config.kv_cache.free_gpu_memory_fraction) // token_bytes
+        share = 0.0 if config.speculative is None else config.speculative.draft_kv_cache_share
+        return int((free - set_aside) * config.kv_cache.free_gpu_memory_fraction * (1 - share)) // token_bytes
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,0 +1,61 @@
+"""The drafter that an engine's configuration asks for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from trtbuild.errors import ArtifactError, CompatibilityError
+from trtbuild.runtime.config import EngineConfig
+from trtbuild.runtime.drafts.config import SpeculativeConfig
+from trtbuild.runtime.drafts.draft import Drafter
+from trtbuild.runtime.drafts.draft_model import ModelDrafter
+from trtbuild.runtime.drafts.ngram import NgramDrafter
+from trtbuild.runtime.drafts.speculation import Speculation
+from trtbuild.runtime.model import ModelRunner
+
+
+def load_speculation(engine_dir: Path, config: EngineConfig, runner: ModelRunner) -> Speculation | None:
+    """The speculation of the engine over `runner`, None where nothing is drafted.
+
+    Raises:
+        ArtifactError: a file of the draft is missing or damaged.
+        CompatibilityError: the draft does not fit the model.
+        HostError: the host lacks the memory.
+    """
+    section = config.speculative
+    if section is None:
+        return None
+    return Speculation(section, _drafter(engine_dir, section, config, runner), config.max_num_tokens)
+
+
+def _drafter(engine_dir: Path, section: SpeculativeConfig, config: EngineConfig, runner: ModelRunner) -> Drafter:
+    if section.draft is None:
+        return NgramDrafter(section)
+    directory = engine_dir / section.draft
+    if not (directory / "config.json").is_file():
+        raise ArtifactError(f"{directory}: holds no draft model", "build the package again")
+    return _draft_model(directory, config, runner)
+
+
+def _draft_model(directory: Path, config: EngineConfig, runner: ModelRunner) -> ModelDrafter:
+    # As many tokens as the model's own cache: then a request with a place there has one here, or nearly always.
+    cache = replace(config.kv_cache, dtype="auto", max_tokens=runner.num_blocks * runner.block_size)
+    config = replace(config, kv_cache=cache, speculative=None)
+    draft = ModelRunner.load(directory, config)
+    if draft.vocab_size > runner.vocab_size:
+        raise CompatibilityError(
+            f"{directory}: the draft has a vocabulary of {draft.vocab_size}, and the model's has {runner.vocab_size}",
+            "use a draft model of the same family: its token ids go to the model as they are",
+        )
+    runner.notes.append(
+        f"drafts come from {type(draft.model).__name__} with {draft.hf_config.num_hidden_layers} layers"
+    )
+    return ModelDrafter(draft, config, runner.vocab_size)
+
+
+def draft_bytes(engine_dir: Path, config: EngineConfig) -> int:
+    """What the draft's weights take on a GPU, by their files; nothing without a draft."""
+    if config.speculative is None or config.speculative.draft is None:
+        return 0
+    return sum(path.stat().st_size for path in (engine_dir / config.speculative.draft).glob("*.safetensors"))
