@@ -1,4 +1,4 @@
-"""Speculation changes no answer: greedy, seeded, stopped, reported, under pressure, in every architecture and format."""
+"""Speculation changes no answer: greedy, seeded, stopped, reported, under pressure, in many architectures."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_keys_of_refused_tokens_are_never_reused(engine: Load) -> None:
     """Longer prompts begin with earlier answers: their blocks were full of refused tokens for a while."""
     prompts = make_prompts(5)
     plain, drafting = engine(tokens_per_block=4), engine(tokens_per_block=4)
-    longer = [text + [7, 8, 9] for text in texts(prompts, run(plain, prompts))]
+    longer = [[*text, 7, 8, 9] for text in texts(prompts, run(plain, prompts))]
     expected = run(plain, longer)
     with_oracle(drafting, texts(prompts, run(plain, prompts)) + texts(longer, expected), 0.5)
     run(drafting, prompts)

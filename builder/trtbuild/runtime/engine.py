@@ -85,9 +85,8 @@ class Engine:
         engine_dir = Path(engine_dir)
         config = config or EngineConfig.read(engine_dir)
         runner = ModelRunner.load(engine_dir, config, joined=joined, set_aside=draft_bytes(engine_dir, config))
-        return cls(
-            runner, config, Intake.read(engine_dir, runner, config), load_speculation(engine_dir, config, runner)
-        )
+        speculation = load_speculation(engine_dir, config, runner)
+        return cls(runner, config, Intake.read(engine_dir, runner, config), speculation)
 
     def __enter__(self) -> Self:
         return self

@@ -25,7 +25,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """Times of one request (`time.monotonic_ns`; 0: never reached), what it took of the KV cache, in blocks, and drafts.
+    """Times of one request (`time.monotonic_ns`; 0: never reached), its blocks of the KV cache, and its drafts.
 
     `acceptance_rate` is the share of verified draft tokens that were right; it and the counts are None without drafts.
     """
@@ -103,7 +103,8 @@ class EngineStats:
 class EngineFacts:
     """What a loaded engine is; `notes` are sentences that a user should see at load.
 
-    `path` is "fast", or "general: " and the reason why the fast path does not take the model. `speculation` is the method.
+    `path` is "fast", or "general: " and the reason why the fast path does not take the model. `speculation` is the
+    method.
     """
 
     architecture: str

@@ -145,13 +145,12 @@ class ModelDrafter:
         """Put the next token of each request behind its draft, from `logits` [requests, V of the draft model]."""
         logits = logits[:, : self._vocab_size]
         best, greedy = logits.max(dim=-1)
-        for one, row, finite, likeliest in zip(
-            drafting, logits, best.isfinite().tolist(), greedy.tolist(), strict=True
-        ):
-            if not finite:
+        finite, likeliest = best.isfinite().tolist(), greedy.tolist()
+        for index, one in enumerate(drafting):
+            if not finite[index]:
                 one.ask = Ask(one.ask.sequence, 0)
                 continue
-            token = self._draw(row, one) if one.ask.may_sample else likeliest
+            token = self._draw(logits[index], one) if one.ask.may_sample else likeliest[index]
             one.tokens.append(token)
             one.mirror.state.token_ids.append(token)
 

@@ -48,9 +48,8 @@ def _draft_model(directory: Path, config: EngineConfig, runner: ModelRunner) -> 
             f"{directory}: the draft has a vocabulary of {draft.vocab_size}, and the model's has {runner.vocab_size}",
             "use a draft model of the same family: its token ids go to the model as they are",
         )
-    runner.notes.append(
-        f"drafts come from {type(draft.model).__name__} with {draft.hf_config.num_hidden_layers} layers"
-    )
+    layers = draft.hf_config.num_hidden_layers
+    runner.notes.append(f"drafts come from {type(draft.model).__name__} with {layers} layers")
     return ModelDrafter(draft, config, runner.vocab_size)
 
 

@@ -1,9 +1,9 @@
 """From the logits of a step with drafts to the tokens that it brings: as many as were right, and one more.
 
 Each place of a draft is looked at in turn, for all sequences together: the model's token there is chosen just as
-without speculation, after the penalties, bans and random numbers of the tokens before it. A sequence goes on to its next
-place while the draft holds that very token. So a greedy answer, and one with a seed, are token for token those of an
-engine that drafts nothing. A token that was drawn goes by `acceptance.settle` instead.
+without speculation, after the penalties, bans and random numbers of the tokens before it. A sequence goes on to its
+next place while the draft holds that very token. So a greedy answer, and one with a seed, are token for token those of
+an engine that drafts nothing. A token that was drawn goes by `acceptance.settle` instead.
 """
 
 from __future__ import annotations
