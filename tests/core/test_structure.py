@@ -62,6 +62,7 @@ LAYERS = [
         "trtllm_common",
         "trtllm_instances",
         "embedded_settings",
+        "embedded_speculation",
         "trtllm_deploy",
         "trtllm_build",
         "trtllm_build_extra",
