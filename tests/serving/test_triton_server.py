@@ -129,9 +129,8 @@ def test_drafts_are_counted_in_the_answer_and_in_the_metrics(server: TritonServe
     ask(server.http_url, streaming=False, **asked)  # the pool knows the answer from here on
     before = [gauge(server, DRAFTS, kind) for kind in ("verified", "accepted")]
     for found in answers(server, **asked):
-        drafted, accepted = (
-            int(np.ravel(found.outputs[f"total_{kind}_tokens"])[0]) for kind in ("draft", "accepted_draft")
-        )
+        names = ("total_draft_tokens", "total_accepted_draft_tokens")
+        drafted, accepted = (int(np.ravel(found.outputs[name])[0]) for name in names)
         assert 20 < accepted <= drafted
         assert float(np.ravel(found.outputs["acceptance_rate"])[0]) == pytest.approx(accepted / drafted, abs=1e-6)
         before = [before[0] + drafted, before[1] + accepted]
