@@ -13,13 +13,14 @@ from transformers import AutoConfig
 from trtbuild.errors import ArtifactError, CompatibilityError, HostError
 from trtbuild.runtime.architecture import check_calls, check_config, check_rope, prepare
 from trtbuild.runtime.attention import ATTENTION_NAME, LAYER_ATTRIBUTE, LayerCall, PagedLayer, Segment, Step, register
+from trtbuild.runtime.capture import Capture
 from trtbuild.runtime.checkpoint import LoadedModel, load_model
 from trtbuild.runtime.config import EngineConfig
 from trtbuild.runtime.fast.choice import why_general
 from trtbuild.runtime.joined import JoinedScales
 from trtbuild.runtime.kv_cache import LayerCache, bytes_per_slot
+from trtbuild.runtime.places import segment_of, slots_of
 from trtbuild.runtime.scheduler import Chunk
-from trtbuild.runtime.sequence import Sequence
 from trtbuild.runtime.step_logits import StepLogits
 
 if TYPE_CHECKING:  # these need the Triton language, which only the fast path loads
@@ -50,6 +51,7 @@ class ModelRunner:
         weights = self._fuse(config)
         self.num_blocks = self._allocate(layers, config, loaded.kv_scales, set_aside)
         self.fast: FastPath | None = None
+        self.capture: Capture | None = None
         if weights is not None:
             self.fast = self._fast_path(weights, [layer for layer, _ in layers], config)
 
@@ -107,15 +109,18 @@ class ModelRunner:
             sequence, row, first = chunk.sequence, len(token_ids), len(wanted)
             token_ids += chunk.token_ids
             positions += range(chunk.start, chunk.end)
-            slots += self._slots(sequence, chunk.start, chunk.end)
-            segments.append(self._segment(chunk, row))
+            slots += slots_of(sequence, chunk.start, chunk.end, self.block_size)
+            segments.append(
+                segment_of(sequence, chunk.start, chunk.end, row, block_size=self.block_size, device=self.device)
+            )
             if sequence.wants_every_position and chunk.start < sequence.prompt_len:
                 wanted += range(row, len(token_ids))
             elif chunk.is_last:
                 wanted += range(len(token_ids) - 1 - chunk.num_drafted, len(token_ids))
             rows.append(slice(first, len(wanted)))
         step = Step(segments=segments, slots=self._tensor(slots))
-        return StepLogits(self._forward(token_ids, positions, wanted, step), rows)
+        logits = self._forward(token_ids, positions, wanted, step)
+        return StepLogits(logits, rows, states=None if self.capture is None else self.capture.take(wanted))
 
     def release(self) -> None:
         """Give the memory of weights and cache back; the runner cannot be used afterwards."""
@@ -143,23 +148,6 @@ class ModelRunner:
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
-
-    def _slots(self, sequence: Sequence, start: int, end: int) -> range | list[int]:
-        if sequence.base is not None:
-            return range(sequence.base + start, sequence.base + end)
-        table, size = sequence.block_table, self.block_size
-        return [table[position // size] * size + position % size for position in range(start, end)]
-
-    def _segment(self, chunk: Chunk, row: int) -> Segment:
-        sequence = chunk.sequence
-        slots = None
-        if sequence.base is None:
-            if sequence.slots is None:
-                sequence.slots = self._tensor(
-                    list(self._slots(sequence, 0, len(sequence.block_table) * self.block_size))
-                )
-            slots = sequence.slots[: chunk.end]
-        return Segment(row, row + chunk.end - chunk.start, chunk.start, chunk.end, sequence.base or 0, slots)
 
     def _examine(self) -> list[tuple[PagedLayer, LayerCall]]:
         """Run a few tokens to learn how each layer calls its attention."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from trtbuild.errors import ArtifactError
 
-METHODS = ("ngram", "draft_target")
+METHODS = ("ngram", "draft_target", "medusa", "eagle3")
 # Where the draft's own checkpoint lies below the engine directory.
 DRAFT_DIRECTORY = "draft"
-TAKES_DRAFT = ("draft_target",)
+TAKES_DRAFT = ("draft_target", "medusa", "eagle3")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from trtbuild.runtime.config import EngineConfig
-from trtbuild.runtime.drafts.acceptance import pick
 from trtbuild.runtime.drafts.draft import Ask, Draft
+from trtbuild.runtime.drafts.growing import Growing, grow
 from trtbuild.runtime.model import ModelRunner
-from trtbuild.runtime.sampler import distribution
 from trtbuild.runtime.sampling_params import SamplingParams
 from trtbuild.runtime.scheduler import Chunk
 from trtbuild.runtime.sequence import Sequence
@@ -48,21 +46,13 @@ class _Mirror:
 class _Drafting:
     """One request while its draft is made."""
 
-    ask: Ask
+    growing: Growing
     mirror: _Mirror
-    tokens: list[int] = field(default_factory=list)
-    probs: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def behind(self) -> int:
         """Tokens that the draft model has not computed."""
         return len(self.mirror.state.token_ids) - self.mirror.state.num_computed
-
-    def draft(self) -> Draft | None:
-        """What was drafted."""
-        if not self.tokens:
-            return None
-        return Draft(self.tokens, torch.stack(self.probs) if self.probs else None)
 
 
 class ModelDrafter:
@@ -77,7 +67,7 @@ class ModelDrafter:
 
     def propose(self, asks: Many[Ask]) -> list[Draft | None]:
         """The draft model's own continuations; none yet for a request whose prompt it is still reading."""
-        made = [_Drafting(ask, self._mirror(ask.sequence)) for ask in asks]
+        made = [_Drafting(Growing(ask), self._mirror(ask.sequence)) for ask in asks]
         chunks = self._catching_up(made)
         while chunks:
             step = self._runner.execute(list(chunks.values()))
@@ -85,10 +75,10 @@ class ModelDrafter:
                 chunk.sequence.num_computed = chunk.end
             drafting = [index for index, chunk in chunks.items() if chunk.is_last]
             self._choose([made[index] for index in drafting], _last_rows(chunks, step))
-            chunks = {index: _newest(made[index]) for index in drafting if _wants_more(made[index])}
+            chunks = {index: _newest(made[index]) for index in drafting if made[index].growing.wants_more}
         for one in made:
             self._tables.publish(one.mirror.state, min(one.mirror.state.num_computed, one.mirror.known))
-        return [one.draft() for one in made]
+        return [one.growing.draft() for one in made]
 
     def observe(self, chunks: Many[Chunk], step: StepLogits) -> None:
         """Nothing: a mirror follows its request when that asks."""
@@ -121,7 +111,7 @@ class ModelDrafter:
         for index in sorted(range(len(made)), key=lambda place: made[place].behind):
             one = made[index]
             state = one.mirror.state
-            if budget <= 0 or not self._hold(state, len(state.token_ids) + one.ask.count - 1):
+            if budget <= 0 or not self._hold(state, len(state.token_ids) + one.growing.ask.count - 1):
                 continue
             end = min(len(state.token_ids), state.num_computed + budget)
             chunks[index] = Chunk(state, state.num_computed, end, is_last=end == len(state.token_ids))
@@ -143,31 +133,15 @@ class ModelDrafter:
 
     def _choose(self, drafting: list[_Drafting], logits: torch.Tensor) -> None:
         """Put the next token of each request behind its draft, from `logits` [requests, V of the draft model]."""
-        logits = logits[:, : self._vocab_size]
-        best, greedy = logits.max(dim=-1)
-        finite, likeliest = best.isfinite().tolist(), greedy.tolist()
-        for index, one in enumerate(drafting):
-            if not finite[index]:
-                one.ask = Ask(one.ask.sequence, 0)
-                continue
-            token = self._draw(logits[index], one) if one.ask.may_sample else likeliest[index]
-            one.tokens.append(token)
-            one.mirror.state.token_ids.append(token)
-
-    def _draw(self, logits: torch.Tensor, one: _Drafting) -> int:
-        """A token of the draft model's distribution, which is kept with it."""
-        probs = distribution(logits, one.ask.sequence)
-        one.probs.append(functional.pad(probs, (0, self._vocab_size - probs.shape[0])))
-        return pick(probs, one.ask.sequence.rng.random())
+        grow([one.growing for one in drafting], logits, self._vocab_size)
+        for one in drafting:
+            if not one.growing.is_broken:
+                one.mirror.state.token_ids.append(one.growing.tokens[-1])
 
 
 def _last_rows(chunks: dict[int, Chunk], step: StepLogits) -> torch.Tensor:
     """The logits behind the last token of each chunk that ends its sequence."""
     return step.logits[[rows.stop - 1 for chunk, rows in zip(chunks.values(), step.rows, strict=True) if chunk.is_last]]
-
-
-def _wants_more(one: _Drafting) -> bool:
-    return len(one.tokens) < one.ask.count
 
 
 def _newest(one: _Drafting) -> Chunk:

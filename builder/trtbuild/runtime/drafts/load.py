@@ -6,10 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from trtbuild.errors import ArtifactError, CompatibilityError
+from trtbuild.runtime.capture import Capture
 from trtbuild.runtime.config import EngineConfig
 from trtbuild.runtime.drafts.config import SpeculativeConfig
 from trtbuild.runtime.drafts.draft import Drafter
 from trtbuild.runtime.drafts.draft_model import ModelDrafter
+from trtbuild.runtime.drafts.eagle3 import Eagle3Drafter
+from trtbuild.runtime.drafts.eagle3_model import Eagle3Model
+from trtbuild.runtime.drafts.medusa import MedusaDrafter, read_heads
 from trtbuild.runtime.drafts.ngram import NgramDrafter
 from trtbuild.runtime.drafts.speculation import Speculation
 from trtbuild.runtime.model import ModelRunner
@@ -35,7 +39,10 @@ def _drafter(engine_dir: Path, section: SpeculativeConfig, config: EngineConfig,
     directory = engine_dir / section.draft
     if not (directory / "config.json").is_file():
         raise ArtifactError(f"{directory}: holds no draft model", "build the package again")
-    return _draft_model(directory, config, runner)
+    if section.method == "medusa":
+        return _medusa(directory, runner)
+    makers = {"draft_target": _draft_model, "eagle3": _eagle3}
+    return makers[section.method](directory, config, runner)
 
 
 def _draft_model(directory: Path, config: EngineConfig, runner: ModelRunner) -> ModelDrafter:
@@ -51,6 +58,21 @@ def _draft_model(directory: Path, config: EngineConfig, runner: ModelRunner) -> 
     layers = draft.hf_config.num_hidden_layers
     runner.notes.append(f"drafts come from {type(draft.model).__name__} with {layers} layers")
     return ModelDrafter(draft, config, runner.vocab_size)
+
+
+def _medusa(directory: Path, runner: ModelRunner) -> MedusaDrafter:
+    runner.capture = Capture(runner.model, ())
+    like = runner.model.get_input_embeddings().weight
+    heads = read_heads(directory, like, runner.vocab_size)
+    runner.notes.append(f"drafts come from {len(heads)} Medusa heads")
+    return MedusaDrafter(heads, runner.vocab_size)
+
+
+def _eagle3(directory: Path, config: EngineConfig, runner: ModelRunner) -> Eagle3Drafter:
+    draft = Eagle3Model(directory, runner.model, runner.num_blocks * runner.block_size)
+    runner.capture = Capture(runner.model, draft.captured)
+    runner.notes.append(f"drafts come from an EAGLE-3 draft that reads the layers {list(draft.captured)}")
+    return Eagle3Drafter(draft, config.kv_cache, runner.num_blocks, runner.vocab_size)
 
 
 def draft_bytes(engine_dir: Path, config: EngineConfig) -> int:

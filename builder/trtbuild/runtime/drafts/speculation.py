@@ -34,10 +34,8 @@ class Speculation:
         asks = [Ask(one, min(length, one.tokens_left - 1)) for one in decoding]
         try:
             drafts = self._drafter.propose(asks)
-        except Exception:  # drafts save time and decide nothing: the answers go on without them
-            logger.exception("drafting failed; nothing more is drafted")
-            self._drafter.release()
-            self._drafter = None
+        except Exception as error:  # noqa: BLE001  drafts save time and decide nothing: the answers go on without them
+            self._give_up(error)
             return
         for ask, draft in zip(asks, drafts, strict=True):
             ask.sequence.draft = draft if draft is not None and draft.tokens else None
@@ -48,8 +46,12 @@ class Speculation:
             if chunk.draft is not None:
                 self.drafted += len(chunk.draft.tokens)
                 self.accepted += chunk.draft.accepted
-        if self._drafter is not None:
+        if self._drafter is None:
+            return
+        try:
             self._drafter.observe(chunks, step)
+        except Exception as error:  # noqa: BLE001  as above
+            self._give_up(error)
 
     def forget(self, sequence: Sequence) -> None:
         """Let go of what is held for a sequence that has ended."""
@@ -61,6 +63,10 @@ class Speculation:
         if self._drafter is not None:
             self._drafter.release()
             self._drafter = None
+
+    def _give_up(self, error: Exception) -> None:
+        logger.error("drafting failed; nothing more is drafted", exc_info=error)
+        self.release()
 
     def _share(self, scheduler: Scheduler, drafting: int) -> int:
         """Tokens of a step for each draft: what one token a sequence leaves, half of it while prompts want some too."""
