@@ -25,14 +25,15 @@ _ALONE = (("self_attn", "o_proj"), ("mlp", "down_proj"))
 
 
 def why_general(
-    model: nn.Module, calls: Sequence[LayerCall], *, device: torch.device, dtype: torch.dtype, fp8_cache: bool
+    model: nn.Module, calls: Sequence[LayerCall], *, device: torch.device, dtype: torch.dtype, cache: str | None
 ) -> str | None:
     """The reason why `model` runs on the general path, or None: the fast path takes it."""
     return (
         _host_reason(device, dtype)
         or _class_reason(model, calls)
         or _weights_reason(model)
-        or _capability_reason(model, device, fp8_cache=fp8_cache)
+        or _cache_reason(cache)
+        or _capability_reason(model, device, fp8_cache=cache == "fp8")
     )
 
 
@@ -89,6 +90,11 @@ def _fusing_reason(modules: list[nn.Module]) -> str | None:
         if len({float(getattr(module, name)) for module in modules}) > 1:
             return f"has a different {name} in each part"
     return None
+
+
+def _cache_reason(cache: str | None) -> str | None:
+    """The kernels read bfloat16 and E4M3."""
+    return None if cache in (None, "fp8") else f"its KV cache is {cache}"
 
 
 def _capability_reason(model: nn.Module, device: torch.device, *, fp8_cache: bool) -> str | None:
