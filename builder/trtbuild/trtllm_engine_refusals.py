@@ -96,7 +96,7 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += group_refusals(settings, facts)
     problems += block_refusals(settings)
     problems += excluded_in_part(settings["compress.exclude"], facts)
-    problems += gpu_refusals(recipe, planned_release(recipe).line, ranks(recipe))
+    problems += gpu_refusals(recipe, FLOW, planned_release(recipe).line, ranks(recipe))
     problems += parallel_refusals(settings, facts)
     problems += _pipeline(recipe, facts)
     problems += _stages(settings, facts)

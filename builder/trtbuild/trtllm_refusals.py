@@ -85,7 +85,7 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += _model(facts)
     problems += _format(settings, facts)
     problems += block_refusals(settings)
-    problems += gpu_refusals(recipe, release.line, world_size(recipe))
+    problems += gpu_refusals(recipe, FLOW, release.line, world_size(recipe))
     problems += parallel_refusals(settings, facts)
     problems += _speculation(recipe, release, schema)
     problems += adapter_refusals(recipe)

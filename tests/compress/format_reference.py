@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-NUMPY_TYPES = {"I8": "i1", "F32": "<f4", "F64": "<f8", "U8": "u1", "F8_E4M3": "u1", "BF16": "<u2", "F16": "<f2", "I64": "<i8"}
+NUMPY_TYPES = {
+    "F32": "<f4", "F64": "<f8", "U8": "u1", "I8": "i1", "F8_E4M3": "u1", "BF16": "<u2", "F16": "<f2", "I64": "<i8",
+}  # fmt: skip
 E4M3_MAX = 448.0
 
 

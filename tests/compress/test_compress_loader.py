@@ -188,7 +188,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "weight of another shape": (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:8]}), f"{Q}: shape"),
     "scale is zero": (lambda t: t.update({f"{Q}.weight_scale": torch.tensor(0.0)}), "weight_scale: a scale must be"),
     "scale is NaN": (lambda t: t.update({f"{Q}.input_scale": torch.tensor(float("nan"))}), "positive finite"),
-    "codes of another format": (lambda t: t.update({f"{Q}.weight": torch.ones(2, 2, dtype=torch.uint8)}), "codes in U8"),
+    "codes of another format": (lambda t: t.update({f"{Q}.weight": torch.ones(2, 2, dtype=torch.uint8)}), "in U8"),
     "KV scale missing": (lambda t: t.pop("model.layers.1.self_attn.k_proj.k_scale"), r"layers \[1\] have no k_scale"),
 }  # fmt: skip
 

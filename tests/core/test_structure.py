@@ -38,6 +38,7 @@ LAYERS = [
         "model",
         "layer_size",
         "weight_formats",
+        "format_support",
         "releases",
         "support",
         "llm_keys",

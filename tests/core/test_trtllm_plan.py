@@ -272,7 +272,7 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
         (["target.gpu=H1000"], "target.gpu: 'H1000' is no known GPU; did you mean H100"),
         (
             ["target.gpu=V100"],
-            "none does not run on V100 (SM70): TensorRT-LLM runs bf16 from SM80 on; use another format",
+            "none does not run on V100 (SM70): TensorRT-LLM runs bf16 from SM80 on; use another GPU",
         ),
         (
             ["target.gpu=A100", "compress.format=fp8"],

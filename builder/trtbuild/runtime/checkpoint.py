@@ -92,7 +92,7 @@ def load_model(
     share_inputs(model)
     model.requires_grad_(requires_grad=False)
     notes = _notes(quantization, form, dtype, len(layers))
-    if joined is not None:
+    if joined is not None and joined.layers:
         notes.append(f"{changed} projections were brought to the weight scale of others that they are joined with")
     return LoadedModel(model=model.eval(), config=config, quantization=quantization, kv_scales=kv_scales, notes=notes)
 
@@ -193,7 +193,9 @@ def _take_kv_scales(
     wanted = range(int(model.config.get_text_config().num_hidden_layers))
     missing = [index for index in wanted if len(found.get(index, {})) != 2]
     if missing:
-        raise ArtifactError(f"the KV cache is quantized, but layers {missing[:_SHOWN]} have no k_scale and v_scale", REBUILD)
+        raise ArtifactError(
+            f"the KV cache is quantized, but layers {missing[:_SHOWN]} have no k_scale and v_scale", REBUILD
+        )
     return {index: (found[index]["k_scale"], found[index]["v_scale"]) for index in wanted}
 
 

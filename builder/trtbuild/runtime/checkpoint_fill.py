@@ -79,7 +79,7 @@ def _fits(scale: torch.Tensor, lies: str, shape: tuple[int, int], group: int | N
     if lies == TILES:
         tiles = (out // TILE, 1, into // TILE, 1)
         return not (out % TILE or into % TILE) and (found == tiles or (found == () and tiles == (1, 1, 1, 1)))
-    groups = found[1] if len(found) == 2 else 0  # noqa: PLR2004  outputs and groups
+    groups = found[1] if len(found) == 2 else 0
     return found[:1] == (out,) and groups > 0 and into % groups == 0 and (group is None or into // groups == group)
 
 

@@ -40,7 +40,7 @@ def to_int8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def round_e2m1(x: torch.Tensor) -> torch.Tensor:
     """Return the E2M1 value nearest to each of `x`, ties to the even mantissa, saturated to +-6."""
     size = x.abs().clamp_(max=E2M1_MAX)
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)  # noqa: PLR2004  the binades
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
     return torch.copysign((size / step).round_() * step, x)
 
 
@@ -67,7 +67,7 @@ def unpack_e2m1(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def pack_e2m1(values: torch.Tensor) -> torch.Tensor:
     """Return bytes [..., I/2] of E2M1 values [..., I], the inverse of `unpack_e2m1`."""
     size = values.abs()
-    codes = torch.where(size < 2, size * 2, torch.where(size < 4, size + 2, size / 2 + 4)).to(torch.uint8)  # noqa: PLR2004
+    codes = torch.where(size < 2, size * 2, torch.where(size < 4, size + 2, size / 2 + 4)).to(torch.uint8)
     codes = (codes | (values.signbit().to(torch.uint8) << 3)).unflatten(-1, (-1, 2))
     return codes[..., 0] | (codes[..., 1] << 4)
 
@@ -109,7 +109,7 @@ def round_mx(x: torch.Tensor, largest: float) -> torch.Tensor:
     """
     blocks = wide(x).unflatten(-1, (-1, MX_BLOCK))
     mantissa, exponent = torch.frexp(blocks.abs().amax(dim=-1, keepdim=True) / largest)
-    exponent = (exponent - (mantissa == 0.5).to(exponent.dtype)).clamp_(-E8M0_BIAS, E8M0_BIAS)  # noqa: PLR2004
+    exponent = (exponent - (mantissa == 0.5).to(exponent.dtype)).clamp_(-E8M0_BIAS, E8M0_BIAS)
     scaled = (blocks * power_of_two(E8M0_BIAS - exponent, blocks.dtype)).clamp_(-largest, largest)
     rounded = round_e2m1(scaled) if largest == E2M1_MAX else scaled.to(torch.float8_e4m3fn).to(scaled.dtype)
     return (rounded * power_of_two(E8M0_BIAS + exponent, blocks.dtype)).flatten(-2)

@@ -22,6 +22,7 @@ from trtbuild.runtime.codes import (
     unpack_e2m1,
 )
 
+
 @dataclass(frozen=True, slots=True)
 class CacheFormat:
     """How keys and values are kept: codes of x / scale, as bytes.
@@ -138,9 +139,7 @@ CACHE_FORMATS: Mapping[str, CacheFormat] = {
 }
 
 
-def bytes_per_slot(
-    layers: list[tuple[tuple[int, int], tuple[int, int]]], dtype: torch.dtype, form: str | None
-) -> int:
+def bytes_per_slot(layers: list[tuple[tuple[int, int], tuple[int, int]]], dtype: torch.dtype, form: str | None) -> int:
     """Bytes that one token takes, from each layer's ((key heads, key size), (value heads, value size)).
 
     Raises:

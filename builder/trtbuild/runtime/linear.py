@@ -123,8 +123,8 @@ class CodedLinear(nn.Module):
         for name, scale in scales.items():
             self.register_buffer(name, None if expanded else scale)
         self.register_buffer("outer", numerics.outer(parts) if numerics.outer is not None else None)
-        input_scale = stored["input_scale"] if numerics.input_scale else None
-        self.register_buffer("input_scale", None if input_scale is None else _plain(input_scale, at_least))
+        input_scale = stored["input_scale"] if numerics.input_scale else torch.ones((), device=weight.device)
+        self.register_buffer("input_scale", _plain(input_scale, at_least))
         smooth = stored.get("pre_quant_scale")
         self.register_buffer("pre_quant_scale", None if smooth is None else smooth.to(dtype))
         self.register_buffer("bias", bias)
@@ -154,7 +154,7 @@ class CodedLinear(nn.Module):
 
 def _plain(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`scale` as it is multiplied with: float32 scales in the compute type if that has more bits, others as stored."""
-    scale = scale.reshape(()) if scale.numel() == 1 and scale.dim() < 2 else scale  # noqa: PLR2004
+    scale = scale.reshape(()) if scale.numel() == 1 and scale.dim() < 2 else scale
     return scale.to(dtype) if scale.dtype == torch.float32 else scale
 
 

@@ -49,7 +49,7 @@ class Numerics:
         scales: Each scale of the weights: its type in files, and how it lies.
         matrix: The matrix [O, I] that inputs are multiplied by.
         outer: The scale of the weights that multiplies the sums: one number, or one for each output.
-        input: What becomes of an input [T, I] under ``input_scale``: the numbers that are multiplied, and what
+        input: What becomes of an input [T, I] under ``input_scale`` (1 where files have none): the numbers that are multiplied, and what
             multiplies the sums for it: None, one number, or one for each token.
         input_scale: Whether files have an ``input_scale``.
         smoothed: Whether inputs may be multiplied by ``pre_quant_scale`` first.
@@ -59,7 +59,7 @@ class Numerics:
     scales: Mapping[str, tuple[str, str]]
     matrix: Callable[[Tensors, torch.dtype], torch.Tensor]
     outer: Callable[[Tensors], torch.Tensor] | None = None
-    input: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]] | None = None
+    input: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]] | None = None
     input_scale: bool = False
     rows: int = 1
     columns: int = 1
@@ -111,33 +111,30 @@ def _second(stored: Tensors) -> torch.Tensor:
 _Input = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def _to_e4m3(x: torch.Tensor, scale: torch.Tensor | None) -> _Input:
-    assert scale is not None
+def _to_e4m3(x: torch.Tensor, scale: torch.Tensor) -> _Input:
     return to_e4m3(x, scale), scale
 
 
-def _tokens_to_e4m3(x: torch.Tensor, _: torch.Tensor | None) -> _Input:
+def _tokens_to_e4m3(x: torch.Tensor, _: torch.Tensor) -> _Input:
     """Each token by its own largest magnitude."""
     scale = wide(x).abs().amax(dim=-1, keepdim=True) / E4M3_MAX
     scale = scale.where(scale > 0, 1.0)
     return to_e4m3(x, scale), scale
 
 
-def _to_int8(x: torch.Tensor, scale: torch.Tensor | None) -> _Input:
-    assert scale is not None
+def _to_int8(x: torch.Tensor, scale: torch.Tensor) -> _Input:
     return to_int8(x, scale), scale
 
 
-def _to_nvfp4(x: torch.Tensor, scale: torch.Tensor | None) -> _Input:
-    assert scale is not None
+def _to_nvfp4(x: torch.Tensor, scale: torch.Tensor) -> _Input:
     return round_nvfp4(x, scale), scale
 
 
-def _to_mxfp8(x: torch.Tensor, _: torch.Tensor | None) -> _Input:
+def _to_mxfp8(x: torch.Tensor, _: torch.Tensor) -> _Input:
     return round_mx(x, E4M3_MAX), None
 
 
-def _to_mxfp4(x: torch.Tensor, _: torch.Tensor | None) -> _Input:
+def _to_mxfp4(x: torch.Tensor, _: torch.Tensor) -> _Input:
     return round_mx(x, E2M1_MAX), None
 
 
