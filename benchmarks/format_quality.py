@@ -19,8 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-CALIBRATION = {"data": None, "column": None, "count": 16, "length": 256, "seed": 0}
-TOKENS, LENGTH, GROUP = 8192, 512, 64
+CALIBRATION = {"data": None, "column": None, "count": 8, "length": 256, "seed": 0}
+TOKENS, LENGTH, GROUP = 4096, 512, 64
 # (format, KV cache)
 ROWS: tuple[tuple[str, str], ...] = (
     *((name, "none") for name in (

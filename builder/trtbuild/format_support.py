@@ -59,6 +59,14 @@ def refused_flow(part: Part, name: str, flow: Flow, line: Line) -> str | None:
     return str(row["why"])
 
 
+def refused_experts(weight_format: str, flow: Flow) -> str | None:
+    """Why a flow that loads a format does not load experts in it, or None."""
+    if weight_format == _LEFT_ALONE:
+        return None
+    found: Mapping[str, str] = _row("weights", weight_format).get("experts", {})
+    return found.get(flow)
+
+
 def refused(part: Part, name: str, flow: Flow, line: Line, sm: int | None) -> str | None:
     """Why a flow of a release line does not load a format on an architecture (None: on none in particular), or None."""
     why = refused_flow(part, name, flow, line)

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 from trtbuild.compress_settings import fitting_group_sizes
 from trtbuild.errors import Problem
-from trtbuild.format_support import Part, algorithm, nearest, refused_flow
+from trtbuild.format_support import Part, algorithm, nearest, refused_experts, refused_flow
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Flow, Line
@@ -127,6 +127,14 @@ def _format_refusals(recipe: Recipe, flow: Flow, line: Line, sm: int | None) -> 
         else:
             continue
         yield Problem(f"compress.{field}", message, f"use {nearest(part, name, flow, line, sm) or 'another GPU'}")
+
+
+def expert_refusals(recipe: Recipe, flow: Flow, facts: ModelFacts) -> Iterable[Problem]:
+    """Mixtures of experts in a format that the flow loads for other layers only."""
+    name = recipe.compress.format
+    why = refused_experts(name, flow)
+    if why is not None and facts.num_experts and not recipe.compress.exclude:  # what is left out shows in the files
+        yield Problem("compress.format", f"{name}: {why}", "use fp8 or none")
 
 
 def _parts(weights: str, kv_cache: str) -> tuple[tuple[str, Part, str], ...]:

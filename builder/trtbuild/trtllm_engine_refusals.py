@@ -18,6 +18,7 @@ from trtbuild.trtllm_build_extra import extra_problems
 from trtbuild.trtllm_common import (
     block_refusals,
     embedded_only,
+    expert_refusals,
     excluded_in_part,
     gpu_refusals,
     group_refusals,
@@ -98,6 +99,7 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += excluded_in_part(settings["compress.exclude"], facts)
     problems += gpu_refusals(recipe, FLOW, planned_release(recipe).line, ranks(recipe))
     problems += parallel_refusals(settings, facts)
+    problems += expert_refusals(recipe, FLOW, facts)
     problems += _pipeline(recipe, facts)
     problems += _stages(settings, facts)
     problems += lora_refusals(settings, facts)

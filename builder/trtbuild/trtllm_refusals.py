@@ -19,6 +19,7 @@ from trtbuild.trtllm_common import (
     adapter_refusals,
     block_refusals,
     embedded_only,
+    expert_refusals,
     excluded_in_part,
     gpu_refusals,
     group_refusals,
@@ -28,6 +29,7 @@ from trtbuild.trtllm_common import (
 from trtbuild.trtllm_deploy import deploy_refusals, hosts
 from trtbuild.trtllm_parallel import parallel_refusals
 from trtbuild.trtllm_settings import FLOW, planned_release, release_schema, wanted_release, world_size
+from trtbuild.weight_formats import takes_group
 
 
 def trtllm_mistakes(settings: Settings) -> list[Problem]:
@@ -89,21 +91,19 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += parallel_refusals(settings, facts)
     problems += _speculation(recipe, release, schema)
     problems += adapter_refusals(recipe)
-    problems += _int4(recipe, facts)
+    problems += expert_refusals(recipe, FLOW, facts)
+    problems += _joined_rows(recipe, facts)
     return problems
 
 
-def _int4(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
-    """Weights of 4 bits where TensorRT-LLM would not load them; `adapters/trtllm_fused.py` has the sources."""
-    if recipe.compress.format != "int4_awq" or recipe.compress.exclude:  # what is left out shows in the checkpoint
+def _joined_rows(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
+    """INT4 where TensorRT-LLM would not load it; `adapters/trtllm_fused.py` has the sources."""
+    name = recipe.compress.format
+    if not takes_group(name) or recipe.compress.exclude:  # what is left out shows in the checkpoint
         return
-    hint = "use fp8 or none"
-    if facts.num_experts:
-        message = "int4_awq: TensorRT-LLM's experts with weights of 4 bits have inputs in FP8, which int4_awq has not"
-        yield Problem("compress.format", message, hint)
     if facts.architecture == "Phi3ForCausalLM":
-        message = "int4_awq: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output, not two"
-        yield Problem("compress.format", message, hint)
+        message = f"{name}: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output, not two"
+        yield Problem("compress.format", message, "use fp8 or none")
 
 
 def trtllm_warnings(settings: Settings) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from trtbuild.compat import facts
 from trtbuild.convert.formats import FORMATS as CONVERTED
 from trtbuild.convert.formats import KV_CACHES
-from trtbuild.format_support import nearest, refused, refused_embedded
+from trtbuild.format_support import nearest, refused, refused_embedded, refused_experts
 from trtbuild.gates import default_max_perplexity_ratio
 from trtbuild.recipe_fields import Format, KvCacheFormat
 from trtbuild.releases import Line, lines
@@ -40,6 +40,13 @@ def test_the_table_says_what_the_conversion_takes() -> None:
     table = facts("formats")
     assert {row["algo"] for row in table["weights"].values() if row["engine"]} == set(CONVERTED)
     assert {row["algo"] for row in table["kv_cache"].values() if row["engine"]} == set(KV_CACHES) - {None}
+
+
+def test_experts_that_the_conversion_refuses_are_refused_at_once() -> None:
+    refused_there = {algo for algo, row in CONVERTED.items() if row.no_experts}
+    assert {QUANT_ALGO[name] for name in NAMES if refused_experts(name, "engine")} == refused_there
+    assert refused_experts("fp8_block", "llm-api")
+    assert refused_experts("fp8", "llm-api") is None
 
 
 def test_rows_are_complete_and_name_lines_and_formats_that_exist() -> None:
