@@ -1,4 +1,4 @@
-"""Quality of every format on one model: perplexity, KL divergence, top-1 agreement, bits per weight; table and picture.
+"""Quality of every format on one model: perplexity, KL divergence, top-1 agreement, bits per weight; and a picture.
 
     PYTHONPATH=builder python benchmarks/format_quality.py MODEL_DIR [--only fp8,nvfp4] [--work DIR] [--picture FILE.svg]
 
@@ -165,7 +165,8 @@ def _numbers(result: dict[str, Any]) -> dict[str, float]:
 def table(results: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| format | KV cache | bits/weight | file MB | perplexity | ratio | KL (nats) | top-1 | ModelOpt in memory: perplexity, KL, top-1 |",
+        "| format | KV cache | bits/weight | file MB | perplexity | ratio | KL (nats) | top-1 "
+        "| ModelOpt in memory: perplexity, KL, top-1 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results:
@@ -194,12 +195,12 @@ _KINDS = {
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Divergence from the original against bits per weight, for the formats of weights alone."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("svg" if path.suffix == ".svg" else "agg")
-    from matplotlib import pyplot
+    mpl.use("svg" if path.suffix == ".svg" else "agg")
+    import matplotlib.pyplot as plt
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     rows = [row for row in results if row["kv_cache"] == "none" and row["format"] != "none" and "ours" in row]
     for kind, prefixes in _KINDS.items():
         group = [row for row in rows if row["format"].startswith(prefixes)]

@@ -18,8 +18,8 @@ from trtbuild.trtllm_build_extra import extra_problems
 from trtbuild.trtllm_common import (
     block_refusals,
     embedded_only,
-    expert_refusals,
     excluded_in_part,
+    expert_refusals,
     gpu_refusals,
     group_refusals,
     instance_mistakes,

@@ -19,8 +19,8 @@ from trtbuild.trtllm_common import (
     adapter_refusals,
     block_refusals,
     embedded_only,
-    expert_refusals,
     excluded_in_part,
+    expert_refusals,
     gpu_refusals,
     group_refusals,
     instance_mistakes,
@@ -125,6 +125,13 @@ def trtllm_warnings(settings: Settings) -> list[str]:
             "TensorRT-LLM takes 1 for k_scale and v_scale unless the server's environment has TRTLLM_LOAD_KV_SCALES=1 "
             f"({sets}); quality is measured with the checkpoint's scales"
         )
+    if recipe.compress.kv_cache == "nvfp4" and release.line.name not in ("1.3", "1.4"):
+        # The same file, NVFP4LinearMethod; ModelOpt 0.47 writes the largest magnitude / 448.
+        warnings.append(
+            f"TensorRT-LLM {release.version} takes the scales of an NVFP4 KV cache for a sixth of what they are"
+        )
+    if recipe.compress.format == "fp8_block":
+        warnings.append("TensorRT-LLM rounds inputs of fp8_block to FP8, 128 at a time; quality is measured without")
     warnings += _untested(recipe)
     if any("model" in key for key in recipe.runtime.extra.get("speculative_config") or {}):
         warnings.append(

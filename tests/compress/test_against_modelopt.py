@@ -1,8 +1,9 @@
 """Our layers on the exported files against ModelOpt's fake quantization of the whole model in memory.
 
 Formats that ModelOpt 0.47 can compute on a CPU and whose export changes nothing. (Exporting AWQ averages smoothing
-scales and folds them into norms: another model than the one in memory.) Layer by layer, each on the input that ModelOpt's layer had: an input that lies
-between two codes falls to either side, and a small random model makes much of that behind its first layers.
+scales and folds them into norms: another model than the one in memory.) Layer by layer, each on the input that
+ModelOpt's layer had: an input that lies between two codes falls to either side, and a small random model makes much
+of that behind its first layers.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from format_table import caches, weights
 
 from trtbuild.compat import facts
 from trtbuild.convert.formats import FORMATS as CONVERTED
@@ -17,6 +19,7 @@ from trtbuild.runtime.numerics import NUMERICS
 from trtbuild.support import QUANT_ALGO
 from trtbuild.weight_formats import KV_CACHE_BITS, WEIGHT_FORMATS
 
+PAGE = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
 NAMES = set(get_args(Format)) - {"none"}
 CACHES = set(get_args(KvCacheFormat)) - {"none"}
 # Names that ModelOpt and TensorRT-LLM do not share.
@@ -108,3 +111,8 @@ def test_not_refused(part: Any, name: str, flow: Any, version: str, sm: int) -> 
 def test_the_embedded_engine_leaves_int8_caches_to_tensorrt() -> None:
     assert "TensorRT engines" in (refused_embedded("int8") or "")
     assert [refused_embedded(name) for name in ("none", "fp8", "nvfp4")] == [None, None, None]
+
+
+def test_the_page_has_the_tables() -> None:
+    assert weights() in PAGE
+    assert caches() in PAGE

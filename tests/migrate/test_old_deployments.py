@@ -335,7 +335,7 @@ def test_formats_that_stay_where_the_runtime_loads_them(algorithm: str, name: st
     config["pretrained_config"]["quantization"]["quant_algo"] = algorithm
     for kind, table in (("trtllm-engine", "engine"), ("trtllm", "llm_api")):
         done = migrate(str(write_engine(tmp_path / kind, config)), kind, gpu="B200")  # type: ignore[arg-type]
-        row = next((row for row in facts("formats")["weights"].values() if row["algo"] == algorithm))
+        row = next(row for row in facts("formats")["weights"].values() if row["algo"] == algorithm)
         loaded = bool(row[table])
         assert ("format" in done.document["compress"]) == loaded, (kind, algorithm)
         if loaded and name:

@@ -1,7 +1,7 @@
 """Linear layers that compute with the numerics of the stored format, on any device.
 
-FP8 with one scale for a tensor has a class of its own: tensor cores of Ada and newer compute it, the fast path joins its
-layers, and other engines' joined scales are put into it. All other formats are rows of `numerics`.
+FP8 with one scale for a tensor has a class of its own: tensor cores of Ada and newer compute it, the fast path joins
+its layers, and other engines' joined scales are put into it. All other formats are rows of `numerics`.
 Shapes: T tokens (any leading dimensions), I inputs, O outputs.
 """
 

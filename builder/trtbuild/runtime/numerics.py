@@ -4,11 +4,11 @@ Formats are those of ModelOpt's unified Hugging Face checkpoint
 (NVIDIA/Model-Optimizer: modelopt/torch/export/quant_utils.py, modelopt/torch/quantization/qtensor/ @0.47.0).
 Shapes: T tokens (any leading dimensions), I inputs, O outputs, G = I / group size.
 
-A layer is y = (input(x) @ matrix^T) * outer * factor + bias. What multiplies the sums stays out of the products, so that
-these are exact also in bfloat16: all codes, and E2M1 values times E4M3 scales or powers of two, fit its eight bits.
+A layer is y = (input(x) @ matrix^T) * outer * factor + bias. What multiplies the sums stays out of the products, so
+that these are exact also in bfloat16: all codes, and E2M1 values times E4M3 scales or powers of two, fit its eight bits.
 
-Not here yet: `int4_gptq` is stored like W4A16_AWQ without smoothing; MIXED_PRECISION names a row for each layer; HQQ and
-AutoRound give INT4 or NVFP4 codes, KV caches of fewer bits a row of `kv_cache`.
+Not here yet: `int4_gptq` is stored like W4A16_AWQ without smoothing; MIXED_PRECISION names a row for each layer; HQQ
+and AutoRound give INT4 or NVFP4 codes, KV caches of fewer bits a row of `kv_cache`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trtbuild.runtime.codes import (
 )
 
 Tensors = Mapping[str, torch.Tensor]
-# How a scale lies beside its weight: one number, one for each output, one for each group of inputs or tile of 128 x 128.
+# How a scale lies beside its weight: one number, one for each output, group of inputs, or tile of 128 x 128.
 ONE, ROWS, GROUPS, TILES = "one", "rows", "groups", "tiles"
 TILE = 128
 
@@ -49,8 +49,8 @@ class Numerics:
         scales: Each scale of the weights: its type in files, and how it lies.
         matrix: The matrix [O, I] that inputs are multiplied by.
         outer: The scale of the weights that multiplies the sums: one number, or one for each output.
-        input: What becomes of an input [T, I] under ``input_scale`` (1 where files have none): the numbers that are multiplied, and what
-            multiplies the sums for it: None, one number, or one for each token.
+        input: What becomes of an input [T, I] under ``input_scale`` (1 where files have none): the numbers that are
+            multiplied, and what multiplies the sums for it: None, one number, or one for each token.
         input_scale: Whether files have an ``input_scale``.
         smoothed: Whether inputs may be multiplied by ``pre_quant_scale`` first.
     """
