@@ -1,6 +1,6 @@
 """Quality of every format on one model: perplexity, KL divergence, top-1 agreement, bits per weight; and a picture.
 
-    PYTHONPATH=builder python benchmarks/format_quality.py MODEL_DIR [--only fp8,nvfp4] [--work DIR] [--picture FILE.svg]
+    PYTHONPATH=builder python benchmarks/format_quality.py MODEL_DIR [--only fp8,nvfp4] [--work DIR] [--picture FILE]
 
 Each format is compressed as the build does, and its exported files are measured as the build's evaluation does: by the
 embedded engine, against Transformers in float32. "ModelOpt in memory" is `mtq.quantize` on the same calibration text,
@@ -164,11 +164,11 @@ def _numbers(result: dict[str, Any]) -> dict[str, float]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    lines = [
+    head = (
         "| format | KV cache | bits/weight | file MB | perplexity | ratio | KL (nats) | top-1 "
-        "| ModelOpt in memory: perplexity, KL, top-1 |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+        "| ModelOpt in memory: perplexity, KL, top-1 |"
+    )
+    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
     for row in results:
         if "refused" in row:
             lines.append(

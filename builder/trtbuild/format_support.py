@@ -67,12 +67,19 @@ def refused_experts(weight_format: str, flow: Flow) -> str | None:
     return found.get(flow)
 
 
+def refused_gpu(part: Part, name: str, flow: Flow, line: Line, sm: int) -> str | None:
+    """Why a format that a flow of a release line loads does not run on an architecture, or None."""
+    if (part, name) == ("kv_cache", _LEFT_ALONE):
+        return None
+    if flow == "engine" and name != _LEFT_ALONE and sm in _row(part, name).get("engine_not_on", ()):
+        return f"trtllm-build refuses INT4 and INT8 on SM{sm}"
+    return refused_format(line, algorithm(part, name), sm)
+
+
 def refused(part: Part, name: str, flow: Flow, line: Line, sm: int | None) -> str | None:
     """Why a flow of a release line does not load a format on an architecture (None: on none in particular), or None."""
     why = refused_flow(part, name, flow, line)
-    if why is None and sm is not None and (part, name) != ("kv_cache", _LEFT_ALONE):
-        why = refused_format(line, algorithm(part, name), sm)
-    return why
+    return why if why is not None or sm is None else refused_gpu(part, name, flow, line, sm)
 
 
 def nearest(part: Part, name: str, flow: Flow, line: Line, sm: int | None) -> str | None:

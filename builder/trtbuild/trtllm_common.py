@@ -10,12 +10,12 @@ from pathlib import PurePosixPath
 
 from trtbuild.compress_settings import fitting_group_sizes
 from trtbuild.errors import Problem
-from trtbuild.format_support import Part, algorithm, nearest, refused_experts, refused_flow
+from trtbuild.format_support import Part, nearest, refused_experts, refused_flow, refused_gpu
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Flow, Line
 from trtbuild.setting_values import Settings
-from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version, unknown_gpu
+from trtbuild.support import QUANT_ALGO, group_sizes, sm_version, unknown_gpu
 
 _EMBEDDED_ONLY = "only the embedded runtime has it"
 # What each speculative method reads of its section.
@@ -117,12 +117,10 @@ def _format_refusals(recipe: Recipe, flow: Flow, line: Line, sm: int | None) -> 
     """Formats that the flow does not load, or the GPU does not run, with the nearest that both do."""
     compress = recipe.compress
     for field, part, name in _parts(compress.format, compress.kv_cache):
-        if (part, name) == ("kv_cache", "none"):
-            continue
         why = refused_flow(part, name, flow, line)
         if why is not None:
             message = f"{name}: {why}"
-        elif sm is not None and (why := refused_format(line, algorithm(part, name), sm)) is not None:
+        elif sm is not None and (why := refused_gpu(part, name, flow, line, sm)) is not None:
             message = f"{name} does not run on {recipe.target.gpu} (SM{sm}): {why}"
         else:
             continue

@@ -466,7 +466,8 @@ def test_what_runs_where(tiny_llama: Path, tmp_path: Path) -> None:
     rows = {row["what"]: [(cell["status"], cell["detail"]) for cell in row["cells"]] for row in found["rows"]}
     assert rows["runtime"][0] == ("available", "container 26.07")
     assert rows["runtime"][2] == ("available", "no Triton container")
-    assert [status for status, _ in rows["format int4_awq"]] == ["available", "available", "not available"]
+    assert [status for status, _ in rows["format int4_awq"]] == ["not available", "available", "not available"]
+    assert "trtllm-build refuses INT4" in rows["format int4_awq"][0][1]
     assert rows["model LlamaForCausalLM"] == [
         ("available", ""),
         ("available", "by the newest release's list"),
