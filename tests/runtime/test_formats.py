@@ -134,9 +134,10 @@ def test_integers_round_to_even_and_saturate() -> None:
 def test_blocks_against_the_description() -> None:
     x = random(50, 128) * torch.logspace(-4, 3, 50, dtype=torch.float64)[:, None]
     x[3] = 0
-    x[:, :32] = (
-        torch.tensor(448.0) * 2.0 ** torch.arange(-25, 25).double()[:, None]
-    )  # a scale of exactly a power of two
+    # Blocks whose largest value asks for exactly a power of two, and smaller ones that show which one was taken.
+    powers = 2.0 ** torch.arange(-25, 25).double()[:, None]
+    x[:, 32:96] = random(50, 64, seed=8).clamp(-5, 5) * powers
+    x[:, 32], x[:, 64] = 448 * powers[:, 0], 6 * powers[:, 0]
     for largest in (448.0, 6.0):
         assert np.array_equal(round_mx(x, largest).numpy(), reference.round_mx(x.numpy(), largest))
     for scale in (1e-5, 0.003, 10.0):
