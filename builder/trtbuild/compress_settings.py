@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trtbuild.model import ModelFacts
 from trtbuild.setting_values import Settings
+from trtbuild.weight_formats import WEIGHT_FORMATS, takes_group
 
 _CALIBRATION_LENGTH = 512
 _NOTHING_COMPRESSED = (
@@ -17,6 +18,7 @@ def take_compress(settings: Settings, facts: ModelFacts) -> None:
     """What happens to the weights and the KV cache, and the text that decides it."""
     compress_format = settings.take("compress.format")
     _group_size(settings, facts, compress_format)
+    _fixed_groups(settings, facts, compress_format)
     settings.take("compress.kv_cache")
     sparsity = settings.take("compress.sparsity")
     if sparsity == "none" and settings.recipe.compress.sparsity_method is not None:
@@ -60,11 +62,12 @@ def fitting_group_sizes(facts: ModelFacts) -> list[int]:
 
 def _group_size(settings: Settings, facts: ModelFacts, compress_format: str) -> None:
     path, given = "compress.group_size", settings.recipe.compress.group_size
-    if compress_format != "int4_awq":
+    if not takes_group(compress_format):
         if given is not None:
-            settings.problem(
-                path, f"{given} is set while compress.format is {compress_format}", "remove it or use int4_awq"
-            )
+            fixed = WEIGHT_FORMATS[compress_format].group if compress_format != "none" else 0
+            why = f", whose groups have {fixed} weights" if fixed else ""
+            message = f"{given} is set while compress.format is {compress_format}{why}"
+            settings.problem(path, message, "remove it or use int4_awq")
         settings.take(path)
         return
     fitting = fitting_group_sizes(facts)
@@ -79,3 +82,17 @@ def _group_size(settings: Settings, facts: ModelFacts, compress_format: str) -> 
         settings.problem(path, f"{given} does not divide the input size {misfits[0]} of a linear layer", hint)
     origin = "default" if fitting[:1] == [128] else "model: the largest that divides every input size"
     settings.take(path, fitting[0] if fitting else None, origin)
+
+
+def _fixed_groups(settings: Settings, facts: ModelFacts, compress_format: str) -> None:
+    """Formats whose blocks have one size; with patterns that exclude layers, the compress step knows which are left."""
+    if compress_format == "none" or settings.recipe.compress.exclude:
+        return
+    rows, columns = WEIGHT_FORMATS[compress_format].sides
+    inputs = [size for size in facts.linear_input_sizes if size % columns]
+    keys = facts.num_key_value_heads * facts.head_dim
+    if inputs or keys % rows:
+        what = f"the input size {inputs[0]}" if inputs else f"the {keys} outputs of keys and values"
+        size = columns if inputs else rows
+        message = f"{compress_format}: its blocks of {size} do not divide {what} of a linear layer"
+        settings.problem("compress.format", message, "use another format, such as fp8, or exclude these layers")

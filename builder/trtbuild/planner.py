@@ -25,9 +25,8 @@ from trtbuild.trtllm_engine_lora import ADAPTERS
 from trtbuild.trtllm_engine_refusals import engine_mistakes, engine_warnings
 from trtbuild.trtllm_refusals import trtllm_mistakes, trtllm_warnings
 from trtbuild.trtllm_settings import take_trtllm
+from trtbuild.weight_formats import KV_CACHE_BITS, WEIGHT_FORMATS
 
-_FORMAT_BITS = {"none": 16.0, "fp8": 8.0, "int4_awq": 4.0}
-_SCALE_BITS = 16
 _EVALUATION_LENGTH = 512
 _KV_BYTES = {"embedded": 4, "trtllm": 2, "trtllm-engine": 2}  # the embedded engine computes in float32 on a CPU
 _EMBEDDED, _TRTLLM, _ENGINE = "embedded", "trtllm", "trtllm-engine"
@@ -131,7 +130,9 @@ def _joined_scales(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     TensorRT engines leave gate and up apart where `use_fused_mlp` is off, and where the activation is Gemma's
     (NVIDIA/TensorRT-LLM, tensorrt_llm/models/modeling_utils.py @34a267279384, fuse_gate_mlp: silu and gelu alone).
     """
-    kind = _kind(settings)
+    kind, cache = _kind(settings), settings["compress.kv_cache"] != "none"
+    if kind == _ENGINE and settings["compress.format"] != "fp8" and cache:
+        return {"joined_scales": {"layers": False, "gate_up": False, "kv_cache": True, "intermediate": "float32"}}
     if settings["compress.format"] != "fp8" or kind == _EMBEDDED:
         return {}
     if kind == _TRTLLM:
@@ -189,7 +190,7 @@ def _numerics(settings: Settings, name: str) -> str:
 
 
 def _kv_cache_dtype(settings: Settings) -> str:
-    return "fp8" if settings["compress.kv_cache"] == "fp8" else "auto"
+    return "auto" if settings["compress.kv_cache"] == "none" else str(settings["compress.kv_cache"])
 
 
 def _evaluation_length(settings: Settings) -> int:
@@ -287,12 +288,11 @@ def _memory_limit(settings: Settings) -> int | None:
 
 def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
     """Sizes in bytes that follow from the facts: the checkpoint's file, the memory to make it, and the KV cache."""
-    bits = _FORMAT_BITS[settings["compress.format"]]
-    if settings["compress.group_size"] is not None:
-        bits += _SCALE_BITS * 2 / settings["compress.group_size"]  # one float32 scale a group
+    name = settings["compress.format"]
+    bits = 16.0 if name == "none" else WEIGHT_FORMATS[name].file_bits(settings["compress.group_size"])
     rest = facts.parameters - facts.linear_parameters
-    plain = _KV_BYTES[_kind(settings)]
-    per_token = facts.kv_bytes_per_token(1 if settings["compress.kv_cache"] == "fp8" else plain)
+    bits_in_cache = KV_CACHE_BITS.get(settings["compress.kv_cache"], 8 * _KV_BYTES[_kind(settings)])
+    per_token = int(facts.kv_bytes_per_token(1) * bits_in_cache / 8)
     estimates = {
         "checkpoint_bytes": int(facts.linear_parameters * bits / 8) + 2 * rest,
         "compress_peak_memory_bytes": _demand(settings, facts).peak(_memory_limit(settings)),

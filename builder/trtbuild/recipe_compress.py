@@ -36,7 +36,7 @@ class Compress(Section):
 
     format: Format = Field(default="none", description="Weight format: none keeps bf16.")
     group_size: PositiveInt | None = Field(
-        default=None, description="Weights per INT4 scale along the input; int4_awq only."
+        default=None, description="Weights per INT4 scale along the input; int4_awq and w4a8_awq only."
     )
     kv_cache: KvCacheFormat = Field(default="none", description="Format of the KV cache: none keeps the compute type.")
     sparsity: Sparsity = Field(default="none", description="2:4 keeps two of every four weights along the input.")

@@ -17,8 +17,11 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 # Triton takes the directory's name as the model's name, and a name must be safe as both.
 TritonName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 
-Format = Literal["none", "fp8", "int4_awq"]
-KvCacheFormat = Literal["none", "fp8"]
+Format = Literal[
+    "none", "fp8", "fp8_per_channel_per_token", "fp8_block", "int8_sq", "int8_weight_only", "int4_awq", "w4a8_awq",
+    "nvfp4", "nvfp4_awq", "w4a16_nvfp4", "mxfp4", "mxfp8",
+]  # fmt: skip
+KvCacheFormat = Literal["none", "fp8", "nvfp4", "int8"]
 Sparsity = Literal["none", "2:4"]
 RuntimeKind = Literal["embedded", "trtllm", "trtllm-engine"]
 SpeculativeMethod = Literal[

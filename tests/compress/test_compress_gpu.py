@@ -10,7 +10,8 @@ import torch
 
 from tiny import save_checkpoint
 from trtbuild.runtime.checkpoint import load_model
-from trtbuild.runtime.linear import Form, Fp8Linear, Int4Linear
+from trtbuild.runtime.linear import CodedLinear, Form, Fp8Linear
+from trtbuild.runtime.numerics import NUMERICS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,9 +60,10 @@ def test_int4_layers() -> None:
     x = torch.randn(5, 128, generator=generator)
     forms: dict[str, torch.Tensor] = {}
     for device, form in (("cpu", "expanded"), ("cuda", "expanded"), ("cuda", "packed")):
-        layer = Int4Linear(
-            weight=packed.to(device), weight_scale=scale.to(device), pre_quant_scale=smooth.to(device), bias=None,
-            dtype=torch.float64, form=form,
+        stored = {"weight": packed, "weight_scale": scale, "pre_quant_scale": smooth}
+        layer = CodedLinear(
+            numerics=NUMERICS["W4A16_AWQ"], stored={name: value.to(device) for name, value in stored.items()},
+            bias=None, dtype=torch.float64, form=form,
         )  # fmt: skip
         forms[device + form] = layer(x.to(device, torch.float64)).cpu()
     for y in forms.values():

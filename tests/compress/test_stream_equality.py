@@ -60,9 +60,10 @@ def modelopt_config(changes: dict[str, Any]) -> dict[str, Any]:
         for part in settings if isinstance(settings, list) else [settings]:
             if "block_sizes" in part:
                 part["block_sizes"][-1] = changes["group_size"]
-    if changes.get("kv_cache") == "fp8":
+    caches = {"fp8": mtq.FP8_KV_CFG, "nvfp4": mtq.NVFP4_KV_CFG}
+    if "kv_cache" in changes:
         config["algorithm"] = config["algorithm"] or "max"
-        config["quant_cfg"] = [*config["quant_cfg"], *copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])]
+        config["quant_cfg"] = [*config["quant_cfg"], *copy.deepcopy(caches[changes["kv_cache"]]["quant_cfg"])]
     return config
 
 
@@ -119,6 +120,7 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     *(("qwen3_moe", {"format": name}) for name in ("fp8_per_channel_per_token", "int8_sq", "nvfp4", "mxfp8")),
     ("gemma3", {"format": "nvfp4", "kv_cache": "fp8", "sparsity": "2:4"}),
     ("mixtral", {"format": "mxfp4", "kv_cache": "fp8"}),
+    ("qwen3", {"format": "nvfp4", "kv_cache": "nvfp4"}),
     ("mixtral", {"format": "int8_weight_only", "sparsity": "2:4"}),
     ("qwen3", {"format": "w4a8_awq", "group_size": 32, "kv_cache": "fp8"}),
     ("mixtral", {"format": "w4a8_awq", "group_size": 64}),
@@ -266,3 +268,17 @@ def test_a_model_that_cannot_be_streamed_is_held_in_memory_and_says_so(tmp_path:
     assert result["notes"] == [
         "the whole model was held in memory: model.decoder.project_out lies outside the decoder layers"
     ]
+
+
+def test_an_int8_cache_has_the_ranges_of_an_fp8_cache(compress: Any) -> None:
+    """ModelOpt's exporter refuses it, so the largest magnitudes are compared: 127 scales of INT8, 448 of FP8."""
+    int8, fp8 = (compress("qwen3", format="int8_sq", kv_cache=name)[0] for name in ("int8", "fp8"))
+    found, wanted = load(int8), load(fp8)
+    assert found.keys() == wanted.keys()
+    names = [name for name in found if name.endswith((".k_scale", ".v_scale"))]
+    assert len(names) == 6
+    for name in names:
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name] * 127, wanted[name] * 448)
+    nested = json.loads((int8 / "hf_quant_config.json").read_text())["quantization"]
+    assert (nested["quant_algo"], nested["kv_cache_quant_algo"]) == ("W8A8_SQ_PER_CHANNEL", "INT8")

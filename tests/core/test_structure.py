@@ -37,6 +37,7 @@ LAYERS = [
         "model",
         "layer_size",
         "weight_formats",
+        "format_support",
         "releases",
         "support",
         "model_classes",

@@ -142,7 +142,7 @@ def test_good_checkpoints(tmp_path: Path, algo: str) -> None:
     found = check(LocalFiles(path), "1.2.1", Layout())
     assert [rule.name for rule in found] == [
         *("recognition", "packing", "excluded modules", "scales", "fused projections", "AWQ input scales"),
-        *("KV cache scales", "tensor parallel", "GPU"),
+        *("KV cache scales", "tensor parallel", "release", "GPU"),
     ]
     assert found[1] == CheckpointCheck("packing", (), f"14 layers in {algo}")
     assert found[-1].detail == "target.gpu is not set: not checked"
@@ -268,7 +268,7 @@ def test_broken_experts(tmp_path: Path, algo: str, made: Tensors, sentence: str)
         (
             {"quant_algo": "INT8"},
             "recognition",
-            "quant_algo INT8 has no tensors that trtbuild can check, only FP8, NVFP4",
+            "quant_algo INT8 has no linear layer in TensorRT-LLM's LLM API, only FP8, ",
         ),
         ({"quant_algo": None, "kv_cache_quant_algo": None}, "recognition", "names no quant_algo"),
         ({"quant_algo": None}, "recognition", "names no quant_algo"),

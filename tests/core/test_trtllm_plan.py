@@ -273,7 +273,7 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
         (["target.gpu=H1000"], "target.gpu: 'H1000' is no known GPU; did you mean H100"),
         (
             ["target.gpu=V100"],
-            "none does not run on V100 (SM70): TensorRT-LLM runs bf16 from SM80 on; use another format",
+            "none does not run on V100 (SM70): TensorRT-LLM runs bf16 from SM80 on; use another GPU",
         ),
         (
             ["target.gpu=A100", "compress.format=fp8"],
@@ -462,7 +462,8 @@ def test_what_runs_where(tiny_llama: Path, tmp_path: Path) -> None:
     rows = {row["what"]: [(cell["status"], cell["detail"]) for cell in row["cells"]] for row in found["rows"]}
     assert rows["runtime"][0] == ("available", "container 26.07")
     assert rows["runtime"][2] == ("available", "no Triton container")
-    assert [status for status, _ in rows["format int4_awq"]] == ["available", "available", "not available"]
+    assert [status for status, _ in rows["format int4_awq"]] == ["not available", "available", "not available"]
+    assert "trtllm-build refuses INT4" in rows["format int4_awq"][0][1]
     assert rows["model LlamaForCausalLM"] == [
         ("available", ""),
         ("available", ""),

@@ -17,11 +17,15 @@ from trtbuild.adapters import trtllm_fused
 from trtbuild.adapters import trtllm_tensors as rules
 from trtbuild.checkpoint_files import CheckpointFiles
 from trtbuild.errors import ArtifactError, Problem
+from trtbuild.format_support import Part, recipe_name, refused_flow
 from trtbuild.model import read_tensors
 from trtbuild.releases import find_release
 from trtbuild.support import refused_format, sm_version
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
+_KV_CACHES = ("FP8", "NVFP4")
+# quantization/modelopt_config.py @2edf354d: ModelOpt's name of a format that has another one here.
+_ALIASES = {"fp8_pb_wo": "FP8_BLOCK_SCALES"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ def check(files: CheckpointFiles, version: str, layout: Layout) -> list[Checkpoi
     for name, step in steps:
         problems, detail = step()
         checks.append(CheckpointCheck(name, tuple(problems), detail))
-    return [*checks, _gpu(found, version, layout)]
+    return [*checks, _release(found, version), _gpu(found, version, layout)]
 
 
 def recognize(config: Mapping[str, Any], beside: Mapping[str, Any]) -> tuple[rules.Quantized, list[str]]:
@@ -100,7 +104,7 @@ def recognize(config: Mapping[str, Any], beside: Mapping[str, Any]) -> tuple[rul
     if not (isinstance(producer, dict) and producer.get("name") == "modelopt"):
         problems.append(f"{HF_QUANT_CONFIG}: producer.name is not modelopt, so it is not recognized")
     found = rules.Quantized(
-        algo=nested.get("quant_algo"),
+        algo=_ALIASES.get(str(nested.get("quant_algo")), nested.get("quant_algo")),
         kv_algo=nested.get("kv_cache_quant_algo"),
         group_size=nested.get("group_size"),
         exclude=tuple(nested.get("exclude_modules") or ()),
@@ -111,10 +115,11 @@ def recognize(config: Mapping[str, Any], beside: Mapping[str, Any]) -> tuple[rul
     if found.algo is not None and found.algo not in rules.LAYOUTS:
         known = ", ".join(sorted(rules.LAYOUTS))
         problems.append(
-            f"{HF_QUANT_CONFIG}: quant_algo {found.algo} has no tensors that trtbuild can check, only {known}"
+            f"{HF_QUANT_CONFIG}: quant_algo {found.algo} has no linear layer in TensorRT-LLM's LLM API, only {known}"
         )
-    if found.kv_algo not in (None, "FP8"):
-        problems.append(f"{HF_QUANT_CONFIG}: kv_cache_quant_algo {found.kv_algo} is not FP8")
+    if found.kv_algo not in (None, *_KV_CACHES):
+        known = " or ".join(_KV_CACHES)
+        problems.append(f"{HF_QUANT_CONFIG}: kv_cache_quant_algo {found.kv_algo} is not {known}")
     problems += _disagreement(found, inline)
     return found, problems
 
@@ -123,10 +128,24 @@ def _disagreement(found: rules.Quantized, inline: Any) -> list[str]:
     """Where the two files name different algorithms: upstream warns, and tools that read the other one are misled."""
     if not isinstance(inline, dict):
         return []
-    named = inline.get("quant_algo")
+    named = _ALIASES.get(str(inline.get("quant_algo")), inline.get("quant_algo"))
     if named is not None and named != found.algo:
         return [f"config.json names quant_algo {named}, {HF_QUANT_CONFIG} {found.algo}"]
     return []
+
+
+def _release(found: rules.Quantized, version: str) -> CheckpointCheck:
+    """Whether the LLM API of this release has the formats at all."""
+    release = find_release(version, allow_unknown=True)
+    if isinstance(release, Problem):
+        return CheckpointCheck("release", (f"TensorRT-LLM {version} is in no table",))
+    parts: tuple[tuple[Part, str | None], ...] = (("weights", found.algo), ("kv_cache", found.kv_algo))
+    reasons = [
+        f"{algo}: {why}"
+        for part, algo in parts
+        if algo is not None and (why := refused_flow(part, recipe_name(part, algo), "llm-api", release.line))
+    ]
+    return CheckpointCheck("release", tuple(reasons), f"TensorRT-LLM {version}")
 
 
 def _gpu(found: rules.Quantized, version: str, layout: Layout) -> CheckpointCheck:

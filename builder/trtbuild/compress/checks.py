@@ -23,7 +23,7 @@ from trtbuild.compress.source import read_tensors
 from trtbuild.compress.threads import workers
 from trtbuild.errors import ToolError
 from trtbuild.safetensors_header import TensorInfo
-from trtbuild.weight_formats import is_searched
+from trtbuild.weight_formats import is_searched, takes_group
 
 _Form = tuple[str, tuple[int, ...]]  # type and shape of a tensor
 _SHOWN = 3
@@ -80,7 +80,7 @@ def check_export(request: Request, selection: Selection, source: Mapping[str, Te
                 checked.result()
         _check_shared_inputs(quantized, values, infos)
     _check_source_is_covered(infos, source)
-    if request.kv_cache == "fp8":
+    if request.kv_cache != "none":
         _check_kv_scales(request, infos, values)
     groups, conforming = _check_pattern(request, wanted, values) if request.sparse else (0, 0)
     return Checked(
@@ -171,6 +171,7 @@ def expected_tensors(name: str, out: int, into: int, group: int) -> dict[str, _F
         "int4_awq": int4,
         "w4a8_awq": int4 | {"weight_scale_2": one, "input_scale": one},
         "nvfp4": fp4 | {"input_scale": one},
+        "nvfp4_awq": fp4 | {"input_scale": one},
         "w4a16_nvfp4": fp4,
         "mxfp4": {"weight": ("U8", (out, into // 2)), "weight_scale": ("U8", (out, into // 32))},
         "mxfp8": {"weight": fp8, "weight_scale": ("U8", (out, into // 32))},
@@ -181,7 +182,7 @@ def expected_tensors(name: str, out: int, into: int, group: int) -> dict[str, _F
 def _logical_shape(request: Request, info: TensorInfo) -> tuple[int, ...]:
     if info.dtype != "U8":
         return info.shape
-    return (info.shape[0] * 2, info.shape[1]) if is_searched(request.format) else (info.shape[0], info.shape[1] * 2)
+    return (info.shape[0] * 2, info.shape[1]) if takes_group(request.format) else (info.shape[0], info.shape[1] * 2)
 
 
 def _check_scale(name: str, scale: torch.Tensor) -> None:
@@ -252,7 +253,7 @@ def _codes(request: Request, block: torch.Tensor) -> torch.Tensor:
 
     A byte of INT4 holds two outputs, a byte of FP4 two inputs, each with a sign.
     """
-    if block.dtype == torch.uint8 and is_searched(request.format):
+    if block.dtype == torch.uint8 and takes_group(request.format):
         return torch.stack((block & 15, block >> 4))
     if block.dtype == torch.uint8:
         return torch.stack((block & 7, block >> 4 & 7), dim=1)

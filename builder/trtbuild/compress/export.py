@@ -21,9 +21,10 @@ from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.errors import ToolError
 from trtbuild.toolchain import version_of
-from trtbuild.weight_formats import is_searched
+from trtbuild.weight_formats import takes_group
 
 _SHARD_BYTES = 5_000_000_000
+_INT8_MAX = 127
 HF_QUANT_CONFIG = "hf_quant_config.json"
 
 
@@ -37,7 +38,7 @@ def export(model: nn.Module, selection: Selection, request: Request) -> None:
 
     with _rounded(model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with _experts_as_they_are(request):
+        with _experts_as_they_are(request), _int8_cache():
             export_hf_checkpoint(model, dtype=_type_of(model), export_dir=request.output, max_shard_size=_SHARD_BYTES)
     skipped = [str(item.message) for item in caught if "name" in str(item.message) and "skipped" in str(item.message)]
     if skipped:
@@ -78,7 +79,13 @@ def export_frame(frame: nn.Module, layer: str, request: Request) -> Exported:
 
     quant_utils.process_layer_quant_config = keep
     try:
-        with _rounded(frame), warnings.catch_warnings(), _experts_as_they_are(request), _one_cache():
+        with (
+            _rounded(frame),
+            warnings.catch_warnings(),
+            _experts_as_they_are(request),
+            _int8_cache(),
+            _one_cache(),
+        ):
             warnings.simplefilter("ignore")
             state, config = exporter._export_transformers_checkpoint(frame, _type_of(frame))  # noqa: SLF001
     finally:
@@ -172,12 +179,34 @@ def _experts_as_they_are(request: Request) -> Iterator[None]:
 
     known, sync = exporter.get_experts_list, exporter.sync_moe_gate_up_amax
     exporter.get_experts_list = _expert_projections
-    if is_searched(request.format):
+    if takes_group(request.format):
         exporter.sync_moe_gate_up_amax = lambda model: 0  # noqa: ARG005  the number of pairs that it changed
     try:
         yield
     finally:
         exporter.get_experts_list, exporter.sync_moe_gate_up_amax = known, sync
+
+
+@contextmanager
+def _int8_cache() -> Iterator[None]:
+    """While open, the exporter of ModelOpt 0.47 takes a KV cache in INT8, which it would refuse.
+
+    Its scales are the largest magnitude / 127, as in its TensorRT-LLM export (`get_kv_cache_scaling_factor`).
+    """
+    from modelopt.torch.export import unified_export_hf as exporter
+
+    original = exporter.postprocess_state_dict
+
+    def postprocess(state: dict[str, Any], bound: float, cache: str | None, *more: Any, **named: Any) -> Any:
+        if cache == "INT8":
+            bound, cache = _INT8_MAX, "NVFP4"  # one that is handled alike
+        return original(state, bound, cache, *more, **named)
+
+    exporter.postprocess_state_dict = postprocess
+    try:
+        yield
+    finally:
+        exporter.postprocess_state_dict = original
 
 
 def _expert_projections(block: Any, model_type: str) -> list[list[nn.Module]]:  # noqa: ARG001  the exporter's signature
@@ -202,7 +231,7 @@ def _complete_metadata(nested: dict[str, Any], flat: dict[str, Any], selection: 
     """Complete both quantization configs and write them: every unquantized layer named, both telling the same."""
     section = nested["quantization"]
     section["exclude_modules"] = sorted({*(section.get("exclude_modules") or ()), *selection.uncompressed})
-    if is_searched(request.format):
+    if takes_group(request.format):
         section |= {"group_size": request.group_size, "has_zero_point": False, "pre_quant_scale": True}
     flat["ignore"] = section["exclude_modules"]
     _check_producer(nested, flat)

@@ -13,7 +13,7 @@ from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.runtime.experts import UnfusedExperts
-from trtbuild.weight_formats import WEIGHT_FORMATS, WeightFormat, is_searched, needs_text
+from trtbuild.weight_formats import WEIGHT_FORMATS, WeightFormat, is_searched, needs_text, takes_group
 
 _CONFIGS = {
     "fp8": "FP8_DEFAULT_CFG",
@@ -24,10 +24,12 @@ _CONFIGS = {
     "int4_awq": "INT4_AWQ_CFG",
     "w4a8_awq": "W4A8_AWQ_BETA_CFG",
     "nvfp4": "NVFP4_DEFAULT_CFG",
+    "nvfp4_awq": "NVFP4_AWQ_LITE_CFG",
     "w4a16_nvfp4": "W4A16_NVFP4_CFG",
     "mxfp4": "MXFP4_DEFAULT_CFG",
     "mxfp8": "MXFP8_DEFAULT_CFG",
 }
+_INT8_KV = [{"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": 8, "axis": None}, "enable": True}]
 # What one decoder layer costs in each pass over the samples, a plain forward pass being 1. AWQ's second pass tries
 # eleven scales for every layer.
 FP8_PASSES = (("calibrate", 1),)
@@ -67,8 +69,8 @@ def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loo
     _share_input_scales(model)
     if request.format != "none":
         _check_quantizers(model, selection, WEIGHT_FORMATS[request.format])
-    if request.kv_cache == "fp8":
-        _check_kv_quantizers(model, layers)
+    if request.kv_cache != "none":
+        _check_kv_quantizers(model, request.kv_cache, layers)
     return idle
 
 
@@ -79,15 +81,16 @@ def _config(request: Request) -> dict[str, Any]:
     config: dict[str, Any] = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
     if request.format != "none":
         config = copy.deepcopy(getattr(mtq, _CONFIGS[request.format]))
-    if is_searched(request.format):
+    if takes_group(request.format):
         for entry in config["quant_cfg"]:
             quantizers = entry.get("cfg") or {}
             for settings in quantizers if isinstance(quantizers, list) else [quantizers]:
                 if "block_sizes" in settings:
                     settings["block_sizes"][-1] = request.group_size
-    if request.kv_cache == "fp8":
+    caches = {"fp8": mtq.FP8_KV_CFG["quant_cfg"], "nvfp4": mtq.NVFP4_KV_CFG["quant_cfg"], "int8": _INT8_KV}
+    if request.kv_cache != "none":
         config["algorithm"] = config["algorithm"] or "max"  # the MX formats alone need none
-        config["quant_cfg"] = [*config["quant_cfg"], *copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])]
+        config["quant_cfg"] = [*config["quant_cfg"], *copy.deepcopy(caches[request.kv_cache])]
     return config
 
 
@@ -127,11 +130,12 @@ def _check_quantizers(model: nn.Module, selection: Selection, weight_format: Wei
             _check_range(f"{disk}: its inputs", layer.input_quantizer, may_be_zero=False)
 
 
-def _check_kv_quantizers(model: nn.Module, layers: int) -> None:
+def _check_kv_quantizers(model: nn.Module, kv_cache: str, layers: int) -> None:
     found = [module for module in model.modules() if hasattr(module, "k_bmm_quantizer")]
     if len(found) != layers:
         raise CompatibilityError(
-            f"kv_cache: fp8: ModelOpt found {len(found)} attention layers to calibrate in {type(model).__name__}",
+            f"kv_cache: {kv_cache}: ModelOpt found {len(found)} attention layers to calibrate in "
+            f"{type(model).__name__}",
             "use compress.kv_cache: none",
         )
     for module in found:

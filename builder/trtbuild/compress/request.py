@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.errors import Problem, RecipeError
-from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, needs_text
+from trtbuild.weight_formats import WEIGHT_FORMATS, needs_text, takes_group
 from trtbuild.worker import Progress
 
 FORMATS = ("none", *WEIGHT_FORMATS)
 SPARSITIES = ("none", "2:4")
 SPARSITY_METHODS = ("sparsegpt", "magnitude")
-KV_CACHES = ("none", "fp8")
+KV_CACHES = ("none", "fp8", "nvfp4", "int8")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -80,7 +80,7 @@ def parse_request(raw: Mapping[str, Any]) -> Request:
         for name, allowed in choices.items()
         if given[name] not in allowed
     ]
-    if given["format"] in FORMATS and is_searched(given["format"]) and not raw.get("group_size"):
+    if given["format"] in FORMATS and takes_group(given["format"]) and not raw.get("group_size"):
         problems.append(Problem("compress.group_size", f"{given['format']} needs a group size", "use 128, or 64"))
     if problems:
         raise RecipeError(problems)

@@ -20,7 +20,7 @@ from trtbuild.compress_memory import Demand, show_bytes
 from trtbuild.errors import ArtifactError, CompatibilityError, HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.safetensors_header import TensorInfo
-from trtbuild.weight_formats import WEIGHT_FORMATS
+from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched
 from trtbuild.worker import Progress, peak_memory_bytes
 
 _MIN_FREE = 16 << 20  # room for config and tokenizer files beside the tensors
@@ -46,6 +46,7 @@ def run(raw: dict[str, Any], progress: Progress) -> dict[str, Any]:
         RecipeError, CompatibilityError, ArtifactError, ToolError, HostError: one sentence each, see the modules.
     """
     request = parse_request(raw)
+    _refuse_cpu(request)
     facts = check_source(request)
     source = read_tensors(request.source)
     request.output.mkdir(parents=True, exist_ok=True)
@@ -53,6 +54,19 @@ def run(raw: dict[str, Any], progress: Progress) -> dict[str, Any]:
     with _disk_errors(request, needed):
         _refuse_full_disk(request, needed)
         return _compress(request, facts, source, progress)
+
+
+def _refuse_cpu(request: Request) -> None:
+    """ModelOpt 0.47 computes with NVFP4 on CUDA alone, and AWQ's search computes with what it searches."""
+    if pick_device(request.device).type != "cpu" or not is_searched(request.format):
+        return
+    for field, value, other in (("format", request.format, "nvfp4"), ("kv_cache", request.kv_cache, "fp8")):
+        if value.startswith("nvfp4"):
+            raise HostError(
+                f"compress.{field}: {value}: AWQ's search computes with NVFP4, which ModelOpt does on CUDA alone, and "
+                "this host's device is the CPU",
+                f"compress on an NVIDIA GPU, or use {other}",
+            )
 
 
 def _compress(
@@ -221,8 +235,7 @@ def _expected_bytes(request: Request, facts: ModelFacts) -> int:
     """A little more than the output will take."""
     bits = 16.0
     if request.format != "none":
-        weight_format = WEIGHT_FORMATS[request.format]
-        bits = weight_format.bits + (32 / request.group_size if request.group_size else weight_format.scale_bits)
+        bits = WEIGHT_FORMATS[request.format].file_bits(request.group_size)
     rest = facts.parameters - facts.linear_parameters
     return int(facts.linear_parameters * bits / 8) + rest * 2 + _MIN_FREE
 

@@ -13,7 +13,7 @@ from torch import nn
 from trtbuild.compress.request import Request
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.runtime.experts import DiskNames, UnfusedExperts
-from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched
+from trtbuild.weight_formats import WEIGHT_FORMATS, takes_group
 
 # Projections that engines fuse into one matrix and that therefore need one format and one input scale.
 FUSED_BY_ENGINES: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -134,7 +134,7 @@ def _split_groups(compressed: Iterable[str], excluded: Iterable[str]) -> list[Pr
 def _unfit_layers(model: nn.Module, compressed: Mapping[str, str], request: Request) -> list[Problem]:
     shapes = {disk: tuple(model.get_submodule(name).weight.shape) for name, disk in compressed.items()}
     problems = []
-    if is_searched(request.format) and request.group_size:
+    if takes_group(request.format) and request.group_size:
         problems += _unfit_groups(shapes, request.group_size)
     if request.format != "none":
         problems += _unfit_sides(shapes, request.format)

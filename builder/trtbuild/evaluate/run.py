@@ -67,6 +67,8 @@ def _how_joined(joined: JoinedScales | None) -> str:
     """What was done to the checkpoint's scales before it was measured."""
     if joined is None:
         return ""
+    if not joined.layers:
+        return "; keys and values with the larger of their scales, as the runtime has them"
     layers = "query, key and value, gate and up" if joined.gate_up else "query, key and value, gate and up of experts"
     cache = "; keys and values with the larger of their scales" if joined.kv_cache else ""
     return (

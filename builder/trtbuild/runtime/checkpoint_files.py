@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trtbuild.errors import ArtifactError, CompatibilityError
+from trtbuild.runtime.numerics import NUMERICS
 
 FP8 = "FP8"
-INT4_AWQ = "W4A16_AWQ"
+_KV_CACHES = ("FP8", "NVFP4", "INT8")
 REBUILD = "build the package again"
 _INDEX = "model.safetensors.index.json"
 _NOT_QUANTIZED = (None, "NO_QUANT")
@@ -23,9 +24,9 @@ _NOT_QUANTIZED = (None, "NO_QUANT")
 class QuantizationFacts:
     """What a checkpoint says about its own quantization."""
 
-    algorithm: str | None = None  # FP8, W4A16_AWQ or None
+    algorithm: str | None = None  # a name of `NUMERICS`, or None
     group_size: int | None = None
-    kv_cache: str | None = None  # FP8 or None
+    kv_cache: str | None = None  # FP8, NVFP4, INT8 or None
     exclude: tuple[str, ...] = ()
 
 
@@ -57,18 +58,21 @@ def read_quantization(directory: Path) -> QuantizationFacts:
 
 
 def _known(directory: Path, algorithm: Any, group: Any, kv_cache: Any, exclude: Any) -> QuantizationFacts:
-    if algorithm not in (*_NOT_QUANTIZED, FP8, INT4_AWQ):
+    name = algorithm.upper() if isinstance(algorithm, str) else algorithm  # ModelOpt writes some in lower case
+    if name not in (*_NOT_QUANTIZED, *NUMERICS):
         raise CompatibilityError(
-            f"{directory}: quant_algo {algorithm!r} is not one that the embedded engine computes ({FP8}, {INT4_AWQ})",
-            "compress with format: none, fp8 or int4_awq, or serve it with another runtime",
+            f"{directory}: quant_algo {algorithm!r} is not one that the embedded engine computes "
+            f"({', '.join(NUMERICS)})",
+            "compress with another format, or serve it with another runtime",
         )
-    if kv_cache not in (None, FP8):
+    if kv_cache not in (None, *_KV_CACHES):
         raise CompatibilityError(
-            f"{directory}: kv_cache_quant_algo {kv_cache!r} is not one that the embedded engine computes ({FP8})",
-            "compress with kv_cache: none or fp8",
+            f"{directory}: kv_cache_quant_algo {kv_cache!r} is not one that the embedded engine computes "
+            f"({', '.join(_KV_CACHES)})",
+            "compress with another kv_cache",
         )
     return QuantizationFacts(
-        algorithm=None if algorithm in _NOT_QUANTIZED else algorithm,
+        algorithm=None if name in _NOT_QUANTIZED else name,
         group_size=group,
         kv_cache=kv_cache,
         exclude=tuple(exclude or ()),
