@@ -18,9 +18,9 @@ from torch import nn
 
 from trtbuild.compress.metadata import read_json, write_json, write_metadata
 from trtbuild.compress.request import Request
-from trtbuild.compress.selection import Selection
+from trtbuild.compress.selection import FUSED_BY_ENGINES, Selection
 from trtbuild.errors import ToolError
-from trtbuild.weight_formats import is_searched
+from trtbuild.weight_formats import is_searched, is_solved
 
 _SHARD_BYTES = 5_000_000_000
 HF_QUANT_CONFIG = "hf_quant_config.json"
@@ -87,6 +87,8 @@ def export_frame(frame: nn.Module, layer: str, request: Request) -> Exported:
         tensors = exporter.revert_weight_conversion_quant_aware(frame, own)
     except QuantConversionUnsupportedError as error:
         raise ToolError(f"ModelOpt exports tensors under names that no engine knows: {error}") from error
+    if is_solved(request.format):
+        tensors = dict(tensors) | _no_smoothing(tensors)
     return Exported(dict(tensors), layers, config["quantization"]["kv_cache_quant_algo"])
 
 
@@ -114,6 +116,19 @@ def write_config(
     revert_quant_config_names(section, build_reverse_name_mapper(model))
     nested = {"producer": {"name": "modelopt", "version": modelopt.__version__}, "quantization": section}
     _complete_metadata(nested, convert_hf_quant_config_format(nested), selection, request)
+
+
+def _no_smoothing(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A smoothing of ones for INT4 layers that are joined to no other: TensorRT-LLM does not load these without.
+
+    NVIDIA/TensorRT-LLM: tensorrt_llm/_torch/modules/linear.py @ed53795b, `W4A16_AWQ_LinearMethod`. It ignores the
+    smoothing of joined layers, and loads no experts in this format.
+    """
+    joined = {leaf for group in FUSED_BY_ENGINES for leaf in group} | {"qkv_proj", "gate_up_proj"}
+    layers = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
+    alone = [layer for layer in layers if layer.rpartition(".")[2] not in joined and ".experts." not in layer]
+    sizes = {layer: tensors[f"{layer}.weight"].shape[1] for layer in alone}
+    return {f"{layer}.pre_quant_scale": torch.ones(size, dtype=torch.bfloat16) for layer, size in sizes.items()}
 
 
 @contextmanager

@@ -5,7 +5,8 @@ alone, its tensors are appended to the output's files, and it is freed. Every pa
 then each layer) ends with a line in the journal; a run that finds a journal of the same key begins behind it.
 
 What a layer gets is what it gets in the whole model: ModelOpt calibrates on the activations of the model that is not
-yet quantized, and each layer's numbers depend on its own inputs and weights alone.
+yet quantized, and each layer's numbers depend on its own inputs and weights alone. Behind a layer that SparseGPT has
+pruned or GPTQ has rounded, the states are those of the pruned or rounded one.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from trtbuild.compress.selection import Selection
 from trtbuild.compress.shards import ShardWriter, Written, place_files, reserved_bytes
 from trtbuild.compress.skeleton import Call, NotStreamableError, Skeleton
 from trtbuild.compress.states import States
-from trtbuild.compress.whole import SPARSEGPT_PASSES
+from trtbuild.compress.solve import Solved
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
-from trtbuild.weight_formats import needs_text
+from trtbuild.weight_formats import is_searched, is_solved, needs_text
 
 # Names of a quantized layer's tensors beside its weight and bias are at most this long; there are at most five.
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale")
-_ORIGINAL, _PRUNED, _CACHED = "original", "pruned", "cached"
+_PRUNED, _CACHED = "pruned", "cached"
 
 
 @dataclass(slots=True)
@@ -61,6 +62,7 @@ class Stream:
     meter: Meter
     keep_states: bool = True  # hold the hidden states in memory too
     idle: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)  # of every layer that SparseGPT or GPTQ changed
     resumed: int = 0  # decoder layers that an earlier run had finished
     _calls: tuple[Call, ...] = ()
     _shape: tuple[int, ...] = ()
@@ -117,6 +119,7 @@ class Stream:
                 files = writer.seal()
             place_files(self.request.output, files, writer.written)
             self.idle += [name for part in journal.parts for name in part.get("idle", [])]
+            self.errors |= {name: error for part in journal.parts for name, error in part.get("errors", {}).items()}
             self._configure(journal)
 
     def _open_journal(self) -> Journal:
@@ -151,20 +154,14 @@ class Stream:
         return reserved_bytes(names)
 
     def _streams(self) -> tuple[str, ...]:
-        """The kinds of states that go from layer to layer, each in the order of its use."""
-        original = self.request.sparse and self.request.sparsity_method == "sparsegpt"
-        return (() if not self.samples or not original else (_ORIGINAL,)) + self._quantized_streams()
-
-    def _quantized_streams(self) -> tuple[str, ...]:
-        """The states that calibration runs on: of the pruned model, and of the same with its KV cache rounded.
+        """The kinds of states that go from layer to layer: of the pruned model, and of the same with its KV cache rounded.
 
         ModelOpt's AWQ rounds the KV cache in its second pass, as the first has calibrated it.
         """
-        from trtbuild.compress.quantize import passes
-
-        if not self.samples or not needs_text(self.request.format, self.request.kv_cache):
+        if not self.samples or not self.request.calibrated:
             return ()
-        cached = self.request.kv_cache != "none" and len(passes(self.request)) > 1
+        twice = is_searched(self.request.format) and not is_solved(self.request.format)
+        cached = self.request.kv_cache != "none" and twice
         return (_PRUNED, _CACHED) if cached else (_PRUNED,)
 
     def _states(self, stream: str, index: int) -> States:
@@ -191,59 +188,76 @@ class Stream:
         name = self.skeleton.name_of(index)
         frame, layer = self.skeleton.frame(index)
         selection = self.selection.within(self.skeleton.prefix, index)
-        idle: list[str] = []
-        if self.request.sparse:
-            idle += self._sparsify(index, frame, layer, selection)
+        idle, errors = self._change(index, frame, layer, selection)
+        self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
         found: dict[str, object] = {}
         if self.request.quantized:
             from trtbuild.compress.export import export_frame
 
-            idle += self._quantize(index, frame, layer, selection)
-            self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
             with torch.no_grad():
                 exported = export_frame(frame, name, self.request)
             tensors = exported.tensors
             found = {"layers": exported.layers, "kv_cache": exported.kv_cache}
         else:
-            self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
             tensors = self._plain(name, layer)
         writer.append_all(tensors)
-        self._finish(journal, writer, done, found | {"idle": idle})
+        self._finish(journal, writer, done, found | {"idle": idle, "errors": errors})
         for stream in self._streams():
             self._states(stream, index).discard()
             del self._known[self._states_path(stream, index)]
         self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done")
 
-    def _sparsify(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
+    def _change(
+        self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection
+    ) -> tuple[list[str], dict[str, float]]:
+        """Prune and quantize one layer, and store the states behind it.
+
+        Return the experts that no token reached, and what pruning and rounding by Hessians cost every linear layer.
+        """
         from trtbuild.compress import sparsify
 
-        if self.request.sparsity_method != "sparsegpt":
-            return sparsify.sparsify(frame, selection, self.request, None)
-        loop = self._loop(index, layer, (_ORIGINAL,), SPARSEGPT_PASSES)
-        idle = sparsify.sparsify(frame, selection, self.request, loop)
-        loop.finish()
-        return idle
+        solved, idle = Solved(), []
+        if self.request.sparse and self.request.sparsity_method == "magnitude":
+            sparsify.sparsify_by_magnitude(frame, selection)
+        if self.request.by_hessians and not self.request.joint:
+            run = self._loop(index, layer, sparsify.PASSES, kept=False)
+            solved = sparsify.sparsify_by_hessians(frame, selection, run, [self.skeleton.name_of(index)])
+        if is_solved(self.request.format):
+            from trtbuild.compress.gptq import quantize_by_gptq
+            from trtbuild.compress.quantize import GPTQ_PASSES
+
+            run = self._loop(index, layer, GPTQ_PASSES, kept=False)
+            parts = [self.skeleton.name_of(index)]
+            solved = quantize_by_gptq(frame, selection, self.request, run, layers=1, parts=parts)
+        elif self.request.quantized:
+            idle = self._quantize(index, frame, layer, selection)
+        unstored = is_solved(self.request.format) or not needs_text(self.request.format, self.request.kv_cache)
+        if self.request.calibrated and unstored and index + 1 < self.skeleton.depth:
+            self._loop(index, layer, sparsify.PASSES[1:]).finish()
+        errors = {selection.compressed[name]: error for name, error in solved.errors.items()}
+        return idle + sparsify.experts_of(solved.idle), errors
 
     def _quantize(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
         from trtbuild.compress.quantize import passes, quantize
 
-        streams = self._quantized_streams()
-        loop = self._loop(index, layer, streams, passes(self.request)) if streams else None
+        loop = self._loop(index, layer, passes(self.request)) if passes(self.request) else None
         idle = quantize(frame, selection, self.request, loop, layers=1)
         if loop is not None:
             loop.finish()
         return idle
 
     def _loop(
-        self, index: int, layer: nn.Module, streams: Sequence[str], passes: Sequence[tuple[str, int]]
+        self, index: int, layer: nn.Module, passes: Sequence[tuple[str, int]], *, kept: bool = True
     ) -> LayerLoop:
-        last = index + 1 == self.skeleton.depth
+        """What runs the samples through a layer; `kept` says whether the states behind it are stored."""
+        kept = kept and index + 1 < self.skeleton.depth
         return LayerLoop(
             layer=layer,
             name=self.skeleton.name_of(index),
             call=self._calls[index],
             states=[
-                (self._states(stream, index), None if last else self._states(stream, index + 1)) for stream in streams
+                (self._states(stream, index), self._states(stream, index + 1) if kept else None)
+                for stream in self._streams()
             ],
             count=len(self.samples),
             device=self.skeleton.device,
