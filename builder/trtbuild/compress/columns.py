@@ -40,7 +40,7 @@ class Grid:
         """`values` [out] of an input column on the grid."""
         ranges = self.ranges[:, column // self.size]
         empty = ranges <= _SMALLEST_RANGE
-        scale = _LARGEST_CODE / ranges
+        scale = torch.full_like(ranges, _LARGEST_CODE) / ranges  # a number over a tensor would be its reciprocal times it
         codes = torch.clamp((values * scale.masked_fill(empty, 0.0)).round_(), _SMALLEST_CODE, _LARGEST_CODE)
         return codes / scale.masked_fill(empty, 1.0)
 
