@@ -34,7 +34,7 @@ def export(model: nn.Module, selection: Selection, request: Request) -> None:
     """
     from modelopt.torch.export import export_hf_checkpoint
 
-    with _rounded(model), warnings.catch_warnings(record=True) as caught:
+    with _rounded(model, request), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with _experts_as_they_are(request):
             export_hf_checkpoint(model, dtype=torch.float32, export_dir=request.output, max_shard_size=_SHARD_BYTES)
@@ -77,7 +77,7 @@ def export_frame(frame: nn.Module, layer: str, request: Request) -> Exported:
 
     quant_utils.process_layer_quant_config = keep
     try:
-        with _rounded(frame), warnings.catch_warnings(), _experts_as_they_are(request):
+        with _rounded(frame, request), warnings.catch_warnings(), _experts_as_they_are(request):
             warnings.simplefilter("ignore")
             state, config = exporter._export_transformers_checkpoint(frame, torch.float32)  # noqa: SLF001
     finally:
@@ -87,8 +87,6 @@ def export_frame(frame: nn.Module, layer: str, request: Request) -> Exported:
         tensors = exporter.revert_weight_conversion_quant_aware(frame, own)
     except QuantConversionUnsupportedError as error:
         raise ToolError(f"ModelOpt exports tensors under names that no engine knows: {error}") from error
-    if is_solved(request.format):
-        tensors = dict(tensors) | _no_smoothing(tensors)
     return Exported(dict(tensors), layers, config["quantization"]["kv_cache_quant_algo"])
 
 
@@ -118,30 +116,33 @@ def write_config(
     _complete_metadata(nested, convert_hf_quant_config_format(nested), selection, request)
 
 
-def _no_smoothing(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A smoothing of ones for INT4 layers that are joined to no other: TensorRT-LLM does not load these without.
+def _add_smoothing(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:  # noqa: ARG001
+    """A hook that adds ones as smoothing of INT4 layers that are joined to no other.
 
-    NVIDIA/TensorRT-LLM: tensorrt_llm/_torch/modules/linear.py @ed53795b, `W4A16_AWQ_LinearMethod`. It ignores the
-    smoothing of joined layers, and loads no experts in this format.
+    TensorRT-LLM does not load these without; it ignores the smoothing of joined layers, and loads no experts in this
+    format (NVIDIA/TensorRT-LLM: tensorrt_llm/_torch/modules/linear.py @ed53795b, `W4A16_AWQ_LinearMethod`).
     """
     joined = {leaf for group in FUSED_BY_ENGINES for leaf in group} | {"qkv_proj", "gate_up_proj"}
-    layers = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
-    alone = [layer for layer in layers if layer.rpartition(".")[2] not in joined and ".experts." not in layer]
-    sizes = {layer: tensors[f"{layer}.weight"].shape[1] for layer in alone}
-    return {f"{layer}.pre_quant_scale": torch.ones(size, dtype=torch.bfloat16) for layer, size in sizes.items()}
+    for layer in [name.removesuffix(".weight_scale") for name in state if name.endswith(".weight_scale")]:
+        if layer.rpartition(".")[2] not in joined and ".experts." not in layer:
+            size = state[f"{layer}.weight"].shape[1]
+            state[f"{layer}.pre_quant_scale"] = torch.ones(size, dtype=torch.bfloat16)
 
 
 @contextmanager
-def _rounded(model: nn.Module) -> Iterator[None]:
+def _rounded(model: nn.Module, request: Request) -> Iterator[None]:
     """While open, what the exporter takes out of the model and has not turned into codes is bf16."""
     names = {
         name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_floating_point()
     }
-    handle = model.register_state_dict_post_hook(_caster(names))
+    handles = [model.register_state_dict_post_hook(_caster(names))]
+    if is_solved(request.format):
+        handles.append(model.register_state_dict_post_hook(_add_smoothing))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

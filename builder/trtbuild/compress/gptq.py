@@ -1,4 +1,4 @@
-"""INT4 weights by GPTQ, with 2:4 in the same sweep where the recipe asks for both.
+"""INT4 weights by GPTQ, together with SparseGPT where the recipe asks for both.
 
 Scales are ModelOpt's (the range of each group, nvidia-modelopt 0.47.0), and so is what it exports. Without 2:4 the codes
 are those of its own `gptq` in memory, one decoder layer after another (`layerwise`), bit for bit.
@@ -15,7 +15,7 @@ from trtbuild.compress.columns import Grid
 from trtbuild.compress.quantize import check_quantizers, insert_quantizers
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
-from trtbuild.compress.solve import Solved, solve
+from trtbuild.compress.solve import Solved, Task, solve
 
 Run = Callable[[nn.Module], None]
 
@@ -41,14 +41,17 @@ def quantize_by_gptq(
     insert_quantizers(model, selection, request)
     mtq.calibrate(model, "max", run if request.kv_cache != "none" else None)
     check_quantizers(model, selection, request, layers=layers)
+    task = Task(
+        prune=request.joint,
+        hold=request.sparse and not request.joint,
+        grid_of=present_grid if request.joint else grid_of,
+    )
     whole = Solved()
     for part in parts:
         chosen = {name: model.get_submodule(name) for name in selection.compressed if name.startswith(part)}
         for module in chosen.values():
             module.weight_quantizer.disable()
-        solved = solve(
-            chosen, lambda: run(model), prune=request.joint, hold=request.sparse and not request.joint, grid_of=grid_of
-        )
+        solved = solve(chosen, lambda: run(model), task)
         for module in chosen.values():
             module.weight_quantizer.enable()
         whole.idle += solved.idle
@@ -60,4 +63,13 @@ def grid_of(module: nn.Module) -> Grid:
     """The grid on which ModelOpt's weight quantizer of an INT4 layer puts its weights."""
     size: int = module.weight_quantizer.block_sizes[-1]
     ranges: torch.Tensor = module.weight_quantizer.amax.float().reshape(module.weight.shape[0], -1)
+    return Grid(ranges, size)
+
+
+def present_grid(module: nn.Module) -> Grid:
+    """The same, for weights that have changed since it was calibrated."""
+    quantizer = module.weight_quantizer
+    size: int = quantizer.block_sizes[-1]
+    ranges = module.weight.data.float().reshape(module.weight.shape[0], -1, size).abs().amax(dim=2)
+    quantizer.amax = ranges.reshape(quantizer.amax.shape).to(quantizer.amax.dtype)
     return Grid(ranges, size)

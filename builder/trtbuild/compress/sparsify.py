@@ -1,7 +1,8 @@
 """Prune linear layers to 2:4: at most two of four neighbouring weights along the input are not zero.
 
-`sparsegpt` is the paper's whole algorithm, ours (`solve`, `columns`): it chooses by the Hessians of the layers' inputs which
-weights stay, and changes those. (ModelOpt 0.47's keeps the mask alone, from activations of the dense model.)
+`sparsegpt` is the paper's whole algorithm, ours (`solve`, `columns`), and a least-squares fit after it: it chooses by the
+Hessians of the layers' inputs which weights stay, and changes those. (ModelOpt 0.47's keeps the mask alone, from
+activations of the dense model.)
 `magnitude` is ModelOpt's (NVIDIA/Model-Optimizer, modelopt/torch/sparsity/weight_sparsity @0.47.0).
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 
 from trtbuild.compress.selection import Selection
-from trtbuild.compress.solve import Solved, solve
+from trtbuild.compress.solve import Solved, Task, solve
 
 PASSES = (("measure activations for 2:4", 2), ("run the pruned layer", 1))
 
@@ -31,7 +32,7 @@ def sparsify_by_hessians(
     whole = Solved()
     for part in parts:
         layers = {name: model.get_submodule(name) for name in selection.compressed if name.startswith(part)}
-        solved = solve(layers, lambda: run(model), prune=True)
+        solved = solve(layers, lambda: run(model), Task(prune=True))
         whole.idle += solved.idle
         whole.errors |= solved.errors
     return whole
