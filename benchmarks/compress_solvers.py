@@ -76,6 +76,10 @@ def perplexity(directory: Path) -> float:
     return math.exp(total / count)
 
 
+def silent(done: int, total: int, what: str) -> None:
+    """Say nothing of the progress."""
+
+
 def measure(name: str, source: Path, output: Path, calibration: dict[str, Any], group: int) -> dict[str, Any]:
     """Compress as the case says and return its row."""
     started = time.monotonic()
@@ -89,7 +93,7 @@ def measure(name: str, source: Path, output: Path, calibration: dict[str, Any], 
             "source": str(source), "output": str(output), "format": "none", "kv_cache": "none", "sparsity": "none",
             "group_size": group if grouped else None, "exclude": [], "device": "cpu", "calibration": calibration,
         } | changes  # fmt: skip
-        found = run(request, lambda done, total, what: None)
+        found = run(request, silent)
     seconds = time.monotonic() - started
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     row = {"case": name, "perplexity": round(perplexity(output), 3), "MB": round(size / 1e6), "seconds": round(seconds)}

@@ -9,12 +9,13 @@ import re
 from dataclasses import dataclass
 
 from trtbuild.layer_size import LayerSize
-from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, needs_text
+from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, is_solved, needs_text
 
 _IMPORTED = 700_000_000  # Python with torch, transformers and ModelOpt, and a tokenizer
 _COPYING = 450_000_000  # with torch alone
 _FLOAT = 4
 _PLAIN_SCRATCH = 12  # a matrix that is pruned, and its mask
+_FITTED = 20  # beside `_PLAIN_SCRATCH`: the original, residuals and directions of a least-squares fit
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _KEPT_UNASKED = 2 << 30
 
@@ -40,11 +41,8 @@ class Demand:
     def streams(self) -> int:
         """How many kinds of hidden states go from layer to layer."""
         quantized = needs_text(self.format, self.kv_cache)
-        return (
-            int(self.sparsity_method == "sparsegpt")
-            + quantized
-            + (is_searched(self.format) and self.kv_cache != "none")
-        )
+        twice = is_searched(self.format) and not is_solved(self.format) and self.kv_cache != "none"
+        return int(self.sparsity_method == "sparsegpt" or quantized) + twice
 
     @property
     def state_bytes(self) -> int:
@@ -60,10 +58,17 @@ class Demand:
         coded, scratch = (1, WEIGHT_FORMATS[self.format].scratch) if self.format != "none" else (2, _PLAIN_SCRATCH)
         # The layer, its coded or bf16 form, and what is computed with the largest matrix at once.
         weights = (_FLOAT + coded) * layer.parameters + scratch * layer.matrix
-        hessians = 2 * _FLOAT * layer.squared_inputs if self.sparsity_method == "sparsegpt" else 0
+        solved = self.sparsity_method == "sparsegpt" or is_solved(self.format)
+        hessians = self._solving if solved else 0
         widest = max(layer.matrix // max(self.hidden_size, 1), self.hidden_size)
         running = _FLOAT * self.length * (8 * self.hidden_size + 4 * widest)
         return _IMPORTED + weights + hessians + running
+
+    @property
+    def _solving(self) -> int:
+        """The Hessians of all inputs, two matrices while one is inverted, and the weights that are fitted to it."""
+        fitted = _FITTED * self.layer.matrix if self.sparsity_method == "sparsegpt" else 0
+        return _FLOAT * (self.layer.squared_inputs + 2 * self.layer.inputs**2) + fitted
 
     def kept_bytes(self, limit: int | None) -> int:
         """The hidden states that stay in memory under a limit on everything: all or none."""

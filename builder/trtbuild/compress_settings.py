@@ -11,6 +11,14 @@ _NOTHING_COMPRESSED = (
     "remove it, or set compress.format, compress.kv_cache or compress.sparsity",
 )
 GROUP_SIZES = (128, 64, 32, 16)
+# What 2:4 buys; of the LLM API `trtllm_refusals` says it. Every runtime stores zeros like other weights.
+_WORTH_OF_SPARSITY = {
+    "embedded": "2:4 brings the embedded engine no speed: it multiplies the weights as dense ones and stores the zeros",
+    "trtllm-engine": (
+        "2:4: TensorRT takes sparse kernels only for layers where its own timing finds them faster; the weights take "
+        "as much memory as dense ones"
+    ),
+}
 
 
 def take_compress(settings: Settings, facts: ModelFacts) -> None:
@@ -29,6 +37,15 @@ def take_compress(settings: Settings, facts: ModelFacts) -> None:
     exclude = settings.take("compress.exclude")
     if exclude and not is_compressed(settings):
         settings.problem("compress.exclude", *_NOTHING_COMPRESSED)
+
+
+def sparsity_warnings(settings: Settings) -> list[str]:
+    """What 2:4 costs and buys."""
+    if settings["compress.sparsity"] == "none":
+        return []
+    kind = settings.recipe.runtime.kind
+    cost = "2:4 without fine-tuning costs quality, most in small models: see the perplexity ratio measured"
+    return [cost, *([_WORTH_OF_SPARSITY[kind]] if kind in _WORTH_OF_SPARSITY else [])]
 
 
 def is_compressed(settings: Settings) -> bool:
@@ -60,7 +77,7 @@ def fitting_group_sizes(facts: ModelFacts) -> list[int]:
 
 def _group_size(settings: Settings, facts: ModelFacts, compress_format: str) -> None:
     path, given = "compress.group_size", settings.recipe.compress.group_size
-    if compress_format != "int4_awq":
+    if compress_format not in ("int4_awq", "int4_gptq"):
         if given is not None:
             settings.problem(
                 path, f"{given} is set while compress.format is {compress_format}", "remove it or use int4_awq"

@@ -15,6 +15,8 @@ _MAX_PERPLEXITY_RATIO = {
     ("fp8", "fp8"): 1.06,
     ("int4_awq", "none"): 1.35,
     ("int4_awq", "fp8"): 1.37,
+    ("int4_gptq", "none"): 1.45,
+    ("int4_gptq", "fp8"): 1.47,
 }
 
 

@@ -70,7 +70,7 @@ def _text(model: Path, out: Path, facts: ModelFacts, choices: Choices) -> str:
         "file_name": out.name,
         "path": model.resolve(),
         "format": weight_format,
-        "group_size": _group_size(facts, choices.runtime) if weight_format == "int4_awq" else None,
+        "group_size": _group_size(facts, choices) if weight_format in ("int4_awq", "int4_gptq") else None,
         "input_sizes": ", ".join(str(size) for size in facts.linear_input_sizes),
         "calibrated": weight_format != "none",
         "count": _COUNT,
@@ -99,13 +99,13 @@ def _release(choices: Choices) -> Release | None:
     return choose_target(choices.runtime, choices.version, choices.gpu, option="--runtime").release
 
 
-def _group_size(facts: ModelFacts, runtime: RuntimeKind) -> int:
-    taken = GROUP_SIZES if runtime == "embedded" else group_sizes(QUANT_ALGO["int4_awq"] or "")
+def _group_size(facts: ModelFacts, choices: Choices) -> int:
+    taken = GROUP_SIZES if choices.runtime == "embedded" else group_sizes(QUANT_ALGO["int4_awq"] or "")
     fitting = [size for size in fitting_group_sizes(facts) if size in taken]
     if fitting:
         return fitting[0]
     sizes = ", ".join(str(size) for size in facts.linear_input_sizes)
-    message = f"int4_awq: no group of {', '.join(map(str, taken))} divides every input size ({sizes})"
+    message = f"{choices.weight_format}: no group of {', '.join(map(str, taken))} divides every input size ({sizes})"
     raise RecipeError([Problem("--format", message, "use fp8")])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from trtbuild import trtllm_deploy, trtllm_engine_settings, trtllm_settings
 from trtbuild.comparison import compare
 from trtbuild.compress_memory import Demand, parse_bytes, show_bytes
-from trtbuild.compress_settings import is_compressed
+from trtbuild.compress_settings import is_compressed, sparsity_warnings
 from trtbuild.draft import Draft
 from trtbuild.embedded_settings import embedded_files, take_embedded
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
@@ -25,7 +25,7 @@ from trtbuild.trtllm_engine_refusals import engine_mistakes, engine_warnings
 from trtbuild.trtllm_refusals import trtllm_mistakes, trtllm_warnings
 from trtbuild.trtllm_settings import take_trtllm
 
-_FORMAT_BITS = {"none": 16.0, "fp8": 8.0, "int4_awq": 4.0}
+_FORMAT_BITS = {"none": 16.0, "fp8": 8.0, "int4_awq": 4.0, "int4_gptq": 4.0}
 _SCALE_BITS = 16
 _EVALUATION_LENGTH = 512
 _KV_BYTES = {"embedded": 4, "trtllm": 2, "trtllm-engine": 2}  # the embedded engine computes in float32 on a CPU
@@ -301,11 +301,7 @@ def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
 
 
 def _warnings(settings: Settings, facts: ModelFacts) -> tuple[str, ...]:
-    warnings = []
-    if settings["compress.sparsity"] == "2:4":
-        warnings.append(
-            "2:4 without fine-tuning costs quality, most in small models: see the perplexity ratio measured"
-        )
+    warnings = sparsity_warnings(settings)
     if not facts.has_chat_template:
         warnings.append("the checkpoint has no chat template: requests with `messages` will be refused")
     if _kind(settings) == _TRTLLM:

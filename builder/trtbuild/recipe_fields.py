@@ -17,7 +17,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 # Triton takes the directory's name as the model's name, and a name must be safe as both.
 TritonName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 
-Format = Literal["none", "fp8", "int4_awq"]
+Format = Literal["none", "fp8", "int4_awq", "int4_gptq"]
 KvCacheFormat = Literal["none", "fp8"]
 Sparsity = Literal["none", "2:4"]
 RuntimeKind = Literal["embedded", "trtllm", "trtllm-engine"]

@@ -12,7 +12,7 @@ from trtbuild.errors import Problem
 from trtbuild.releases import Flow, Line, lines
 
 # The recipe's weight formats under the names that TensorRT-LLM gives them (`quant_algo` of hf_quant_config.json).
-QUANT_ALGO: Mapping[str, str | None] = {"none": None, "fp8": "FP8", "int4_awq": "W4A16_AWQ"}
+QUANT_ALGO: Mapping[str, str | None] = {"none": None, "fp8": "FP8", "int4_awq": "W4A16_AWQ", "int4_gptq": "W4A16_AWQ"}
 
 
 @dataclass(frozen=True, slots=True)

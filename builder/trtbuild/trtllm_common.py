@@ -57,7 +57,7 @@ def unread_speculative(recipe: Recipe) -> Iterable[Problem]:
 def group_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     """INT4 groups that the kernels do not take."""
     group, allowed = settings["compress.group_size"], group_sizes("W4A16_AWQ")
-    if settings["compress.format"] == "int4_awq" and group is not None and group not in allowed:
+    if settings["compress.format"] in ("int4_awq", "int4_gptq") and group is not None and group not in allowed:
         sizes = " or ".join(map(str, allowed))
         message = f"{group}: TensorRT-LLM's INT4 kernels take groups of {sizes} only"
         fitting = [size for size in allowed if size in fitting_group_sizes(facts)]

@@ -14,7 +14,7 @@ from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Release
 from trtbuild.setting_values import Settings
-from trtbuild.support import refused_architecture, speculative_method
+from trtbuild.support import QUANT_ALGO, refused_architecture, speculative_method
 from trtbuild.trtllm_common import (
     adapter_refusals,
     block_refusals,
@@ -95,14 +95,15 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
 
 def _int4(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
     """Weights of 4 bits where TensorRT-LLM would not load them; `adapters/trtllm_fused.py` has the sources."""
-    if recipe.compress.format != "int4_awq" or recipe.compress.exclude:  # what is left out shows in the checkpoint
+    name = recipe.compress.format
+    if QUANT_ALGO[name] != "W4A16_AWQ" or recipe.compress.exclude:  # what is left out shows in the checkpoint
         return
     hint = "use fp8 or none"
     if facts.num_experts:
-        message = "int4_awq: TensorRT-LLM's experts with weights of 4 bits have inputs in FP8, which int4_awq has not"
+        message = f"{name}: TensorRT-LLM's experts with weights of 4 bits have inputs in FP8, which {name} has not"
         yield Problem("compress.format", message, hint)
     if facts.architecture == "Phi3ForCausalLM":
-        message = "int4_awq: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output, not two"
+        message = f"{name}: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output, not two"
         yield Problem("compress.format", message, hint)
 
 

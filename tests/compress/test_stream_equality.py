@@ -1,8 +1,8 @@
 """Layer by layer gives what ModelOpt gives for the whole model in memory, bit for bit.
 
 The reference calls ModelOpt alone: `mtq.quantize` and `export_hf_checkpoint` on the model with separate experts. Every
-sum is taken in the same order in both, so there is no bound to state: equal means equal bits. SparseGPT alone is ours on
-both sides; `test_solvers.py` holds it against the paper.
+sum is taken in the same order in both, so there is no bound to state: equal means equal bits. SparseGPT alone is ours
+on both sides; `test_solvers.py` holds it against the paper.
 """
 
 from __future__ import annotations

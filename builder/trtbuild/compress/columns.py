@@ -1,9 +1,9 @@
 """Prune and round a weight column by column, each error made up for by the columns that follow.
 
-SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1 and section 3.5) and GPTQ (Frantar et al. 2022, arXiv
-2210.17323, algorithm 1) are one sweep: a column gets its final values, and what that costs in the layer's output is
-taken off the columns behind it by the inverse Hessian of the layer's inputs. Columns inside a block are updated at once,
-those behind it when the block is done.
+SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1 and section 3.5) and GPTQ (Frantar et al. 2022,
+arXiv 2210.17323, algorithm 1) are one sweep: a column gets its final values, and what that costs in the layer's output
+is taken off the columns behind it by the inverse Hessian of the layer's inputs. Columns inside a block are updated at
+once, those behind it when the block is done.
 
 Every operation and its order is that of NVIDIA/Model-Optimizer, modelopt/torch/quantization/utils/calib_utils.py
 @0.47.0, so that rounding alone gives ModelOpt's bits; it rounds the whole matrix for every column, we the column.
@@ -40,7 +40,7 @@ class Grid:
         """`values` [out] of an input column on the grid."""
         ranges = self.ranges[:, column // self.size]
         empty = ranges <= _SMALLEST_RANGE
-        scale = torch.full_like(ranges, _LARGEST_CODE) / ranges  # a number over a tensor would be its reciprocal times it
+        scale = torch.full_like(ranges, _LARGEST_CODE) / ranges  # torch takes 7.0 / ranges for 7.0 * (1 / ranges)
         codes = torch.clamp((values * scale.masked_fill(empty, 0.0)).round_(), _SMALLEST_CODE, _LARGEST_CODE)
         return codes / scale.masked_fill(empty, 1.0)
 

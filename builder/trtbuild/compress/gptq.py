@@ -1,7 +1,7 @@
 """INT4 weights by GPTQ, together with SparseGPT where the recipe asks for both.
 
-Scales are ModelOpt's (the range of each group, nvidia-modelopt 0.47.0), and so is what it exports. Without 2:4 the codes
-are those of its own `gptq` in memory, one decoder layer after another (`layerwise`), bit for bit.
+Scales are ModelOpt's (the range of each group, nvidia-modelopt 0.47.0), and so is what it exports. Without 2:4 the
+codes are those of its own `gptq` in memory, one decoder layer after another (`layerwise`), bit for bit.
 """
 
 from __future__ import annotations

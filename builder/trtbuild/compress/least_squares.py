@@ -37,5 +37,5 @@ def refit(weight: torch.Tensor, original: torch.Tensor, hessian: torch.Tensor) -
 
 
 def _ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
-    """above / below, and zero where an output has reached its minimum."""
+    """The quotient, and zero where an output has reached its minimum."""
     return torch.where(below > 0, above / below.clamp_min(torch.finfo(below.dtype).tiny), 0.0)

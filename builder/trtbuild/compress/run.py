@@ -67,7 +67,8 @@ def _compress(
             copy_checkpoint(request, source, meter)
         selection = Selection({}, {})
         notes: list[str] = []
-        samples, errors = None, {}
+        samples = None
+        errors: dict[str, float] = {}
     else:
         samples, selection, notes, errors = _change(request, facts, source, progress, clock)
     _make_readable(request.output)

@@ -1,11 +1,11 @@
 """Prune and round the linear layers of a decoder layer by what they do to its outputs: SparseGPT, GPTQ, or both.
 
-As in the papers' code, a decoder layer gets what its finished predecessors give, pruned and rounded, and the Hessians of
-one decoder layer are taken together, before any of its own weights change.
+As in the papers' code, a decoder layer gets what its finished predecessors give, pruned and rounded, and the Hessians
+of one decoder layer are taken together, before any of its own weights change.
 
-Both at once: SparseGPT chooses the zeros, the weights that stay are fitted, then GPTQ rounds them and holds the zeros. On
-the grid the fitted weights are as good a target as the original ones, since what stays is at its minimum: both errors
-differ by a constant.
+Both at once: SparseGPT chooses the zeros, the weights that stay are fitted, then GPTQ rounds them and holds the zeros.
+To round, the fitted weights are as good a target as the original ones: at the minimum of a quadratic form, the errors
+against both differ by a constant.
 """
 
 from __future__ import annotations
@@ -92,9 +92,7 @@ def _solve_shared(hessian: Hessian, layers: Mapping[str, nn.Module], task: Task,
         solved.errors[name] = cost * hessian.tokens / 2 / max(float(hessian.outputs[name]), _TINY)
 
 
-def _prune(
-    module: nn.Module, weight: torch.Tensor, factor: torch.Tensor, hessian: torch.Tensor, task: Task
-) -> float:
+def _prune(module: nn.Module, weight: torch.Tensor, factor: torch.Tensor, hessian: torch.Tensor, task: Task) -> float:
     """Prune `weight` in place, and round it where the task says so; return the cost of both."""
     original = weight.clone()
     sweep(weight, factor, prune=True)

@@ -1,7 +1,7 @@
 """Prune linear layers to 2:4: at most two of four neighbouring weights along the input are not zero.
 
-`sparsegpt` is the paper's whole algorithm, ours (`solve`, `columns`), and a least-squares fit after it: it chooses by the
-Hessians of the layers' inputs which weights stay, and changes those. (ModelOpt 0.47's keeps the mask alone, from
+`sparsegpt` is the paper's whole algorithm, ours (`solve`, `columns`), and a least-squares fit after it: it chooses by
+the Hessians of the layers' inputs which weights stay, and changes those. (ModelOpt 0.47's keeps the mask alone, from
 activations of the dense model.)
 `magnitude` is ModelOpt's (NVIDIA/Model-Optimizer, modelopt/torch/sparsity/weight_sparsity @0.47.0).
 """

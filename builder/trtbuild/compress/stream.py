@@ -29,8 +29,8 @@ from trtbuild.compress.request import Meter, Request
 from trtbuild.compress.selection import Selection
 from trtbuild.compress.shards import ShardWriter, Written, place_files, reserved_bytes
 from trtbuild.compress.skeleton import Call, NotStreamableError, Skeleton
-from trtbuild.compress.states import States
 from trtbuild.compress.solve import Solved
+from trtbuild.compress.states import States
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
 from trtbuild.weight_formats import is_searched, is_solved, needs_text
 
@@ -154,7 +154,7 @@ class Stream:
         return reserved_bytes(names)
 
     def _streams(self) -> tuple[str, ...]:
-        """The kinds of states that go from layer to layer: of the pruned model, and of the same with its KV cache rounded.
+        """The kinds of states that go from layer to layer: of the pruned model, and of it with its KV cache rounded.
 
         ModelOpt's AWQ rounds the KV cache in its second pass, as the first has calibrated it.
         """
@@ -246,9 +246,7 @@ class Stream:
             loop.finish()
         return idle
 
-    def _loop(
-        self, index: int, layer: nn.Module, passes: Sequence[tuple[str, int]], *, kept: bool = True
-    ) -> LayerLoop:
+    def _loop(self, index: int, layer: nn.Module, passes: Sequence[tuple[str, int]], *, kept: bool = True) -> LayerLoop:
         """What runs the samples through a layer; `kept` says whether the states behind it are stored."""
         kept = kept and index + 1 < self.skeleton.depth
         return LayerLoop(

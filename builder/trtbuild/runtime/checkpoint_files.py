@@ -60,7 +60,7 @@ def _known(directory: Path, algorithm: Any, group: Any, kv_cache: Any, exclude: 
     if algorithm not in (*_NOT_QUANTIZED, FP8, INT4_AWQ):
         raise CompatibilityError(
             f"{directory}: quant_algo {algorithm!r} is not one that the embedded engine computes ({FP8}, {INT4_AWQ})",
-            "compress with format: none, fp8 or int4_awq, or serve it with another runtime",
+            "compress with format: none, fp8, int4_awq or int4_gptq, or serve it with another runtime",
         )
     if kv_cache not in (None, FP8):
         raise CompatibilityError(
