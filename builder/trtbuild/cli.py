@@ -67,11 +67,7 @@ def main() -> None:
 @click.argument("model", metavar="MODEL_DIR", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("recipe.yaml"), show_default=True)
 @click.option(
-    "--format",
-    "weight_format",
-    type=click.Choice(["none", "fp8", "int4_awq", "int4_gptq"]),
-    default="fp8",
-    show_default=True,
+    "--format", "weight_format", type=click.Choice(["none", "fp8", "int4_awq"]), default="fp8", show_default=True
 )
 @click.option(
     "--runtime", type=click.Choice(["embedded", "trtllm", "trtllm-engine"]), default="embedded", show_default=True
