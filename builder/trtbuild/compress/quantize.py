@@ -33,7 +33,7 @@ _CONFIGS = {
 # eleven scales for every layer.
 FP8_PASSES = (("calibrate", 1),)
 AWQ_PASSES = (("measure activations", 1), ("search AWQ scales", 12))
-GPTQ_PASSES = (("measure activations for GPTQ", 2), ("run the rounded layer", 1))
+GPTQ_PASSES = (("measure activations for GPTQ", 2), ("run the changed layer", 1))
 
 
 def passes(request: Request) -> tuple[tuple[str, int], ...]:

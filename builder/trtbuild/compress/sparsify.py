@@ -15,7 +15,7 @@ from torch import nn
 from trtbuild.compress.selection import Selection
 from trtbuild.compress.solve import Solved, Task, solve
 
-PASSES = (("measure activations for 2:4", 2), ("run the pruned layer", 1))
+PASSES = (("measure activations for 2:4", 2), ("run the changed layer", 1))
 
 
 def sparsify_by_hessians(

@@ -220,13 +220,13 @@ class Stream:
         if self.request.sparse and self.request.sparsity_method == "magnitude":
             sparsify.sparsify_by_magnitude(frame, selection)
         if self.request.by_hessians and not self.request.joint:
-            run = self._loop(index, layer, sparsify.PASSES, kept=False)
+            run = self._loop(index, layer, sparsify.PASSES[:1], kept=False)
             solved = sparsify.sparsify_by_hessians(frame, selection, run, [self.skeleton.name_of(index)])
         if is_solved(self.request.format):
             from trtbuild.compress.gptq import quantize_by_gptq
             from trtbuild.compress.quantize import GPTQ_PASSES
 
-            run = self._loop(index, layer, GPTQ_PASSES, kept=False)
+            run = self._loop(index, layer, GPTQ_PASSES[:1], kept=False)
             parts = [self.skeleton.name_of(index)]
             solved = quantize_by_gptq(frame, selection, self.request, run, layers=1, parts=parts)
         elif self.request.quantized:
