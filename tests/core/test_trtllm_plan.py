@@ -507,6 +507,8 @@ def test_a_release_without_engines(tiny_llama: Path, tmp_path: Path) -> None:
 def test_weights_of_4_bits_that_would_not_load(name: str, sentence: str, tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / name, name)
     with pytest.raises(CompatibilityError) as caught:
-        plan_for(checkpoint, tmp_path, f"compress.format={sentence.split(':')[0]}", "compress.group_size=64")
+        plan_for(
+            checkpoint, tmp_path, f"compress.format={sentence.split(':', maxsplit=1)[0]}", "compress.group_size=64"
+        )
     assert sentence in str(caught.value)
     plan_for(checkpoint, tmp_path, "compress.format=fp8")

@@ -222,6 +222,8 @@ class Stream:
         if self.request.by_hessians and not self.request.joint:
             run = self._loop(index, layer, sparsify.PASSES[:1], kept=False)
             solved = sparsify.sparsify_by_hessians(frame, selection, run, [self.skeleton.name_of(index)])
+            if not needs_text(self.request.format, self.request.kv_cache):
+                self._store(index, layer)
         if is_solved(self.request.format):
             from trtbuild.compress.gptq import quantize_by_gptq
             from trtbuild.compress.quantize import GPTQ_PASSES
@@ -229,13 +231,18 @@ class Stream:
             run = self._loop(index, layer, GPTQ_PASSES[:1], kept=False)
             parts = [self.skeleton.name_of(index)]
             solved = quantize_by_gptq(frame, selection, self.request, run, layers=1, parts=parts)
+            self._store(index, layer)
         elif self.request.quantized:
             idle = self._quantize(index, frame, layer, selection)
-        unstored = is_solved(self.request.format) or not needs_text(self.request.format, self.request.kv_cache)
-        if self.request.calibrated and unstored and index + 1 < self.skeleton.depth:
-            self._loop(index, layer, sparsify.PASSES[1:]).finish()
         errors = {selection.compressed[name]: error for name, error in solved.errors.items()}
         return idle + sparsify.experts_of(solved.idle), errors
+
+    def _store(self, index: int, layer: nn.Module) -> None:
+        """Store the states behind a layer as it is now; where ModelOpt calibrates afterwards, its first pass does."""
+        from trtbuild.compress import sparsify
+
+        if index + 1 < self.skeleton.depth:
+            self._loop(index, layer, sparsify.PASSES[1:]).finish()
 
     def _quantize(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
         from trtbuild.compress.quantize import passes, quantize
