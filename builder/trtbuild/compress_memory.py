@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from trtbuild.layer_size import LayerSize
-from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, needs_text
+from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, is_solved, needs_text
 
 _IMPORTED = 700_000_000  # Python with torch, transformers and ModelOpt, and a tokenizer
 _COPYING = 450_000_000  # with torch alone
@@ -19,6 +19,7 @@ STRAIGHT_FORMATS = ("fp8_per_channel_per_token", "fp8_block", "int8_weight_only"
 _FLOAT = 4
 _SOURCE = 2
 _PLAIN_SCRATCH = 12  # a matrix that is pruned, and its mask
+_FITTED = 20  # beside `_PLAIN_SCRATCH`: the original, residuals and directions of a least-squares fit
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _KEPT_UNASKED = 2 << 30
 
@@ -54,11 +55,8 @@ class Demand:
     def streams(self) -> int:
         """How many kinds of hidden states go from layer to layer."""
         quantized = needs_text(self.format, self.kv_cache)
-        return (
-            int(self.sparsity_method == "sparsegpt")
-            + quantized
-            + (is_searched(self.format) and self.kv_cache != "none")
-        )
+        twice = is_searched(self.format) and not is_solved(self.format) and self.kv_cache != "none"
+        return int(self.sparsity_method == "sparsegpt" or quantized) + twice
 
     @property
     def state_bytes(self) -> int:
@@ -77,7 +75,8 @@ class Demand:
         # The layer, its coded or bf16 form and that of the one before, which is yet to be written, and what is computed
         # with the largest matrix at once.
         weights = (_FLOAT + 2 * coded) * layer.parameters + scratch * layer.matrix
-        hessians = 2 * _FLOAT * layer.squared_inputs if self.sparsity_method == "sparsegpt" else 0
+        solved = self.sparsity_method == "sparsegpt" or is_solved(self.format)
+        hessians = self._solving if solved else 0
         widest = max(layer.matrix // max(self.hidden_size, 1), self.hidden_size)
         running = _FLOAT * self.length * (8 * self.hidden_size + 4 * widest)
         return _IMPORTED + weights + hessians + running
@@ -86,6 +85,12 @@ class Demand:
     def ahead_bytes(self) -> int:
         """The next layer, in the source's own type."""
         return _SOURCE * self.layer.parameters if self.compressed and not self.straight else 0
+
+    @property
+    def _solving(self) -> int:
+        """The Hessians of all inputs, two matrices while one is inverted, and the weights that are fitted to it."""
+        fitted = _FITTED * self.layer.matrix if self.sparsity_method == "sparsegpt" else 0
+        return _FLOAT * (self.layer.squared_inputs + 2 * self.layer.inputs**2) + fitted
 
     def kept_bytes(self, limit: int | None) -> int:
         """The hidden states that stay in memory under a limit on everything: all or none."""

@@ -12,6 +12,14 @@ _NOTHING_COMPRESSED = (
     "remove it, or set compress.format, compress.kv_cache or compress.sparsity",
 )
 GROUP_SIZES = (128, 64, 32, 16)
+# What 2:4 buys; of the LLM API `trtllm_refusals` says it. Every runtime stores zeros like other weights.
+_WORTH_OF_SPARSITY = {
+    "embedded": "2:4 brings the embedded engine no speed: it multiplies the weights as dense ones and stores the zeros",
+    "trtllm-engine": (
+        "2:4: TensorRT takes sparse kernels only for layers where its own timing finds them faster; the weights take "
+        "as much memory as dense ones"
+    ),
+}
 
 
 def take_compress(settings: Settings, facts: ModelFacts) -> None:
@@ -31,6 +39,15 @@ def take_compress(settings: Settings, facts: ModelFacts) -> None:
     exclude = settings.take("compress.exclude")
     if exclude and not is_compressed(settings):
         settings.problem("compress.exclude", *_NOTHING_COMPRESSED)
+
+
+def sparsity_warnings(settings: Settings) -> list[str]:
+    """What 2:4 costs and buys."""
+    if settings["compress.sparsity"] == "none":
+        return []
+    kind = settings.recipe.runtime.kind
+    cost = "2:4 without fine-tuning costs quality, most in small models: see the perplexity ratio measured"
+    return [cost, *([_WORTH_OF_SPARSITY[kind]] if kind in _WORTH_OF_SPARSITY else [])]
 
 
 def is_compressed(settings: Settings) -> bool:

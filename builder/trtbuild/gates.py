@@ -16,6 +16,7 @@ _MAX_PERPLEXITY_RATIO = {
     "int8_sq": 1.35,
     "int8_weight_only": 1.03,
     "int4_awq": 1.35,
+    "int4_gptq": 1.45,
     "w4a8_awq": 1.4,
     "nvfp4": 1.5,
     "nvfp4_awq": 1.5,

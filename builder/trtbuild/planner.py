@@ -8,7 +8,7 @@ from typing import Any
 from trtbuild import trtllm_deploy, trtllm_engine_settings, trtllm_settings
 from trtbuild.comparison import compare
 from trtbuild.compress_memory import Demand, parse_bytes, show_bytes
-from trtbuild.compress_settings import is_compressed
+from trtbuild.compress_settings import is_compressed, sparsity_warnings
 from trtbuild.draft import Draft
 from trtbuild.embedded_settings import embedded_files, take_embedded
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
@@ -304,11 +304,7 @@ def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
 
 
 def _warnings(settings: Settings, facts: ModelFacts) -> tuple[str, ...]:
-    warnings = []
-    if settings["compress.sparsity"] == "2:4":
-        warnings.append(
-            "2:4 without fine-tuning costs quality, most in small models: see the perplexity ratio measured"
-        )
+    warnings = sparsity_warnings(settings)
     if not facts.has_chat_template:
         warnings.append("the checkpoint has no chat template: requests with `messages` will be refused")
     if _kind(settings) == _TRTLLM:

@@ -36,12 +36,12 @@ class Compress(Section):
 
     format: Format = Field(default="none", description="Weight format: none keeps bf16.")
     group_size: PositiveInt | None = Field(
-        default=None, description="Weights per INT4 scale along the input; int4_awq and w4a8_awq only."
+        default=None, description="Weights per INT4 scale along the input; int4_awq, int4_gptq and w4a8_awq only."
     )
     kv_cache: KvCacheFormat = Field(default="none", description="Format of the KV cache: none keeps the compute type.")
     sparsity: Sparsity = Field(default="none", description="2:4 keeps two of every four weights along the input.")
     sparsity_method: Literal["sparsegpt", "magnitude"] | None = Field(
-        default=None, description="How 2:4 chooses the weights to keep."
+        default=None, description="How 2:4 chooses the weights to keep; sparsegpt changes these too."
     )
     calibration: Calibration = Calibration()
     exclude: tuple[NonEmpty, ...] = Field(

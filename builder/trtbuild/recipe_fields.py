@@ -18,8 +18,8 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 TritonName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 
 Format = Literal[
-    "none", "fp8", "fp8_per_channel_per_token", "fp8_block", "int8_sq", "int8_weight_only", "int4_awq", "w4a8_awq",
-    "nvfp4", "nvfp4_awq", "w4a16_nvfp4", "mxfp4", "mxfp8",
+    "none", "fp8", "fp8_per_channel_per_token", "fp8_block", "int8_sq", "int8_weight_only", "int4_awq", "int4_gptq",
+    "w4a8_awq", "nvfp4", "nvfp4_awq", "w4a16_nvfp4", "mxfp4", "mxfp8",
 ]  # fmt: skip
 KvCacheFormat = Literal["none", "fp8", "nvfp4", "int8"]
 Sparsity = Literal["none", "2:4"]

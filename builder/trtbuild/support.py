@@ -21,6 +21,7 @@ QUANT_ALGO: Mapping[str, str | None] = {
     "int8_sq": "W8A8_SQ_PER_CHANNEL",
     "int8_weight_only": "W8A16",
     "int4_awq": "W4A16_AWQ",
+    "int4_gptq": "W4A16_AWQ",
     "w4a8_awq": "W4A8_AWQ",
     "nvfp4": "NVFP4",
     "nvfp4_awq": "NVFP4_AWQ",

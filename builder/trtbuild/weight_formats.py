@@ -20,6 +20,7 @@ class WeightFormat:
         sides: Numbers that must divide a matrix's outputs and inputs.
         activations: Calibration text is needed: for the ranges of activations, or to search scales.
         searched: AWQ looks for smoothing scales in a second pass over the text.
+        solved: GPTQ rounds the weights by the Hessians of their inputs; else as `searched`, less the smoothing.
         weight_range: ModelOpt keeps a range for the weights, not only scales of blocks.
         input_range: ModelOpt keeps a range for the inputs.
         scratch: Bytes for each element of a matrix that ModelOpt takes for a while, beside the float32 weights; fitted
@@ -31,6 +32,7 @@ class WeightFormat:
     sides: tuple[int, int] = (1, 1)
     activations: bool = False
     searched: bool = False
+    solved: bool = False
     weight_range: bool = True
     input_range: bool = False
     scratch: int = 10
@@ -56,6 +58,7 @@ WEIGHT_FORMATS: Mapping[str, WeightFormat] = {
     "int8_sq": WeightFormat(8, activations=True, input_range=True),
     "int8_weight_only": WeightFormat(8),
     "int4_awq": WeightFormat(4, sides=(2, 1), activations=True, searched=True, scratch=18),
+    "int4_gptq": WeightFormat(4, sides=(2, 1), activations=True, searched=True, solved=True, scratch=18),
     "w4a8_awq": WeightFormat(
         4, sides=(2, 1), activations=True, searched=True, weight_range=False, input_range=True, scratch=24
     ),
@@ -85,3 +88,8 @@ def takes_group(weight_format: str) -> bool:
 def is_searched(weight_format: str) -> bool:
     """Whether the text goes through twice, the second time with a KV cache that is rounded."""
     return weight_format != "none" and WEIGHT_FORMATS[weight_format].searched
+
+
+def is_solved(weight_format: str) -> bool:
+    """Whether GPTQ rounds the weights; every decoder layer is calibrated on what its rounded predecessors give."""
+    return weight_format != "none" and WEIGHT_FORMATS[weight_format].solved

@@ -13,6 +13,7 @@ WORDS = {
     "int8_sq": ("INT8, a scale an output", "smoothed, INT8, one calibrated scale"),
     "int8_weight_only": ("INT8, a scale an output", "as they are"),
     "int4_awq": ("INT4, a scale a group", "smoothed"),
+    "int4_gptq": ("as int4_awq, rounded by Hessians", "as they are"),
     "w4a8_awq": ("INT4, a scale a group, rounded to E4M3", "smoothed, E4M3, one calibrated scale"),
     "nvfp4": ("E2M1, E4M3 scales for 16, one scale", "the same, blocks as they come"),
     "nvfp4_awq": ("as nvfp4, searched; made on a GPU only", "smoothed, as nvfp4"),

@@ -287,9 +287,17 @@ def test_weights_of_other_quantizers_do_not_fit(tiny_llama: Path, tmp_path: Path
 
 
 def test_int4_group_follows_the_model(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "compress.format=int4_gptq")
+    assert plan.value("compress.group_size") == 64
     plan = plan_for(tiny_llama, tmp_path, "compress.format=int4_awq")
     assert plan.value("compress.group_size") == 64
     assert next(value.origin for value in plan.values if value.path == "compress.group_size").startswith("model")
+
+
+def test_what_sparsity_buys(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "compress.sparsity='2:4'")
+    assert any("brings the embedded engine no speed" in warning for warning in plan.warnings)
+    assert not any("2:4" in warning for warning in plan_for(tiny_llama, tmp_path).warnings)
 
 
 def test_a_70b_model_is_planned_from_config_and_headers(tmp_path: Path) -> None:

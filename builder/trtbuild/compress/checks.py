@@ -169,6 +169,7 @@ def expected_tensors(name: str, out: int, into: int, group: int) -> dict[str, _F
         },
         "int8_weight_only": {"weight": ("I8", (out, into)), "weight_scale": rows},
         "int4_awq": int4,
+        "int4_gptq": int4,
         "w4a8_awq": int4 | {"weight_scale_2": one, "input_scale": one},
         "nvfp4": fp4 | {"input_scale": one},
         "nvfp4_awq": fp4 | {"input_scale": one},

@@ -18,10 +18,10 @@ from torch import nn
 
 from trtbuild.compress.metadata import read_json, write_json, write_metadata
 from trtbuild.compress.request import Request
-from trtbuild.compress.selection import Selection
+from trtbuild.compress.selection import FUSED_BY_ENGINES, Selection
 from trtbuild.errors import ToolError
 from trtbuild.toolchain import version_of
-from trtbuild.weight_formats import takes_group
+from trtbuild.weight_formats import is_solved, takes_group
 
 _SHARD_BYTES = 5_000_000_000
 _INT8_MAX = 127
@@ -36,7 +36,7 @@ def export(model: nn.Module, selection: Selection, request: Request) -> None:
     """
     from modelopt.torch.export import export_hf_checkpoint
 
-    with _rounded(model), warnings.catch_warnings(record=True) as caught:
+    with _rounded(model, request), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with _experts_as_they_are(request), _int8_cache():
             export_hf_checkpoint(model, dtype=_type_of(model), export_dir=request.output, max_shard_size=_SHARD_BYTES)
@@ -80,7 +80,7 @@ def export_frame(frame: nn.Module, layer: str, request: Request) -> Exported:
     quant_utils.process_layer_quant_config = keep
     try:
         with (
-            _rounded(frame),
+            _rounded(frame, request),
             warnings.catch_warnings(),
             _experts_as_they_are(request),
             _int8_cache(),
@@ -153,17 +153,33 @@ def _one_cache() -> Iterator[None]:
         torch.cuda.empty_cache = empty
 
 
+def _add_smoothing(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:  # noqa: ARG001
+    """A hook that adds ones as smoothing of INT4 layers that are joined to no other.
+
+    TensorRT-LLM does not load these without; it ignores the smoothing of joined layers, and loads no experts in this
+    format (NVIDIA/TensorRT-LLM: tensorrt_llm/_torch/modules/linear.py @ed53795b, `W4A16_AWQ_LinearMethod`).
+    """
+    joined = {leaf for group in FUSED_BY_ENGINES for leaf in group} | {"qkv_proj", "gate_up_proj"}
+    for layer in [name.removesuffix(".weight_scale") for name in state if name.endswith(".weight_scale")]:
+        if layer.rpartition(".")[2] not in joined and ".experts." not in layer:
+            size = state[f"{layer}.weight"].shape[1]
+            state[f"{layer}.pre_quant_scale"] = torch.ones(size, dtype=torch.bfloat16)
+
+
 @contextmanager
-def _rounded(model: nn.Module) -> Iterator[None]:
+def _rounded(model: nn.Module, request: Request) -> Iterator[None]:
     """While open, what the exporter takes out of the model and has not turned into codes is bf16."""
     names = {
         name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_floating_point()
     }
-    handle = model.register_state_dict_post_hook(_caster(names))
+    handles = [model.register_state_dict_post_hook(_caster(names))]
+    if is_solved(request.format):
+        handles.append(model.register_state_dict_post_hook(_add_smoothing))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.runtime.experts import UnfusedExperts
-from trtbuild.weight_formats import WEIGHT_FORMATS, WeightFormat, is_searched, needs_text, takes_group
+from trtbuild.weight_formats import WEIGHT_FORMATS, WeightFormat, is_searched, is_solved, needs_text, takes_group
 
 _CONFIGS = {
     "fp8": "FP8_DEFAULT_CFG",
@@ -22,6 +22,7 @@ _CONFIGS = {
     "int8_sq": "INT8_SMOOTHQUANT_CFG",
     "int8_weight_only": "INT8_WEIGHT_ONLY_CFG",
     "int4_awq": "INT4_AWQ_CFG",
+    "int4_gptq": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",  # the algorithm is ours: `gptq`
     "w4a8_awq": "W4A8_AWQ_BETA_CFG",
     "nvfp4": "NVFP4_DEFAULT_CFG",
     "nvfp4_awq": "NVFP4_AWQ_LITE_CFG",
@@ -34,12 +35,15 @@ _INT8_KV = [{"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": 8, "ax
 # eleven scales for every layer.
 FP8_PASSES = (("calibrate", 1),)
 AWQ_PASSES = (("measure activations", 1), ("search AWQ scales", 12))
+GPTQ_PASSES = (("measure activations for GPTQ", 2), ("run the changed layer", 1))
 
 
 def passes(request: Request) -> tuple[tuple[str, int], ...]:
     """The passes over the calibration samples that the request's formats take."""
     if not needs_text(request.format, request.kv_cache):
         return ()
+    if is_solved(request.format):
+        return GPTQ_PASSES
     return AWQ_PASSES if is_searched(request.format) else FP8_PASSES
 
 
@@ -59,19 +63,36 @@ def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loo
     """
     import modelopt.torch.quantization as mtq
 
+    algorithm = insert_quantizers(model, selection, request)
+    with count_expert_tokens(model) as counts:
+        mtq.calibrate(model, algorithm, loop)
+    idle = idle_experts(counts) if loop is not None else []
+    _share_input_scales(model)
+    check_quantizers(model, selection, request, layers=layers)
+    return idle
+
+
+def insert_quantizers(model: nn.Module, selection: Selection, request: Request) -> Any:
+    """Put ModelOpt's quantizers into `model`, not calibrated; return the algorithm that calibrates them."""
+    import modelopt.torch.quantization as mtq
+
     config = _config(request)
     mtq.quantize(model, {"quant_cfg": config["quant_cfg"], "algorithm": None})
     for name in selection.excluded:
         _disable(model.get_submodule(name))
-    with count_expert_tokens(model) as counts:
-        mtq.calibrate(model, config["algorithm"], loop)
-    idle = idle_experts(counts) if loop is not None else []
-    _share_input_scales(model)
+    return config["algorithm"]
+
+
+def check_quantizers(model: nn.Module, selection: Selection, request: Request, *, layers: int) -> None:
+    """Refuse a model of which anything that the request names has no usable scale.
+
+    Raises:
+        CompatibilityError, ToolError: As `quantize`.
+    """
     if request.format != "none":
         _check_quantizers(model, selection, WEIGHT_FORMATS[request.format])
     if request.kv_cache != "none":
         _check_kv_quantizers(model, request.kv_cache, layers)
-    return idle
 
 
 def _config(request: Request) -> dict[str, Any]:

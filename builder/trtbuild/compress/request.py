@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.errors import Problem, RecipeError
-from trtbuild.weight_formats import WEIGHT_FORMATS, needs_text, takes_group
+from trtbuild.weight_formats import WEIGHT_FORMATS, is_solved, needs_text, takes_group
 from trtbuild.worker import Progress
 
 FORMATS = ("none", *WEIGHT_FORMATS)
@@ -54,10 +54,19 @@ class Request:
         return self.format != "none" or self.kv_cache != "none"
 
     @property
+    def by_hessians(self) -> bool:
+        """Whether 2:4 is chosen by SparseGPT."""
+        return self.sparse and self.sparsity_method == "sparsegpt"
+
+    @property
+    def joint(self) -> bool:
+        """Whether SparseGPT and GPTQ prune and round in one sweep."""
+        return self.by_hessians and is_solved(self.format)
+
+    @property
     def calibrated(self) -> bool:
         """Whether text goes through the model; pruning by magnitude needs none, nor do formats of the weights alone."""
-        pruned = self.sparse and self.sparsity_method == "sparsegpt"
-        return pruned or needs_text(self.format, self.kv_cache)
+        return self.by_hessians or needs_text(self.format, self.kv_cache)
 
 
 def parse_request(raw: Mapping[str, Any]) -> Request:

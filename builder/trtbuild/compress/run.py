@@ -15,7 +15,7 @@ from trtbuild.compress.copying import copy_checkpoint
 from trtbuild.compress.request import Meter, Request, parse_request
 from trtbuild.compress.selection import Selection, select
 from trtbuild.compress.source import check_source, pick_device, read_tensors
-from trtbuild.compress.whole import SPARSEGPT_PASSES, compress_whole
+from trtbuild.compress.whole import compress_whole
 from trtbuild.compress_memory import Demand, show_bytes
 from trtbuild.errors import ArtifactError, CompatibilityError, HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
@@ -81,13 +81,14 @@ def _compress(
             notes = _copy(request, source, meter)
         selection = Selection({}, {})
         samples = None
+        errors: dict[str, float] = {}
     else:
-        samples, selection, notes = _change(request, facts, source, progress, clock)
+        samples, selection, notes, errors = _change(request, facts, source, progress, clock)
     _make_readable(request.output)
     with clock.phase("check"):
         checked = check_export(request, selection, source)
     progress(1, 1, "done")
-    return _result(request, checked, samples, clock, notes)
+    return _result(request, checked, samples, clock, notes, errors)
 
 
 def _copy(request: Request, source: Mapping[str, TensorInfo], meter: Meter) -> list[str]:
@@ -125,8 +126,11 @@ def _change(
     source: Mapping[str, TensorInfo],
     progress: Progress,
     clock: _Clock,
-) -> tuple[Any, Selection, list[str]]:
-    """Prune and quantize, one layer at a time where the model allows it; return samples, selection and notes."""
+) -> tuple[Any, Selection, list[str], dict[str, float]]:
+    """Prune and quantize, one layer at a time where the model allows it.
+
+    Return the samples, the selection, notes, and the output errors of layers that were solved.
+    """
     import transformers
 
     from trtbuild.compress.skeleton import NotStreamableError
@@ -136,16 +140,16 @@ def _change(
     ids = samples.input_ids if samples is not None else ()
     meter = Meter(progress, _total_work(request, facts, len(ids)))
     try:
-        selection, notes = _change_by_layer(request, facts, source, ids, meter, clock)
+        selection, notes, errors = _change_by_layer(request, facts, source, ids, meter, clock)
     except NotStreamableError as reason:
         if request.max_memory is not None:
             raise CompatibilityError(
                 f"compress.max_memory: this model cannot be compressed layer by layer: {reason}",
                 "remove the limit; the whole model is then held in memory",
             ) from reason
-        selection, idle = compress_whole(request, source, ids, meter, clock.phase)
+        selection, idle, errors = compress_whole(request, source, ids, meter, clock.phase)
         notes = [f"the whole model was held in memory: {reason}", *_idle_notes(idle)]
-    return samples, selection, notes
+    return samples, selection, notes, errors
 
 
 def _change_by_layer(
@@ -155,7 +159,7 @@ def _change_by_layer(
     ids: Sequence[Sequence[int]],
     meter: Meter,
     clock: _Clock,
-) -> tuple[Selection, list[str]]:
+) -> tuple[Selection, list[str], dict[str, float]]:
     from trtbuild.compress.identity import resume_key
     from trtbuild.compress.skeleton import open_skeleton
     from trtbuild.compress.states_between import StatesBetween, batch_size
@@ -188,7 +192,7 @@ def _change_by_layer(
         notes.append(f"the peak of memory was {seen}, above compress.max_memory ({limit})")
     if stream.resumed:
         notes.append(f"an earlier run had finished {stream.resumed} of {skeleton.depth} layers")
-    return selection, notes
+    return selection, notes, stream.errors
 
 
 def _demand(request: Request, facts: ModelFacts, ids: Sequence[Sequence[int]]) -> Demand:
@@ -222,8 +226,10 @@ def _load_samples(request: Request) -> Any:
 
 def _total_work(request: Request, facts: ModelFacts, samples: int) -> int:
     passes: Sequence[tuple[str, int]] = ()
-    if request.sparse and request.sparsity_method == "sparsegpt":
-        passes = SPARSEGPT_PASSES
+    if request.by_hessians and not request.joint:
+        from trtbuild.compress.sparsify import PASSES
+
+        passes = PASSES
     if request.quantized:
         from trtbuild.compress.quantize import passes as of_format
 
@@ -269,7 +275,14 @@ def _disk_full(request: Request, needed: int, state: str) -> HostError:
     )
 
 
-def _result(request: Request, checked: Checked, samples: Any, clock: _Clock, notes: list[str]) -> dict[str, Any]:
+def _result(
+    request: Request,
+    checked: Checked,
+    samples: Any,
+    clock: _Clock,
+    notes: list[str],
+    errors: Mapping[str, float],
+) -> dict[str, Any]:
     share = checked.conforming / checked.groups if checked.groups else 0.0
     sparsity = {"groups": checked.groups, "conforming": checked.conforming, "share": share}
     return {
@@ -277,6 +290,7 @@ def _result(request: Request, checked: Checked, samples: Any, clock: _Clock, not
         "quantized_projections": checked.quantized_projections,
         "excluded_modules": list(checked.excluded_modules),
         "sparsity": sparsity if request.sparse else None,
+        "output_error": _output_error(errors),
         "calibration": None if samples is None else _calibration(samples),
         "tensors": checked.tensors,
         "bytes": checked.bytes,
@@ -297,6 +311,14 @@ def _device() -> dict[str, Any] | None:
         "peak_memory_bytes": torch.cuda.max_memory_allocated(),
         "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
     }
+
+
+def _output_error(errors: Mapping[str, float]) -> dict[str, Any] | None:
+    """What SparseGPT or GPTQ did to the outputs of linear layers: squared error relative to the squared output."""
+    if not errors:
+        return None
+    worst = max(errors, key=lambda name: errors[name])
+    return {"mean": sum(errors.values()) / len(errors), "worst": errors[worst], "worst_layer": worst}
 
 
 def _calibration(samples: Any) -> dict[str, Any]:

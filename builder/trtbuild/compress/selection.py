@@ -139,8 +139,8 @@ def _unfit_layers(model: nn.Module, compressed: Mapping[str, str], request: Requ
     if request.format != "none":
         problems += _unfit_sides(shapes, request.format)
     if request.sparse:
-        # NVIDIA/Model-Optimizer: modelopt/torch/sparsity/weight_sparsity/{sparsegpt,magnitude}.py @0.47.0 skip others.
-        rows, columns = (4, 4) if request.sparsity_method == "sparsegpt" else (8, 16)
+        # NVIDIA/Model-Optimizer: modelopt/torch/sparsity/weight_sparsity/magnitude.py @0.47.0 skips others.
+        rows, columns = (1, 4) if request.by_hessians else (8, 16)
         unfit = [name for name, (out, into) in shapes.items() if out % rows or into % columns]
         if unfit:
             message = (

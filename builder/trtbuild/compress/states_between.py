@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from trtbuild.compress.quantize import passes
 from trtbuild.compress.request import Request
 from trtbuild.compress.states import States
-from trtbuild.weight_formats import needs_text
+from trtbuild.weight_formats import is_searched, is_solved
 
-ORIGINAL, PRUNED, CACHED = "original", "pruned", "cached"
+PRUNED, CACHED = "pruned", "cached"
 _ON_DEVICE_BYTES = 4 << 30  # hidden states before and behind a layer
 _BATCH_TOKENS = 8192
 
@@ -46,25 +45,20 @@ class StatesBetween:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of states, each in the order of its use."""
-        original = self.request.sparse and self.request.sparsity_method == "sparsegpt"
-        return (() if not self.count or not original else (ORIGINAL,)) + self.quantized_kinds
-
-    @property
-    def quantized_kinds(self) -> tuple[str, ...]:
-        """Those that calibration runs on: of the pruned model, and of the same with its KV cache rounded.
+        """The kinds of states, in the order of their use: of the pruned model, and of it with its KV cache rounded.
 
         ModelOpt's AWQ rounds the KV cache in its second pass, as the first has calibrated it.
         """
-        if not self.count or not needs_text(self.request.format, self.request.kv_cache):
+        if not self.count or not self.request.calibrated:
             return ()
-        cached = self.request.kv_cache != "none" and len(passes(self.request)) > 1
-        return (PRUNED, CACHED) if cached else (PRUNED,)
+        twice = is_searched(self.request.format) and not is_solved(self.request.format)
+        return (PRUNED, CACHED) if self.request.kv_cache != "none" and twice else (PRUNED,)
 
     @property
     def recomputed(self) -> bool:
         """Whether states stay on the device, so that a resumed run puts the samples through finished layers again."""
-        return self.device.type == "cuda" and self.kinds == (PRUNED,) and not self.request.sparse
+        changed = self.request.sparse or is_solved(self.request.format)  # the source's layers do not give these states
+        return self.device.type == "cuda" and self.kinds == (PRUNED,) and not changed
 
     def before(self, kind: str, index: int) -> States:
         """The states before decoder layer `index`."""

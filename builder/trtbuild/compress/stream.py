@@ -6,7 +6,8 @@ write the one before. Every part (first what lies outside the layers, then each 
 once its bytes are on the disk; a run that finds a journal of the same key begins behind it.
 
 What a layer gets is what it gets in the whole model: ModelOpt calibrates on the activations of the model that is not
-yet quantized, and each layer's numbers depend on its own inputs and weights alone.
+yet quantized, and each layer's numbers depend on its own inputs and weights alone. Behind a layer that SparseGPT has
+pruned or GPTQ has rounded, the states are those of the pruned or rounded one.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from trtbuild.compress.request import Meter, Request
 from trtbuild.compress.selection import Selection
 from trtbuild.compress.shards import ShardWriter, Written, place_files, reserved_bytes
 from trtbuild.compress.skeleton import Call, NotStreamableError, Skeleton
-from trtbuild.compress.states_between import ORIGINAL, StatesBetween
+from trtbuild.compress.solve import Solved
+from trtbuild.compress.states_between import StatesBetween
 from trtbuild.compress.storing import Part, Storing, of_tensors
 from trtbuild.compress.threads import workers
-from trtbuild.compress.whole import SPARSEGPT_PASSES
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
+from trtbuild.weight_formats import is_solved, needs_text
 
 # Names of a quantized layer's tensors beside its weight and bias are at most this long; there are at most five.
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale")
@@ -69,6 +71,7 @@ class Stream:
     batch: int = 1  # samples that run at once
     ahead: bool = True  # read the next layer while one is computed
     idle: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)  # of every layer that SparseGPT or GPTQ changed
     resumed: int = 0  # decoder layers that an earlier run had finished
     _calls: Mapping[int, Sequence[Call]] = field(default_factory=dict)
     _journal: Journal | None = None
@@ -128,6 +131,7 @@ class Stream:
                 files = writer.seal()
             place_files(self.request.output, files, writer.written)
             self.idle += [name for part in journal.parts for name in part.get("idle", [])]
+            self.errors |= {name: error for part in journal.parts for name, error in part.get("errors", {}).items()}
             self._configure(journal)
 
     def _straight(self, direct: Direct, journal: Journal, storing: Storing) -> None:
@@ -201,26 +205,22 @@ class Stream:
         name = self.skeleton.name_of(index)
         frame, layer = self.skeleton.frame(index, reader.take(index))
         selection = self.selection.within(self.skeleton.prefix, index)
-        idle: list[str] = []
-        if self.request.sparse:
-            idle += self._sparsify(index, frame, layer, selection)
+        idle, errors = self._change(index, frame, layer, selection)
+        self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
         found: dict[str, object] = {}
         if self.request.quantized:
             from trtbuild.compress.export import export_frame
 
-            idle += self._quantize(index, frame, layer, selection)
-            self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
             with torch.no_grad():
                 exported = export_frame(frame, name, self.request)
             tensors = exported.tensors
             found = {"layers": exported.layers, "kv_cache": exported.kv_cache}
         else:
-            self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
             tensors = self._plain(name, layer)
         storing.take(
             Part(
                 of_tensors(tensors),
-                found | {"idle": idle},
+                found | {"idle": idle, "errors": errors},
                 behind=[] if self._last(index) else self.states.all_before(index + 1),
                 spent=self.states.spend(index),
                 told=self._teller(index),
@@ -230,41 +230,68 @@ class Stream:
     def _pass_through(self, index: int, reader: LayerReader) -> None:
         """Compute the states behind a layer that an earlier run had finished."""
         _, layer = self.skeleton.frame(index, reader.take(index))
-        self._loop(index, layer, self.states.kinds, [("compute again", 0)]).finish()
+        self._loop(index, layer, [("compute again", 0)]).finish()
         self.states.spend(index)
 
     def _last(self, index: int) -> bool:
         return index + 1 == self.skeleton.depth
 
-    def _sparsify(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
+    def _change(
+        self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection
+    ) -> tuple[list[str], dict[str, float]]:
+        """Prune and quantize one layer, and store the states behind it.
+
+        Return the experts that no token reached, and what pruning and rounding by Hessians cost every linear layer.
+        """
         from trtbuild.compress import sparsify
 
-        if self.request.sparsity_method != "sparsegpt":
-            return sparsify.sparsify(frame, selection, self.request, None)
-        loop = self._loop(index, layer, (ORIGINAL,), SPARSEGPT_PASSES)
-        idle = sparsify.sparsify(frame, selection, self.request, loop)
-        loop.finish()
-        return idle
+        solved, idle = Solved(), []
+        if self.request.sparse and self.request.sparsity_method == "magnitude":
+            sparsify.sparsify_by_magnitude(frame, selection)
+        if self.request.by_hessians and not self.request.joint:
+            run = self._loop(index, layer, sparsify.PASSES[:1], kept=False)
+            solved = sparsify.sparsify_by_hessians(frame, selection, run, [self.skeleton.name_of(index)])
+            if not needs_text(self.request.format, self.request.kv_cache):
+                self._store(index, layer)
+        if is_solved(self.request.format):
+            from trtbuild.compress.gptq import quantize_by_gptq
+            from trtbuild.compress.quantize import GPTQ_PASSES
+
+            run = self._loop(index, layer, GPTQ_PASSES[:1], kept=False)
+            parts = [self.skeleton.name_of(index)]
+            solved = quantize_by_gptq(frame, selection, self.request, run, layers=1, parts=parts)
+            self._store(index, layer)
+        elif self.request.quantized:
+            idle = self._quantize(index, frame, layer, selection)
+        errors = {selection.compressed[name]: error for name, error in solved.errors.items()}
+        return idle + sparsify.experts_of(solved.idle), errors
+
+    def _store(self, index: int, layer: nn.Module) -> None:
+        """Store the states behind a layer as it is now; where ModelOpt calibrates afterwards, its first pass does."""
+        from trtbuild.compress import sparsify
+
+        if not self._last(index):
+            self._loop(index, layer, sparsify.PASSES[1:]).finish()
 
     def _quantize(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
         from trtbuild.compress.quantize import passes, quantize
 
-        kinds = self.states.quantized_kinds
-        loop = self._loop(index, layer, kinds, passes(self.request)) if kinds else None
+        loop = self._loop(index, layer, passes(self.request)) if passes(self.request) else None
         idle = quantize(frame, selection, self.request, loop, layers=1)
         if loop is not None:
             loop.finish()
         return idle
 
-    def _loop(self, index: int, layer: nn.Module, kinds: Sequence[str], passes: Sequence[tuple[str, int]]) -> LayerLoop:
-        last = self._last(index)
+    def _loop(self, index: int, layer: nn.Module, passes: Sequence[tuple[str, int]], *, kept: bool = True) -> LayerLoop:
+        """What runs the samples through a layer; `kept` says whether the states behind it are stored."""
+        kept = kept and not self._last(index)
         return LayerLoop(
             layer=layer,
             name=self.skeleton.name_of(index),
             calls={size: calls[index] for size, calls in self._calls.items()},
             states=[
-                (self.states.before(kind, index), None if last else self.states.before(kind, index + 1))
-                for kind in kinds
+                (self.states.before(kind, index), self.states.before(kind, index + 1) if kept else None)
+                for kind in self.states.kinds
             ],
             count=len(self.samples),
             batch=self.batch,

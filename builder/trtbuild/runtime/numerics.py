@@ -6,9 +6,6 @@ Shapes: T tokens (any leading dimensions), I inputs, O outputs, G = I / group si
 
 A layer is y = (input(x) @ matrix^T) * outer * factor + bias. What multiplies the sums stays out of the products, so
 that these are exact also in bfloat16: all codes, and E2M1 values times E4M3 scales or powers of two, fit its 8 bits.
-
-Not here yet: `int4_gptq` is stored like W4A16_AWQ without smoothing; MIXED_PRECISION names a row for each layer; HQQ
-and AutoRound give INT4 or NVFP4 codes, KV caches of fewer bits a row of `kv_cache`.
 """
 
 from __future__ import annotations
