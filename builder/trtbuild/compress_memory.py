@@ -30,21 +30,24 @@ class Demand:
     sparsity_method: str | None
     samples: int
     length: int
+    more_formats: tuple[str, ...] = ()  # that some layers have instead of `format`
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The weight formats, bf16 left out."""
+        return tuple(name for name in (self.format, *self.more_formats) if name != "none")
 
     @property
     def compressed(self) -> bool:
         """Whether a layer is loaded at all."""
-        return self.format != "none" or self.kv_cache != "none" or self.sparsity_method is not None
+        return bool(self.formats) or self.kv_cache != "none" or self.sparsity_method is not None
 
     @property
     def streams(self) -> int:
         """How many kinds of hidden states go from layer to layer."""
-        quantized = needs_text(self.format, self.kv_cache)
-        return (
-            int(self.sparsity_method == "sparsegpt")
-            + quantized
-            + (is_searched(self.format) and self.kv_cache != "none")
-        )
+        quantized = any(needs_text(name, self.kv_cache) for name in self.formats or ("none",))
+        cached = any(map(is_searched, self.formats)) and self.kv_cache != "none" and len(set(self.formats)) == 1
+        return int(self.sparsity_method == "sparsegpt") + quantized + cached
 
     @property
     def state_bytes(self) -> int:
@@ -57,7 +60,8 @@ class Demand:
         if not self.compressed:
             return _COPYING
         layer = self.layer
-        coded, scratch = (1, WEIGHT_FORMATS[self.format].scratch) if self.format != "none" else (2, _PLAIN_SCRATCH)
+        scratch = max((WEIGHT_FORMATS[name].scratch for name in self.formats), default=_PLAIN_SCRATCH)
+        coded = 1 if self.formats else 2
         # The layer, its coded or bf16 form, and what is computed with the largest matrix at once.
         weights = (_FLOAT + coded) * layer.parameters + scratch * layer.matrix
         hessians = 2 * _FLOAT * layer.squared_inputs if self.sparsity_method == "sparsegpt" else 0

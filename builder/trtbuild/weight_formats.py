@@ -65,6 +65,14 @@ def needs_text(weight_format: str, kv_cache: str) -> bool:
     return kv_cache != "none" or (weight_format != "none" and WEIGHT_FORMATS[weight_format].activations)
 
 
+def file_bits(weight_format: str, group_size: int | None) -> float:
+    """Bits that a weight takes in the file, its share of the scales of its group included."""
+    if weight_format == "none":
+        return 16.0
+    found = WEIGHT_FORMATS[weight_format]
+    return found.bits + (32 / group_size if found.searched and group_size else found.scale_bits)
+
+
 def is_searched(weight_format: str) -> bool:
     """Whether the text goes through twice, the second time with a KV cache that is rounded."""
     return weight_format != "none" and WEIGHT_FORMATS[weight_format].searched

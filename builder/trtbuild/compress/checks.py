@@ -18,7 +18,8 @@ import torch
 from trtbuild.compress.blocks import TensorBlocks
 from trtbuild.compress.metadata import read_json
 from trtbuild.compress.request import Request
-from trtbuild.compress.selection import FUSED_BY_ENGINES, Selection
+from trtbuild.compress.groups import FUSED_BY_ENGINES
+from trtbuild.compress.selection import Selection
 from trtbuild.compress.source import read_tensors
 from trtbuild.errors import ToolError
 from trtbuild.safetensors_header import TensorInfo
@@ -69,17 +70,18 @@ def check_export(request: Request, selection: Selection, source: Mapping[str, Te
     weights = {name.removesuffix(".weight"): info for name, info in infos.items() if name.endswith(".weight")}
     quantized = sorted(name for name, info in weights.items() if info.dtype in {"F8_E4M3", "U8", "I8"})
     wanted = sorted(selection.compressed.values())
-    if request.format != "none":
-        _refuse("not quantized, although compress.exclude does not name it", set(wanted) - set(quantized))
-        _refuse("quantized, although it is excluded", set(quantized) - set(wanted))
+    formats = selection.disk_formats
+    if formats:
+        _refuse("not quantized, although compress.exclude does not name it", set(formats) - set(quantized))
+        _refuse("quantized, although it has no format", set(quantized) - set(formats))
         _check_every_matrix(request, infos, selection, quantized)
         for layer in quantized:
-            _check_layer(request, layer, infos, values, source)
+            _check_layer(request, layer, formats[layer], infos, values, source)
         _check_shared_inputs(quantized, values, infos)
     _check_source_is_covered(infos, source)
     if request.kv_cache == "fp8":
         _check_kv_scales(request, infos, values)
-    groups, conforming = _check_pattern(request, wanted, values) if request.sparse else (0, 0)
+    groups, conforming = _check_pattern(formats, wanted, values) if request.sparse else (0, 0)
     return Checked(
         tensors=len(infos),
         bytes=sum(info.bytes for info in infos.values()),
@@ -117,14 +119,19 @@ def _check_source_is_covered(infos: Mapping[str, TensorInfo], source: Mapping[st
     _refuse("in the source, but not exported", {name for name in lost if not name.endswith("rotary_emb.inv_freq")})
 
 
-def _check_layer(
-    request: Request, layer: str, infos: Mapping[str, TensorInfo], values: _Values, source: Mapping[str, TensorInfo]
+def _check_layer(  # noqa: PLR0913  what one layer is, and the files before and after
+    request: Request,
+    layer: str,
+    name_of_format: str,
+    infos: Mapping[str, TensorInfo],
+    values: _Values,
+    source: Mapping[str, TensorInfo],
 ) -> None:
     original = source.get(f"{layer}.weight")
     weight = infos[f"{layer}.weight"]
-    out, into = original.shape if original is not None else _logical_shape(request, weight)
-    expected = expected_tensors(request.format, out, into, request.group_size or into)
-    if is_searched(request.format) and f"{layer}.pre_quant_scale" in infos:
+    out, into = original.shape if original is not None else _logical_shape(name_of_format, weight)
+    expected = expected_tensors(name_of_format, out, into, request.group_size or into)
+    if is_searched(name_of_format) and f"{layer}.pre_quant_scale" in infos:
         expected["pre_quant_scale"] = ("BF16", (into,))
     for leaf, (dtype, shape) in expected.items():
         name = f"{layer}.{leaf}"
@@ -175,10 +182,10 @@ def expected_tensors(name: str, out: int, into: int, group: int) -> dict[str, _F
     return table[name]
 
 
-def _logical_shape(request: Request, info: TensorInfo) -> tuple[int, ...]:
+def _logical_shape(name: str, info: TensorInfo) -> tuple[int, ...]:
     if info.dtype != "U8":
         return info.shape
-    return (info.shape[0] * 2, info.shape[1]) if is_searched(request.format) else (info.shape[0], info.shape[1] * 2)
+    return (info.shape[0] * 2, info.shape[1]) if is_searched(name) else (info.shape[0], info.shape[1] * 2)
 
 
 def _check_scale(name: str, scale: torch.Tensor) -> None:
@@ -226,14 +233,14 @@ def _check_kv_scales(request: Request, infos: Mapping[str, TensorInfo], values: 
             _check_scale(name, values[name])
 
 
-def _check_pattern(request: Request, layers: list[str], values: _Values) -> tuple[int, int]:
+def _check_pattern(formats: Mapping[str, str], layers: list[str], values: _Values) -> tuple[int, int]:
     """Groups of four neighbouring weights along the input, and how many have at most two that are not zero: all."""
     groups = conforming = 0
     dense = []
     for layer in layers:
         found = fitting = 0
         for block in values.blocks(f"{layer}.weight"):
-            used = (_codes(request, block).reshape(-1, 4) != 0).sum(dim=1)
+            used = (_codes(formats.get(layer, "none"), block).reshape(-1, 4) != 0).sum(dim=1)
             found += used.numel()
             fitting += int((used <= 2).sum())
         groups += found
@@ -244,12 +251,12 @@ def _check_pattern(request: Request, layers: list[str], values: _Values) -> tupl
     return groups, conforming
 
 
-def _codes(request: Request, block: torch.Tensor) -> torch.Tensor:
+def _codes(name: str, block: torch.Tensor) -> torch.Tensor:
     """What is zero where a weight is, neighbours along the input beside each other.
 
     A byte of INT4 holds two outputs, a byte of FP4 two inputs, each with a sign.
     """
-    if block.dtype == torch.uint8 and is_searched(request.format):
+    if block.dtype == torch.uint8 and name != "none" and is_searched(name):
         return torch.stack((block & 15, block >> 4))
     if block.dtype == torch.uint8:
         return torch.stack((block & 7, block >> 4 & 7), dim=1)

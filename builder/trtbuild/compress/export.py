@@ -19,7 +19,7 @@ from torch import nn
 from trtbuild.compress.metadata import read_json, write_json, write_metadata
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
-from trtbuild.errors import ToolError
+from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.weight_formats import is_searched
 
 _SHARD_BYTES = 5_000_000_000
@@ -36,7 +36,7 @@ def export(model: nn.Module, selection: Selection, request: Request) -> None:
 
     with _rounded(model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with _experts_as_they_are(request):
+        with _experts_as_they_are(selection):
             export_hf_checkpoint(model, dtype=torch.float32, export_dir=request.output, max_shard_size=_SHARD_BYTES)
     skipped = [str(item.message) for item in caught if "name" in str(item.message) and "skipped" in str(item.message)]
     if skipped:
@@ -55,7 +55,7 @@ class Exported:
     kv_cache: str | None
 
 
-def export_frame(frame: nn.Module, layer: str, request: Request) -> Exported:
+def export_frame(frame: nn.Module, layer: str, selection: Selection) -> Exported:
     """What ModelOpt's exporter makes of the decoder layer named `layer`, the only one that `frame` has.
 
     These are the functions that `export_hf_checkpoint` calls in turn (modelopt/torch/export/unified_export_hf.py
@@ -77,9 +77,17 @@ def export_frame(frame: nn.Module, layer: str, request: Request) -> Exported:
 
     quant_utils.process_layer_quant_config = keep
     try:
-        with _rounded(frame), warnings.catch_warnings(), _experts_as_they_are(request):
+        with _rounded(frame), warnings.catch_warnings(), _experts_as_they_are(selection):
             warnings.simplefilter("ignore")
             state, config = exporter._export_transformers_checkpoint(frame, torch.float32)  # noqa: SLF001
+    except AssertionError as error:
+        if "different quantization formats" not in str(error):
+            raise
+        raise CompatibilityError(
+            f"compress.overrides: in {layer} layers that take the same input have several formats, which ModelOpt's "
+            "exporter refuses",
+            "give all layers of this model that take one input (attention and feed-forward side by side) one format",
+        ) from error
     finally:
         quant_utils.process_layer_quant_config = process
     own = {name: tensor for name, tensor in state.items() if name.startswith(f"{layer}.")}
@@ -130,7 +138,7 @@ def _rounded(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _experts_as_they_are(request: Request) -> Iterator[None]:
+def _experts_as_they_are(selection: Selection) -> Iterator[None]:
     """Correct two habits of ModelOpt 0.47's exporter with the experts of an AWQ model, for one export.
 
     It knows the projections of experts by the model's class name, and refuses other classes. And it gives the gate and
@@ -142,7 +150,8 @@ def _experts_as_they_are(request: Request) -> Iterator[None]:
 
     known, sync = exporter.get_experts_list, exporter.sync_moe_gate_up_amax
     exporter.get_experts_list = _expert_projections
-    if is_searched(request.format):
+    experts = {chosen for name, chosen in selection.formats.items() if ".experts." in name}
+    if any(map(is_searched, experts or selection.formats.values())):
         exporter.sync_moe_gate_up_amax = lambda model: 0  # noqa: ARG005  the number of pairs that it changed
     try:
         yield
@@ -172,7 +181,7 @@ def _complete_metadata(nested: dict[str, Any], flat: dict[str, Any], selection: 
     """Complete both quantization configs and write them: every unquantized layer named, both telling the same."""
     section = nested["quantization"]
     section["exclude_modules"] = sorted({*(section.get("exclude_modules") or ()), *selection.uncompressed})
-    if is_searched(request.format):
+    if not selection.mixed and is_searched(request.single):
         section |= {"group_size": request.group_size, "has_zero_point": False, "pre_quant_scale": True}
     flat["ignore"] = section["exclude_modules"]
     _check_producer(nested, flat)

@@ -41,6 +41,8 @@ def resume_key(
                 "sparsity_method": request.sparsity_method,
                 "kv_cache": request.kv_cache,
                 "exclude": list(request.exclude),
+                "overrides": [list(item) for item in request.overrides],
+                "checkpoint": request.checkpoint,
                 "trust_remote_code": request.trust_remote_code,
             },
             "files": _files(request, source) if request.key is None else None,

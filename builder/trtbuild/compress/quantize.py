@@ -13,7 +13,7 @@ from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.runtime.experts import UnfusedExperts
-from trtbuild.weight_formats import WEIGHT_FORMATS, WeightFormat, is_searched, needs_text
+from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, needs_text
 
 _CONFIGS = {
     "fp8": "FP8_DEFAULT_CFG",
@@ -28,17 +28,18 @@ _CONFIGS = {
     "mxfp4": "MXFP4_DEFAULT_CFG",
     "mxfp8": "MXFP8_DEFAULT_CFG",
 }
+_KV_CONFIGS = {"fp8": "FP8_KV_CFG"}
 # What one decoder layer costs in each pass over the samples, a plain forward pass being 1. AWQ's second pass tries
 # eleven scales for every layer.
 FP8_PASSES = (("calibrate", 1),)
 AWQ_PASSES = (("measure activations", 1), ("search AWQ scales", 12))
 
 
-def passes(request: Request) -> tuple[tuple[str, int], ...]:
-    """The passes over the calibration samples that the request's formats take."""
-    if not needs_text(request.format, request.kv_cache):
+def format_passes(name: str, kv_cache: str) -> tuple[tuple[str, int], ...]:
+    """The passes over the calibration samples that a weight format and a format of the KV cache take."""
+    if not needs_text(name, kv_cache):
         return ()
-    return AWQ_PASSES if is_searched(request.format) else FP8_PASSES
+    return AWQ_PASSES if is_searched(name) else FP8_PASSES
 
 
 def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loop | None, *, layers: int) -> list[str]:
@@ -59,36 +60,48 @@ def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loo
 
     config = _config(request)
     mtq.quantize(model, {"quant_cfg": config["quant_cfg"], "algorithm": None})
-    for name in selection.excluded:
+    for name in (*selection.excluded, *(name for name in selection.compressed if name not in selection.formats)):
         _disable(model.get_submodule(name))
     with count_expert_tokens(model) as counts:
         mtq.calibrate(model, config["algorithm"], loop)
     idle = idle_experts(counts) if loop is not None else []
-    _share_input_scales(model)
-    if request.format != "none":
-        _check_quantizers(model, selection, WEIGHT_FORMATS[request.format])
+    share_input_scales(model)
+    check_quantizers(model, selection)
     if request.kv_cache == "fp8":
-        _check_kv_quantizers(model, layers)
+        check_kv_quantizers(model, layers)
     return idle
 
 
 def _config(request: Request) -> dict[str, Any]:
-    """ModelOpt's own configuration of the format, with our group size, and the KV cache's after it."""
+    """ModelOpt's own configuration of the format, and the KV cache's after it."""
+    config = format_config(request.single, request.group_size)
+    if request.kv_cache != "none":
+        config["algorithm"] = config["algorithm"] or "max"  # the MX formats alone need none
+        config["quant_cfg"] = [*config["quant_cfg"], *kv_config(request.kv_cache)]
+    return config
+
+
+def format_config(name: str, group_size: int | None) -> dict[str, Any]:
+    """ModelOpt's own configuration of a weight format, with our group size."""
     import modelopt.torch.quantization as mtq
 
-    config: dict[str, Any] = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
-    if request.format != "none":
-        config = copy.deepcopy(getattr(mtq, _CONFIGS[request.format]))
-    if is_searched(request.format):
-        for entry in config["quant_cfg"]:
-            quantizers = entry.get("cfg") or {}
-            for settings in quantizers if isinstance(quantizers, list) else [quantizers]:
-                if "block_sizes" in settings:
-                    settings["block_sizes"][-1] = request.group_size
-    if request.kv_cache == "fp8":
-        config["algorithm"] = config["algorithm"] or "max"  # the MX formats alone need none
-        config["quant_cfg"] = [*config["quant_cfg"], *copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])]
+    if name == "none":
+        return {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
+    config: dict[str, Any] = copy.deepcopy(getattr(mtq, _CONFIGS[name]))
+    for entry in config["quant_cfg"] if is_searched(name) else ():
+        quantizers = entry.get("cfg") or {}
+        for settings in quantizers if isinstance(quantizers, list) else [quantizers]:
+            if "block_sizes" in settings:
+                settings["block_sizes"][-1] = group_size
     return config
+
+
+def kv_config(kv_cache: str) -> list[dict[str, Any]]:
+    """What ModelOpt's configuration has for a format of the KV cache."""
+    import modelopt.torch.quantization as mtq
+
+    found: list[dict[str, Any]] = copy.deepcopy(getattr(mtq, _KV_CONFIGS[kv_cache])["quant_cfg"])
+    return found
 
 
 def _disable(layer: nn.Module) -> None:
@@ -98,7 +111,7 @@ def _disable(layer: nn.Module) -> None:
             quantizer.disable()
 
 
-def _share_input_scales(model: nn.Module) -> None:
+def share_input_scales(model: nn.Module) -> None:
     """Give experts without calibration tokens the largest input range of their layer, as ModelOpt's export does."""
     for module in model.modules():
         if not isinstance(module, UnfusedExperts):
@@ -112,10 +125,10 @@ def _share_input_scales(model: nn.Module) -> None:
                     quantizer.amax = torch.stack(ranges).max()
 
 
-def _check_quantizers(model: nn.Module, selection: Selection, weight_format: WeightFormat) -> None:
-    """Every selected layer must have been given quantizers with positive, finite ranges."""
-    for name, disk in selection.compressed.items():
-        layer = model.get_submodule(name)
+def check_quantizers(model: nn.Module, selection: Selection) -> None:
+    """Every layer with a format must have been given quantizers with positive, finite ranges."""
+    for name, chosen in selection.formats.items():
+        layer, disk, weight_format = model.get_submodule(name), selection.compressed[name], WEIGHT_FORMATS[chosen]
         if not (hasattr(layer, "weight_quantizer") and layer.weight_quantizer.is_enabled):
             raise ToolError(
                 f"ModelOpt did not quantize {disk}, which compress.exclude does not name",
@@ -127,7 +140,7 @@ def _check_quantizers(model: nn.Module, selection: Selection, weight_format: Wei
             _check_range(f"{disk}: its inputs", layer.input_quantizer, may_be_zero=False)
 
 
-def _check_kv_quantizers(model: nn.Module, layers: int) -> None:
+def check_kv_quantizers(model: nn.Module, layers: int) -> None:
     found = [module for module in model.modules() if hasattr(module, "k_bmm_quantizer")]
     if len(found) != layers:
         raise CompatibilityError(

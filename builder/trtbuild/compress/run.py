@@ -20,7 +20,7 @@ from trtbuild.compress_memory import Demand, show_bytes
 from trtbuild.errors import CompatibilityError, HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.safetensors_header import TensorInfo
-from trtbuild.weight_formats import WEIGHT_FORMATS
+from trtbuild.weight_formats import file_bits
 from trtbuild.worker import Progress, peak_memory_bytes
 
 _MIN_FREE = 16 << 20  # room for config and tokenizer files beside the tensors
@@ -161,6 +161,7 @@ def _demand(request: Request, facts: ModelFacts, ids: Sequence[Sequence[int]]) -
         sparsity_method=request.sparsity_method if request.sparse else None,
         samples=len(ids),
         length=len(ids[0]) if ids else 0,
+        more_formats=tuple(name for name in request.formats if name != request.format),
     )
 
 
@@ -185,18 +186,17 @@ def _total_work(request: Request, facts: ModelFacts, samples: int) -> int:
     if request.sparse and request.sparsity_method == "sparsegpt":
         passes = SPARSEGPT_PASSES
     if request.quantized:
-        from trtbuild.compress.quantize import passes as of_format
+        from trtbuild.compress.mixed import passes as of_formats
 
-        passes = (*passes, *of_format(request))
+        passes = (*passes, *of_formats(request))
     return sum(cost for _, cost in passes) * samples * facts.num_layers + max(len(facts.files), facts.num_layers + 1)
 
 
 def _expected_bytes(request: Request, facts: ModelFacts) -> int:
     """A little more than the output will take."""
-    bits = 16.0
-    if request.format != "none":
-        weight_format = WEIGHT_FORMATS[request.format]
-        bits = weight_format.bits + (32 / request.group_size if request.group_size else weight_format.scale_bits)
+    bits = max((file_bits(name, request.group_size) for name in request.formats), default=16.0)
+    if request.overrides:
+        bits = 16.0  # nobody knows yet what the patterns match
     rest = facts.parameters - facts.linear_parameters
     return int(facts.linear_parameters * bits / 8) + rest * 2 + _MIN_FREE
 

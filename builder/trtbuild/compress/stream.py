@@ -31,7 +31,7 @@ from trtbuild.compress.skeleton import Call, NotStreamableError, Skeleton
 from trtbuild.compress.states import States
 from trtbuild.compress.whole import SPARSEGPT_PASSES
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
-from trtbuild.weight_formats import needs_text
+from trtbuild.weight_formats import is_searched, needs_text
 
 # Names of a quantized layer's tensors beside its weight and bias are at most this long; there are at most five.
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale")
@@ -158,13 +158,14 @@ class Stream:
     def _quantized_streams(self) -> tuple[str, ...]:
         """The states that calibration runs on: of the pruned model, and of the same with its KV cache rounded.
 
-        ModelOpt's AWQ rounds the KV cache in its second pass, as the first has calibrated it.
+        ModelOpt's AWQ rounds the KV cache in its second pass, as the first has calibrated it. Where formats are mixed,
+        the cache is calibrated apart from them.
         """
-        from trtbuild.compress.quantize import passes
-
-        if not self.samples or not needs_text(self.request.format, self.request.kv_cache):
+        if not self.samples or not any(
+            needs_text(name, self.request.kv_cache) for name in self.request.formats or ("none",)
+        ):
             return ()
-        cached = self.request.kv_cache != "none" and len(passes(self.request)) > 1
+        cached = self.request.kv_cache != "none" and not self.selection.mixed and is_searched(self.request.single)
         return (_PRUNED, _CACHED) if cached else (_PRUNED,)
 
     def _states(self, stream: str, index: int) -> States:
@@ -201,7 +202,7 @@ class Stream:
             idle += self._quantize(index, frame, layer, selection)
             self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
             with torch.no_grad():
-                exported = export_frame(frame, name, self.request)
+                exported = export_frame(frame, name, selection)
             tensors = exported.tensors
             found = {"layers": exported.layers, "kv_cache": exported.kv_cache}
         else:
@@ -225,11 +226,12 @@ class Stream:
         return idle
 
     def _quantize(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
-        from trtbuild.compress.quantize import passes, quantize
+        from trtbuild.compress.mixed import passes, quantize_layers
 
         streams = self._quantized_streams()
-        loop = self._loop(index, layer, streams, passes(self.request)) if streams else None
-        idle = quantize(frame, selection, self.request, loop, layers=1)
+        steps = passes(self.request, selection) or (("run", 1),)  # of a layer that needs no text, for those behind it
+        loop = self._loop(index, layer, streams, steps) if streams else None
+        idle = quantize_layers(frame, selection, self.request, loop, layers=1)
         if loop is not None:
             loop.finish()
         return idle

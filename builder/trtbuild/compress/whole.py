@@ -47,11 +47,12 @@ def compress_whole(
             idle += sparsify.sparsify(model, selection, request, loop)
     if request.quantized:
         from trtbuild.compress.export import export
-        from trtbuild.compress.quantize import passes, quantize
+        from trtbuild.compress.mixed import passes, quantize_layers
 
         with phase("quantize"):
-            run = calibration_loop(ids, meter, passes(request)) if passes(request) else None
-            idle += quantize(model, selection, request, run, layers=layers)
+            steps = passes(request, selection)
+            run = calibration_loop(ids, meter, steps) if steps else None
+            idle += quantize_layers(model, selection, request, run, layers=layers)
         with phase("export"):
             meter.advance(1, "write the checkpoint")
             export(model, selection, request)
