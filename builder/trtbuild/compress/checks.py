@@ -43,7 +43,7 @@ class Checked:
     conforming: int  # with at most two that are not zero
 
 
-class _Values:
+class Values:
     """Tensor values of a checkpoint directory, whole or block by block."""
 
     def __init__(self, directory: Path, infos: Mapping[str, TensorInfo]) -> None:
@@ -66,19 +66,19 @@ def check_export(request: Request, selection: Selection, source: Mapping[str, Te
             with an unusable scale, not pruned to the wanted pattern, or with scales that differ where engines need one.
     """
     infos = read_tensors(request.output)
-    values = _Values(request.output, infos)
+    values = Values(request.output, infos)
     weights = {name.removesuffix(".weight"): info for name, info in infos.items() if name.endswith(".weight")}
     quantized = sorted(name for name, info in weights.items() if info.dtype in {"F8_E4M3", "U8", "I8"})
     wanted = sorted(selection.compressed.values())
     formats = selection.disk_formats
     if formats:
-        _refuse("not quantized, although compress.exclude does not name it", set(formats) - set(quantized))
-        _refuse("quantized, although it has no format", set(quantized) - set(formats))
+        refuse("not quantized, although compress.exclude does not name it", set(formats) - set(quantized))
+        refuse("quantized, although it has no format", set(quantized) - set(formats))
         _check_every_matrix(request, infos, selection, quantized)
         for layer in quantized:
             _check_layer(request, layer, formats[layer], infos, values, source)
         _check_shared_inputs(quantized, values, infos)
-    _check_source_is_covered(infos, source)
+    check_source_is_covered(infos, source)
     if request.kv_cache == "fp8":
         _check_kv_scales(request, infos, values)
     groups, conforming = _check_pattern(formats, wanted, values) if request.sparse else (0, 0)
@@ -92,7 +92,7 @@ def check_export(request: Request, selection: Selection, source: Mapping[str, Te
     )
 
 
-def _refuse(problem: str, names: set[str]) -> None:
+def refuse(problem: str, names: set[str]) -> None:
     if names:
         shown = sorted(names)
         more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
@@ -105,18 +105,18 @@ def _check_every_matrix(
     """Count from the files: what has two dimensions or more is quantized, or named as left alone."""
     matrices = {name.rpartition(".")[0] for name, info in infos.items() if len(info.shape) >= 2}
     alone = matrices - set(quantized)
-    _refuse("not quantized, although no exclude pattern names it", alone - selection.uncompressed)
+    refuse("not quantized, although no exclude pattern names it", alone - selection.uncompressed)
     # The exporter lists in its config what it has left alone; readers skip exactly that.
     listed = read_json(request.output / "hf_quant_config.json")["quantization"]["exclude_modules"]
     covered = {name for name in matrices if any(fnmatchcase(name, pattern) for pattern in listed)}
-    _refuse("named in exclude_modules, although it is quantized", covered & set(quantized))
-    _refuse("not quantized, and exclude_modules does not say so", alone - covered)
+    refuse("named in exclude_modules, although it is quantized", covered & set(quantized))
+    refuse("not quantized, and exclude_modules does not say so", alone - covered)
 
 
-def _check_source_is_covered(infos: Mapping[str, TensorInfo], source: Mapping[str, TensorInfo]) -> None:
+def check_source_is_covered(infos: Mapping[str, TensorInfo], source: Mapping[str, TensorInfo]) -> None:
     """Every tensor of the source is there again, experts by their names on disk."""
     lost = {name for name, info in source.items() if name not in infos and len(info.shape) < 3}
-    _refuse("in the source, but not exported", {name for name in lost if not name.endswith("rotary_emb.inv_freq")})
+    refuse("in the source, but not exported", {name for name in lost if not name.endswith("rotary_emb.inv_freq")})
 
 
 def _check_layer(  # noqa: PLR0913  what one layer is, and the files before and after
@@ -124,7 +124,7 @@ def _check_layer(  # noqa: PLR0913  what one layer is, and the files before and 
     layer: str,
     name_of_format: str,
     infos: Mapping[str, TensorInfo],
-    values: _Values,
+    values: Values,
     source: Mapping[str, TensorInfo],
 ) -> None:
     original = source.get(f"{layer}.weight")
@@ -137,14 +137,14 @@ def _check_layer(  # noqa: PLR0913  what one layer is, and the files before and 
         name = f"{layer}.{leaf}"
         info = infos.get(name)
         if info is None:
-            _refuse("missing from the export", {name})
+            refuse("missing from the export", {name})
         elif (info.dtype, info.shape) != (dtype, shape):
-            _refuse(f"{info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}", {name})
+            refuse(f"{info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}", {name})
         elif leaf != "weight":
-            _check_scale(name, values[name])
+            check_scale(name, values[name])
     codes = values.blocks(f"{layer}.weight") if weight.dtype == "F8_E4M3" else iter(())
     if any(int((block.view(torch.uint8) & _E4M3_NAN).max()) == _E4M3_NAN for block in codes):
-        _refuse("holds NaN codes", {f"{layer}.weight"})
+        refuse("holds NaN codes", {f"{layer}.weight"})
 
 
 def expected_tensors(name: str, out: int, into: int, group: int) -> dict[str, _Form]:
@@ -188,27 +188,27 @@ def _logical_shape(name: str, info: TensorInfo) -> tuple[int, ...]:
     return (info.shape[0] * 2, info.shape[1]) if is_searched(name) else (info.shape[0], info.shape[1] * 2)
 
 
-def _check_scale(name: str, scale: torch.Tensor) -> None:
+def check_scale(name: str, scale: torch.Tensor) -> None:
     if scale.dtype == torch.uint8:  # an exponent of two
         if bool((scale == _E8M0_NAN).any()):
-            _refuse("scales must be finite", {name})
+            refuse("scales must be finite", {name})
         return
     scale = scale.float()
     if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
-        _refuse("scales must be positive and finite", {name})
+        refuse("scales must be positive and finite", {name})
 
 
-def _check_shared_inputs(quantized: list[str], values: _Values, infos: Mapping[str, TensorInfo]) -> None:
+def _check_shared_inputs(quantized: list[str], values: Values, infos: Mapping[str, TensorInfo]) -> None:
     for layers in _groups(quantized):
         scales = [name for layer in layers if (name := f"{layer}.input_scale") in infos]
         if len({float(values[name]) for name in scales}) > 1:
-            _refuse("engines load them as one matrix, so their input scales must be equal", set(scales))
+            refuse("engines load them as one matrix, so their input scales must be equal", set(scales))
         seconds = [name for layer in layers if (name := f"{layer}.weight_scale_2") in infos]
         if len({float(values[name]) for name in seconds}) > 1:
-            _refuse("engines load them as one matrix, so their weight_scale_2 must be equal", set(seconds))
+            refuse("engines load them as one matrix, so their weight_scale_2 must be equal", set(seconds))
         smooth = [name for layer in layers if (name := f"{layer}.pre_quant_scale") in infos]
         if smooth and not all(torch.equal(values[smooth[0]], values[name]) for name in smooth[1:]):
-            _refuse("engines load them as one matrix, so their pre_quant_scale must be equal", set(smooth))
+            refuse("engines load them as one matrix, so their pre_quant_scale must be equal", set(smooth))
 
 
 def _groups(layers: list[str]) -> Iterator[list[str]]:
@@ -222,7 +222,7 @@ def _groups(layers: list[str]) -> Iterator[list[str]]:
     return iter(found.values())
 
 
-def _check_kv_scales(request: Request, infos: Mapping[str, TensorInfo], values: _Values) -> None:
+def _check_kv_scales(request: Request, infos: Mapping[str, TensorInfo], values: Values) -> None:
     config: Any = read_json(request.output / "config.json")
     count = config.get("text_config", config)["num_hidden_layers"]
     for leaf in ("k_scale", "v_scale"):
@@ -230,10 +230,10 @@ def _check_kv_scales(request: Request, infos: Mapping[str, TensorInfo], values: 
         if len(names) != count:
             raise ToolError(f"ModelOpt's export has {len(names)} {leaf} for {count} layers")
         for name in names:
-            _check_scale(name, values[name])
+            check_scale(name, values[name])
 
 
-def _check_pattern(formats: Mapping[str, str], layers: list[str], values: _Values) -> tuple[int, int]:
+def _check_pattern(formats: Mapping[str, str], layers: list[str], values: Values) -> tuple[int, int]:
     """Groups of four neighbouring weights along the input, and how many have at most two that are not zero: all."""
     groups = conforming = 0
     dense = []
@@ -247,7 +247,7 @@ def _check_pattern(formats: Mapping[str, str], layers: list[str], values: _Value
         conforming += fitting
         if fitting != found:
             dense.append(f"{layer}.weight ({found - fitting:,} of {found:,} groups)")
-    _refuse(f"not 2:4, only {conforming:,} of {groups:,} groups have at most two weights that are not zero", set(dense))
+    refuse(f"not 2:4, only {conforming:,} of {groups:,} groups have at most two weights that are not zero", set(dense))
     return groups, conforming
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.compress.checks import Checked, check_export
+from trtbuild.compress.compressed_checks import check_compressed
 from trtbuild.compress.copying import copy_checkpoint
 from trtbuild.compress.request import Meter, Request, parse_request
 from trtbuild.compress.selection import Selection, select
@@ -72,7 +73,8 @@ def _compress(
         samples, selection, notes = _change(request, facts, source, progress, clock)
     _make_readable(request.output)
     with clock.phase("check"):
-        checked = check_export(request, selection, source)
+        check = check_compressed if request.checkpoint == "compressed-tensors" else check_export
+        checked = check(request, selection, source)
     progress(1, 1, "done")
     return _result(request, checked, samples, clock, notes)
 
@@ -103,6 +105,11 @@ def _change(
     try:
         selection, notes = _change_by_layer(request, facts, source, ids, meter, clock)
     except NotStreamableError as reason:
+        if request.checkpoint != "modelopt":
+            raise CompatibilityError(
+                f"compress.checkpoint: compressed-tensors is written layer by layer, which this model forbids: {reason}",
+                "use checkpoint: modelopt",
+            ) from reason
         if request.max_memory is not None:
             raise CompatibilityError(
                 f"compress.max_memory: this model cannot be compressed layer by layer: {reason}",
@@ -143,7 +150,7 @@ def _change_by_layer(
         stream.run()
     if request.work is None:
         shutil.rmtree(work)
-    notes = _idle_notes(stream.idle)
+    notes = [*_idle_notes(stream.idle), *_smoothing_notes(stream.unsmoothed, selection)]
     if request.max_memory is not None and peak_memory_bytes() > request.max_memory:
         seen, limit = show_bytes(peak_memory_bytes()), show_bytes(request.max_memory)
         notes.append(f"the peak of memory was {seen}, above compress.max_memory ({limit})")
@@ -168,6 +175,17 @@ def _demand(request: Request, facts: ModelFacts, ids: Sequence[Sequence[int]]) -
 def _idle_notes(idle: Sequence[str]) -> list[str]:
     names = sorted(set(idle))
     return [f"{len(names)} experts saw no calibration token: {', '.join(names[:5])}"] if names else []
+
+
+def _smoothing_notes(unsmoothed: Sequence[str], selection: Selection) -> list[str]:
+    if not unsmoothed:
+        return []
+    names = sorted(set(unsmoothed))
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return [
+        f"{len(names)} of {len(selection.formats)} layers have no smoothing, since nothing before them takes up its "
+        f"scales exactly: {shown}"
+    ]
 
 
 def _load_samples(request: Request) -> Any:

@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from trtbuild.compress import folding
 from trtbuild.compress.blocks import rounded_type
+from trtbuild.compress.compressed_tensors import to_compressed_tensors, write_compressed_config
 from trtbuild.compress.journal import Journal
 from trtbuild.compress.metadata import write_metadata
 from trtbuild.compress.passes import LayerLoop
@@ -61,6 +63,7 @@ class Stream:
     meter: Meter
     keep_states: bool = True  # hold the hidden states in memory too
     idle: list[str] = field(default_factory=list)
+    unsmoothed: list[str] = field(default_factory=list)  # by names in files; in the form of compressed-tensors
     resumed: int = 0  # decoder layers that an earlier run had finished
     _calls: tuple[Call, ...] = ()
     _shape: tuple[int, ...] = ()
@@ -117,6 +120,7 @@ class Stream:
                 files = writer.seal()
             place_files(self.request.output, files, writer.written)
             self.idle += [name for part in journal.parts for name in part.get("idle", [])]
+            self.unsmoothed += [name for part in journal.parts for name in part.get("unsmoothed", [])]
             self._configure(journal)
 
     def _open_journal(self) -> Journal:
@@ -197,14 +201,11 @@ class Stream:
             idle += self._sparsify(index, frame, layer, selection)
         found: dict[str, object] = {}
         if self.request.quantized:
-            from trtbuild.compress.export import export_frame
-
+            compressed = self.request.checkpoint == "compressed-tensors"
+            folds = folding.exact_folds(frame, selection) if compressed else {}
             idle += self._quantize(index, frame, layer, selection)
             self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
-            with torch.no_grad():
-                exported = export_frame(frame, name, selection)
-            tensors = exported.tensors
-            found = {"layers": exported.layers, "kv_cache": exported.kv_cache}
+            tensors, found = self._export(name, frame, selection, folds if compressed else None)
         else:
             self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
             tensors = self._plain(name, layer)
@@ -214,6 +215,23 @@ class Stream:
             self._states(stream, index).discard()
             del self._known[self._states_path(stream, index)]
         self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done")
+
+    def _export(
+        self, name: str, frame: nn.Module, selection: Selection, folds: dict[str, str] | None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+        """The layer's tensors and what the journal keeps of them; `folds` where the form has no smoothing scales."""
+        from trtbuild.compress.export import export_frame
+
+        undone = [] if folds is None else folding.unsmooth(frame, selection, folds)
+        with torch.no_grad():
+            exported = export_frame(frame, name, selection)
+            found: dict[str, object] = {"layers": exported.layers, "kv_cache": exported.kv_cache}
+            if folds is None:
+                return exported.tensors, found
+            disk = selection.compressed
+            pairs = [(disk[layer], disk[before]) for layer, before in folds.items()]
+            tensors = to_compressed_tensors(exported.tensors, selection.disk_formats, pairs)
+        return tensors, found | {"unsmoothed": [disk[layer] for layer in undone]}
 
     def _sparsify(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
         from trtbuild.compress import sparsify
@@ -278,6 +296,9 @@ class Stream:
     def _configure(self, journal: Journal) -> None:
         if not self.request.quantized:
             write_metadata(self.request, None)
+            return
+        if self.request.checkpoint == "compressed-tensors":
+            write_compressed_config(self.selection, self.request)
             return
         from trtbuild.compress.export import write_config
 

@@ -21,8 +21,8 @@ from trtbuild.runtime.checkpoint_files import (
     INT4_AWQ,
     REBUILD,
     QuantizationFacts,
-    TensorFiles,
     TensorSource,
+    open_tensors,
     read_json,
     read_quantization,
 )
@@ -147,7 +147,7 @@ def empty_model(config: Any, dtype: torch.dtype, attn_implementation: str, *, tr
 
 
 def _match_names(directory: Path, model: nn.Module) -> TensorSource:
-    files = TensorFiles(directory)
+    files = open_tensors(directory)
     names = DiskNames(model)
     disk_name: dict[str, str] = {}
     for name in files.names:
@@ -165,9 +165,10 @@ def _quantized_layers(source: TensorSource, quantization: QuantizationFacts) -> 
         algorithm = _ALGORITHM_OF.get(source.files.dtype(name)) if place.endswith(".weight") else None
         if algorithm is None:
             continue
-        if algorithm != quantization.algorithm:
+        announced = quantization.of(name.removesuffix(".weight"))
+        if algorithm != announced:
             raise ArtifactError(
-                f"{name} holds {algorithm} codes, but the checkpoint says quant_algo {quantization.algorithm}", REBUILD
+                f"{name} holds {algorithm} codes, but the checkpoint says quant_algo {announced}", REBUILD
             )
         layers.append(place.removesuffix(".weight"))
     if quantization.algorithm and not layers:
