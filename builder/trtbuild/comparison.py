@@ -47,8 +47,9 @@ def compare(settings: Settings, facts: ModelFacts) -> Comparison:
     asks: list[tuple[str, Callable[[_Column], Cell]]] = [
         ("runtime", _runtime),
         (f"model {facts.architecture}", lambda column: _model(facts.architecture, column)),
-        (f"format {recipe.compress.format}", lambda column: _format(settings, column)),
     ]
+    for name in recipe.compress.formats or ("none",):
+        asks.append((f"format {name}", _format(settings, name)))
     if recipe.compress.kv_cache != "none":
         algo = f"kv:{recipe.compress.kv_cache.upper()}"
         asks.append((f"KV cache {recipe.compress.kv_cache}", lambda column: _on_gpu(recipe, column, algo)))
@@ -96,12 +97,16 @@ def _model(architecture: str, column: _Column) -> Cell:
     return Cell("available", "by the newest release's list" if older else "")
 
 
-def _format(settings: Settings, column: _Column) -> Cell:
-    algo, group = QUANT_ALGO[settings["compress.format"]], settings["compress.group_size"]
+def _format(settings: Settings, name: str) -> Callable[[_Column], Cell]:
+    algo, group = QUANT_ALGO[name], settings["compress.group_size"]
     allowed = group_sizes(algo or "")
-    if allowed and group is not None and group not in allowed:
-        return Cell("not available", f"groups of {' or '.join(map(str, allowed))} only, not {group}")
-    return _on_gpu(settings.recipe, column, algo)
+
+    def look(column: _Column) -> Cell:
+        if allowed and group is not None and group not in allowed:
+            return Cell("not available", f"groups of {' or '.join(map(str, allowed))} only, not {group}")
+        return _on_gpu(settings.recipe, column, algo)
+
+    return look
 
 
 def _on_gpu(recipe: Recipe, column: _Column, algo: str | None) -> Cell:

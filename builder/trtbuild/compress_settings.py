@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trtbuild.mixed_settings import group_format, take_mixed
 from trtbuild.model import ModelFacts
 from trtbuild.setting_values import Settings
 
@@ -15,8 +16,9 @@ GROUP_SIZES = (128, 64, 32, 16)
 
 def take_compress(settings: Settings, facts: ModelFacts) -> None:
     """What happens to the weights and the KV cache, and the text that decides it."""
-    compress_format = settings.take("compress.format")
-    _group_size(settings, facts, compress_format)
+    settings.take("compress.format")
+    take_mixed(settings)
+    _group_size(settings, facts, group_format(settings))
     settings.take("compress.kv_cache")
     sparsity = settings.take("compress.sparsity")
     if sparsity == "none" and settings.recipe.compress.sparsity_method is not None:
@@ -33,7 +35,8 @@ def take_compress(settings: Settings, facts: ModelFacts) -> None:
 
 def is_compressed(settings: Settings) -> bool:
     """Whether anything happens to the weights or the KV cache."""
-    return any(settings[f"compress.{name}"] != "none" for name in ("format", "kv_cache", "sparsity"))
+    some = any(settings[f"compress.{name}"] != "none" for name in ("kv_cache", "sparsity"))
+    return some or bool(settings.recipe.compress.formats)
 
 
 def _calibration(settings: Settings, facts: ModelFacts) -> None:

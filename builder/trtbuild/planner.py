@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trtbuild import trtllm_deploy, trtllm_engine_settings, trtllm_settings
+from trtbuild import mixed_settings, trtllm_deploy, trtllm_engine_settings, trtllm_settings
 from trtbuild.comparison import compare
 from trtbuild.compress_memory import Demand, parse_bytes, show_bytes
 from trtbuild.compress_settings import is_compressed
@@ -24,9 +24,8 @@ from trtbuild.trtllm_engine_lora import ADAPTERS
 from trtbuild.trtllm_engine_refusals import engine_mistakes, engine_warnings
 from trtbuild.trtllm_refusals import trtllm_mistakes, trtllm_warnings
 from trtbuild.trtllm_settings import take_trtllm
+from trtbuild.weight_formats import file_bits
 
-_FORMAT_BITS = {"none": 16.0, "fp8": 8.0, "int4_awq": 4.0}
-_SCALE_BITS = 16
 _EVALUATION_LENGTH = 512
 _KV_BYTES = {"embedded": 4, "trtllm": 2, "trtllm-engine": 2}  # the embedded engine computes in float32 on a CPU
 _EMBEDDED, _TRTLLM, _ENGINE = "embedded", "trtllm", "trtllm-engine"
@@ -69,6 +68,7 @@ def make_plan(
     mistakes = [
         *settings.problems,
         *_memory_mistakes(settings, facts),
+        *mixed_settings.mixed_mistakes(settings),
         *(_MISTAKES[kind](settings) if kind in _MISTAKES else ()),
         *check(plan),
     ]
@@ -131,7 +131,7 @@ def _joined_scales(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     (NVIDIA/TensorRT-LLM, tensorrt_llm/models/modeling_utils.py @34a267279384, fuse_gate_mlp: silu and gelu alone).
     """
     kind = _kind(settings)
-    if settings["compress.format"] != "fp8" or kind == _EMBEDDED:
+    if "fp8" not in settings.recipe.compress.formats or kind == _EMBEDDED:
         return {}
     if kind == _TRTLLM:
         return {"joined_scales": {"gate_up": True, "kv_cache": False, "intermediate": "bfloat16"}}
@@ -145,6 +145,7 @@ def _compress_parameters(settings: Settings) -> dict[str, Any]:
     parameters = {name: settings[f"compress.{name}"] for name in names}
     parameters["exclude"] = list(parameters["exclude"])
     parameters["trust_remote_code"] = settings["model.trust_remote_code"]
+    parameters |= mixed_settings.compress_parameters(settings)
     if is_compressed(settings):
         parameters["device"] = _numerics(settings, "device")
         calibration = ("column", "count", "length", "seed")
@@ -260,7 +261,8 @@ def _demand(settings: Settings, facts: ModelFacts) -> Demand:
     return Demand(
         layer=facts.largest_layer,
         hidden_size=facts.hidden_size,
-        format=settings["compress.format"],
+        format="none" if settings["compress.format"] == "auto" else settings["compress.format"],
+        more_formats=settings.recipe.compress.formats,
         kv_cache=settings["compress.kv_cache"],
         sparsity_method=settings["compress.sparsity_method"] if sparse else None,
         samples=settings["compress.calibration.count"],
@@ -284,9 +286,10 @@ def _memory_limit(settings: Settings) -> int | None:
 
 def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
     """Sizes in bytes that follow from the facts: the checkpoint's file, the memory to make it, and the KV cache."""
-    bits = _FORMAT_BITS[settings["compress.format"]]
-    if settings["compress.group_size"] is not None:
-        bits += _SCALE_BITS * 2 / settings["compress.group_size"]  # one float32 scale a group
+    names = settings.recipe.compress.formats or ("none",)
+    bits = max(file_bits(name, settings["compress.group_size"]) for name in names)  # with overrides at most
+    if settings["compress.format"] == "auto":
+        bits = settings["compress.target_bits"]
     rest = facts.parameters - facts.linear_parameters
     plain = _KV_BYTES[_kind(settings)]
     per_token = facts.kv_bytes_per_token(1 if settings["compress.kv_cache"] == "fp8" else plain)
@@ -301,7 +304,7 @@ def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
 
 
 def _warnings(settings: Settings, facts: ModelFacts) -> tuple[str, ...]:
-    warnings = []
+    warnings = [*mixed_settings.warnings(settings)]
     if settings["compress.sparsity"] == "2:4":
         warnings.append(
             "2:4 without fine-tuning costs quality, most in small models: see the perplexity ratio measured"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trtbuild.compat import facts
@@ -13,6 +13,12 @@ from trtbuild.releases import Flow, Line, lines
 
 # The recipe's weight formats under the names that TensorRT-LLM gives them (`quant_algo` of hf_quant_config.json).
 QUANT_ALGO: Mapping[str, str | None] = {"none": None, "fp8": "FP8", "int4_awq": "W4A16_AWQ"}
+MIXED = "MIXED_PRECISION"
+
+
+def quant_algo(formats: Sequence[str]) -> str | None:
+    """TensorRT-LLM's name for a checkpoint whose layers have these formats, bf16 left out."""
+    return MIXED if len(formats) > 1 else QUANT_ALGO[formats[0] if formats else "none"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def unread_speculative(recipe: Recipe) -> Iterable[Problem]:
 def group_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     """INT4 groups that the kernels do not take."""
     group, allowed = settings["compress.group_size"], group_sizes("W4A16_AWQ")
-    if settings["compress.format"] == "int4_awq" and group is not None and group not in allowed:
+    if "int4_awq" in settings.recipe.compress.formats and group is not None and group not in allowed:
         sizes = " or ".join(map(str, allowed))
         message = f"{group}: TensorRT-LLM's INT4 kernels take groups of {sizes} only"
         fitting = [size for size in allowed if size in fitting_group_sizes(facts)]
@@ -112,9 +112,10 @@ def gpu_refusals(recipe: Recipe, line: Line, needed: int) -> Iterable[Problem]:
         yield unknown_gpu(recipe.target.gpu)
         return
     at = f"{recipe.target.gpu} (SM{sm})"
-    why = refused_format(line, QUANT_ALGO[recipe.compress.format], sm)
-    if why is not None:
-        yield Problem("compress.format", f"{recipe.compress.format} does not run on {at}: {why}", "use another format")
+    for name in recipe.compress.formats or ("none",):
+        why = refused_format(line, QUANT_ALGO[name], sm)
+        if why is not None:
+            yield Problem("compress.format", f"{name} does not run on {at}: {why}", "use another format")
     if recipe.compress.kv_cache != "none":
         why = refused_format(line, f"kv:{recipe.compress.kv_cache.upper()}", sm)
         if why is not None:

@@ -95,7 +95,8 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
 
 def _int4(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
     """Weights of 4 bits where TensorRT-LLM would not load them; `adapters/trtllm_fused.py` has the sources."""
-    if recipe.compress.format != "int4_awq" or recipe.compress.exclude:  # what is left out shows in the checkpoint
+    partly = recipe.compress.exclude or recipe.compress.overrides  # what that leaves out shows in the checkpoint
+    if "int4_awq" not in recipe.compress.formats or partly:
         return
     hint = "use fp8 or none"
     if facts.num_experts:
@@ -190,7 +191,7 @@ def _model(facts: ModelFacts) -> Iterable[Problem]:
 def _format(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     """What TensorRT-LLM's loader and kernels take of what `compress` can make."""
     yield from group_refusals(settings, facts)
-    if settings["compress.format"] == "none" and settings["compress.kv_cache"] != "none":
+    if not settings.recipe.compress.formats and settings["compress.kv_cache"] != "none":
         message = (
             "TensorRT-LLM takes no checkpoint with KV scales whose weights are not quantized (quant_algo is required)"
         )

@@ -66,7 +66,9 @@ def mixed_in_memory(
     )
     model = load_source(parse_request(make_request(source, output)), torch.device("cpu"))
     samples = load_samples(CalibrationSpec(**CALIBRATION), source).input_ids  # type: ignore[arg-type]
-    grouped = {name: {"format": name, "group_size": group} if "4" in name else {"format": name} for name in formats.values()}
+    grouped = {
+        name: {"format": name, "group_size": group} if "4" in name else {"format": name} for name in formats.values()
+    }
     grouped["nvfp4"] = {"format": "nvfp4"}
     configs = {name: modelopt_config(changes) for name, changes in grouped.items()}
     model, state = mtq.auto_quantize(
@@ -98,8 +100,12 @@ def test_the_same_as_auto_quantize_in_memory(
     assert result["notes"] == []
     mixed_in_memory(sources(name), tmp_path / "memory", formats, plain, changes["group_size"], monkeypatch)
     check_equal(directory, tmp_path / "memory")
-    ours, theirs = (json.loads((path / "hf_quant_config.json").read_text()) for path in (directory, tmp_path / "memory"))
+    ours, theirs = (
+        json.loads((path / "hf_quant_config.json").read_text()) for path in (directory, tmp_path / "memory")
+    )
     assert ours["quantization"]["quant_algo"] == "MIXED_PRECISION"
     assert ours["quantization"]["quantized_layers"] == theirs["quantization"]["quantized_layers"]
     left = ours["quantization"]["exclude_modules"]
-    assert not any(fnmatchcase(layer, pattern) for layer in ours["quantization"]["quantized_layers"] for pattern in left)
+    assert not any(
+        fnmatchcase(layer, pattern) for layer in ours["quantization"]["quantized_layers"] for pattern in left
+    )

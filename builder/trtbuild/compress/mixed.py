@@ -64,7 +64,9 @@ def quantize_layers(
             _switch_kv(model, enabled=False)
         QuantRecipe.disable_folding_pqs_to_weights()
         try:
-            found = [_calibrate(model, selection, request, loop, name) for name in sorted(set(selection.formats.values()))]
+            found = [
+                _calibrate(model, selection, request, loop, name) for name in sorted(set(selection.formats.values()))
+            ]
             for quantizers in found:
                 _put(model, quantizers)
         finally:
@@ -101,9 +103,7 @@ def _calibrate(
 
 
 def _take(model: nn.Module, layers: Iterable[str]) -> dict[str, _Quantizers]:
-    return {
-        layer: {name: getattr(model.get_submodule(layer), name) for name in _QUANTIZERS} for layer in layers
-    }
+    return {layer: {name: getattr(model.get_submodule(layer), name) for name in _QUANTIZERS} for layer in layers}
 
 
 def _put(model: nn.Module, quantizers: Mapping[str, _Quantizers]) -> None:

@@ -62,9 +62,7 @@ class UnpackedFiles:
 
     def __init__(self, files: Any) -> None:
         self._files = files
-        self.names = sorted(
-            name.replace(_PACKED, ".weight") for name in files.names if not name.endswith(_SHAPE)
-        )
+        self.names = sorted(name.replace(_PACKED, ".weight") for name in files.names if not name.endswith(_SHAPE))
         self._stored = {name.replace(_PACKED, ".weight"): name for name in files.names if name.endswith(_PACKED)}
 
     def tensor(self, name: str) -> torch.Tensor:
