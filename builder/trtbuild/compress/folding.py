@@ -31,7 +31,7 @@ def exact_folds(frame: nn.Module, selection: Selection) -> dict[str, str]:
         selection: Of this layer.
     """
     smoothed = {name for name, chosen in selection.formats.items() if is_searched(chosen)}
-    folds = {}
+    folds: dict[str, str] = {}
     for leaf, before in _BEFORE.items():
         pairs = {}
         for name in smoothed:
@@ -90,13 +90,13 @@ def _fit(frame: nn.Module, name: str, before: str) -> bool:
     return rows == columns
 
 
-@torch.no_grad()
 def _is_exact(frame: nn.Module, pairs: Mapping[str, str]) -> bool:
     """Scale rows of the layers before by powers of two and columns of these by the inverse, run, and undo it."""
-    expected = frame.forward()
-    _scale(frame, pairs, 1)
-    found = frame.forward()
-    _scale(frame, pairs, -1)
+    with torch.no_grad():
+        expected = frame.forward()
+        _scale(frame, pairs, 1)
+        found = frame.forward()
+        _scale(frame, pairs, -1)
     return torch.allclose(expected, found, rtol=_CLOSE, atol=_CLOSE * float(expected.abs().max()))
 
 

@@ -76,12 +76,12 @@ class Request:
     @property
     def quantized(self) -> bool:
         """Whether ModelOpt's quantizers are needed: for weights, for the KV cache, or both."""
-        return bool(self.formats) or self.kv_cache != "none"
+        return bool(self.formats) or self.auto is not None or self.kv_cache != "none"
 
     @property
     def calibrated(self) -> bool:
         """Whether text goes through the model; pruning by magnitude needs none, nor do formats of the weights alone."""
-        pruned = self.sparse and self.sparsity_method == "sparsegpt"
+        pruned = self.auto is not None or (self.sparse and self.sparsity_method == "sparsegpt")
         return pruned or any(needs_text(name, self.kv_cache) for name in self.formats or ("none",))
 
 
@@ -111,8 +111,7 @@ def parse_request(raw: Mapping[str, Any]) -> Request:
         if given[name] not in allowed
     ]
     overrides = tuple((str(pattern), str(name)) for pattern, name in raw.get("overrides") or ())
-    auto = raw.get("auto")
-    auto = None if auto is None else _auto(auto)
+    auto = _auto(raw.get("auto"))
     named = [given["format"], *(name for _, name in overrides), *(() if auto is None else auto.formats)]
     problems += [
         Problem("compress.overrides", f"{name!r} is not one of {', '.join(FORMATS)}")
@@ -143,6 +142,14 @@ def parse_request(raw: Mapping[str, Any]) -> Request:
         overrides=overrides,
         checkpoint=given["checkpoint"],
         auto=auto,
+    )
+
+
+def _auto(raw: Mapping[str, Any] | None) -> AutoFormat | None:
+    if raw is None:
+        return None
+    return AutoFormat(
+        formats=tuple(raw["formats"]), target_bits=float(raw["target_bits"]), method=str(raw["method"])
     )
 
 

@@ -12,11 +12,14 @@ from typing import Any
 
 from trtbuild.compress.checks import Checked, check_export
 from trtbuild.compress.compressed_checks import check_compressed
+from trtbuild.compress.auto import Choice
 from trtbuild.compress.copying import copy_checkpoint
+from trtbuild.compress.effective_bits import bits_per_weight
 from trtbuild.compress.request import Meter, Request, parse_request
 from trtbuild.compress.selection import Selection, select
 from trtbuild.compress.source import check_source, pick_device, read_tensors
 from trtbuild.compress.whole import SPARSEGPT_PASSES, compress_whole
+from trtbuild.choice_memory import smallest_for_choice, too_small_for_choice
 from trtbuild.compress_memory import Demand, show_bytes
 from trtbuild.errors import CompatibilityError, HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
@@ -60,6 +63,11 @@ def _compress(
     request: Request, facts: ModelFacts, source: Mapping[str, TensorInfo], progress: Progress
 ) -> dict[str, Any]:
     clock = _Clock()
+    samples, choice = _load_samples(request), None
+    if request.auto is not None:
+        with clock.phase("choose formats"):
+            choice = _choose(request, facts, source, samples.input_ids, progress)
+        request = choice.apply(request)
     if not (request.quantized or request.sparse):
         if request.exclude:
             raise RecipeError([Problem("compress.exclude", "has no meaning while nothing is compressed", "remove it")])
@@ -68,15 +76,33 @@ def _compress(
             copy_checkpoint(request, source, meter)
         selection = Selection({}, {})
         notes: list[str] = []
-        samples = None
     else:
-        samples, selection, notes = _change(request, facts, source, progress, clock)
+        selection, notes = _change(request, facts, source, samples, progress, clock)
     _make_readable(request.output)
     with clock.phase("check"):
         check = check_compressed if request.checkpoint == "compressed-tensors" else check_export
         checked = check(request, selection, source)
     progress(1, 1, "done")
-    return _result(request, checked, samples, clock, notes)
+    result = _result(request, checked, samples, clock, notes)
+    bits = bits_per_weight(selection.compressed.values(), read_tensors(request.output), source)
+    return result | {"bits_per_weight": bits} | ({} if choice is None else {"choice": choice.table})
+
+
+def _choose(
+    request: Request,
+    facts: ModelFacts,
+    source: Mapping[str, TensorInfo],
+    ids: Sequence[Sequence[int]],
+    progress: Progress,
+) -> Choice:
+    """The format of each layer where the request leaves it open."""
+    from trtbuild.compress.auto import choose
+    from trtbuild.compress.identity import resume_key
+
+    device, least = pick_device(request.device), smallest_for_choice(facts, len(ids[0]))
+    if device.type == "cpu" and request.max_memory is not None and request.max_memory < least:
+        raise RecipeError([too_small_for_choice(request.max_memory, least)])
+    return choose(request, source, ids, Meter(progress, 1), resume_key(request, source, ids, device))
 
 
 def _make_readable(output: Path) -> None:
@@ -90,16 +116,16 @@ def _change(
     request: Request,
     facts: ModelFacts,
     source: Mapping[str, TensorInfo],
+    samples: Any,
     progress: Progress,
     clock: _Clock,
-) -> tuple[Any, Selection, list[str]]:
-    """Prune and quantize, one layer at a time where the model allows it; return samples, selection and notes."""
+) -> tuple[Selection, list[str]]:
+    """Prune and quantize, one layer at a time where the model allows it; return the selection and notes."""
     import transformers
 
     from trtbuild.compress.skeleton import NotStreamableError
 
     transformers.utils.logging.disable_progress_bar()
-    samples = _load_samples(request)
     ids = samples.input_ids if samples is not None else ()
     meter = Meter(progress, _total_work(request, facts, len(ids)))
     try:
@@ -117,7 +143,7 @@ def _change(
             ) from reason
         selection, idle = compress_whole(request, source, ids, meter, clock.phase)
         notes = [f"the whole model was held in memory: {reason}", *_idle_notes(idle)]
-    return samples, selection, notes
+    return selection, notes
 
 
 def _change_by_layer(

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from trtbuild.compress import folding
+from trtbuild.compress.auto import AUTO_FILE
 from trtbuild.compress.blocks import rounded_type
 from trtbuild.compress.compressed_tensors import to_compressed_tensors, write_compressed_config
 from trtbuild.compress.journal import Journal
@@ -128,7 +129,8 @@ class Stream:
         journal = Journal(self.work, self.key)
         if not self._intact(journal):
             for path in self.work.iterdir():
-                path.unlink()
+                if path.name != AUTO_FILE:
+                    path.unlink()
             journal = Journal(self.work, self.key)
         return journal
 
