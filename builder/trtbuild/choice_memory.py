@@ -18,7 +18,13 @@ def smallest_for_choice(facts: ModelFacts, length: int) -> int:
     embeddings = facts.vocab_size * facts.hidden_size
     weights = _FLOAT * (facts.parameters + embeddings)  # the gradient of the embeddings starts the others
     states = _FLOAT * length * facts.hidden_size * (facts.num_layers + _STATES)
-    return _IMPORTED + weights + states + _FLOAT * _LOGITS * length * facts.vocab_size + _SCRATCH * facts.largest_layer.matrix
+    return (
+        _IMPORTED
+        + weights
+        + states
+        + _FLOAT * _LOGITS * length * facts.vocab_size
+        + _SCRATCH * facts.largest_layer.matrix
+    )
 
 
 def too_small_for_choice(limit: int, least: int) -> Problem:

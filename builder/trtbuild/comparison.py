@@ -48,8 +48,7 @@ def compare(settings: Settings, facts: ModelFacts) -> Comparison:
         ("runtime", _runtime),
         (f"model {facts.architecture}", lambda column: _model(facts.architecture, column)),
     ]
-    for name in recipe.compress.formats or ("none",):
-        asks.append((f"format {name}", _format(settings, name)))
+    asks += [(f"format {name}", _format(settings, name)) for name in recipe.compress.formats or ("none",)]
     if recipe.compress.kv_cache != "none":
         algo = f"kv:{recipe.compress.kv_cache.upper()}"
         asks.append((f"KV cache {recipe.compress.kv_cache}", lambda column: _on_gpu(recipe, column, algo)))

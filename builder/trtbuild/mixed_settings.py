@@ -1,4 +1,4 @@
-"""Fill in what the section `compress` says of formats by layer, of their choice by measurement, and of the files' form."""
+"""Formats by layer, their choice by measurement, and the form of the files: what the section `compress` says of them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from trtbuild.recipe_fields import (
     Sparsity,
 )
 
-
 # What `format: auto` chooses from where the recipe does not say it: what is measured on a CPU too.
 AUTO_FORMATS: tuple[Format, ...] = ("fp8", "int4_awq")
 

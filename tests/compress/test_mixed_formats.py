@@ -14,22 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from compress_requests import CALIBRATION, make_request, silent
-from test_stream_equality import check_equal, in_memory, load, modelopt_config
+from compress_requests import CALIBRATION, make_request
+from test_stream_equality import check_equal, modelopt_config
 
 from trtbuild.compress.request import parse_request
-from trtbuild.compress.run import run
 from trtbuild.compress.source import load_source
 from trtbuild.compress.textdata import CalibrationSpec, load_samples
-from trtbuild.errors import CompatibilityError, RecipeError
-from trtbuild.runtime.checkpoint import load_model
 
 MLP_IN_INT4 = {"format": "fp8", "group_size": 32, "overrides": [["*.mlp.*", "int4_awq"]]}
 # (model, request, format of each pattern as ModelOpt is told, patterns left in bf16)
 CASES: list[tuple[str, dict[str, Any], dict[str, str], list[str]]] = [
     (
         "qwen3",
-        MLP_IN_INT4 | {"overrides": [["*.mlp.*", "int4_awq"], ["*.1.mlp.down_proj", "none"], ["*.2.self_attn.*", "none"]]},
+        {"format": "fp8", "group_size": 32,
+         "overrides": [["*.mlp.*", "int4_awq"], ["*.1.mlp.down_proj", "none"], ["*.2.self_attn.*", "none"]]},
         {"*.self_attn.*": "fp8", "*.mlp.*": "int4_awq"},
         ["*.1.mlp.down_proj", "*.2.self_attn.*"],
     ),
@@ -41,8 +39,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, str], list[str]]] = [
     ),
     (
         "gemma3",
-        {"overrides": [["*.0.*", "int8_sq"], ["*.1.*", "w4a8_awq"], ["*.2.*", "nvfp4"], ["*.3.self_attn.*", "int4_awq"]],
-         "group_size": 32},
+        {"group_size": 32, "overrides": [["*.0.*", "int8_sq"], ["*.1.*", "w4a8_awq"], ["*.2.*", "nvfp4"],
+                                         ["*.3.self_attn.*", "int4_awq"]]},
         {"*.0.*": "int8_sq", "*.1.*": "w4a8_awq", "*.2.*": "nvfp4", "*.3.self_attn.*": "int4_awq"},
         ["*.3.mlp.*"],
     ),

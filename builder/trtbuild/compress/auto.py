@@ -137,7 +137,7 @@ def _search(
         )
     if not state["best"]["is_satisfied"]:
         raise ToolError(
-            f"compress.target_bits: ModelOpt found no choice of {', '.join(auto.formats)} for {auto.target_bits:g} bits",
+            f"compress.target_bits: no choice of {', '.join(auto.formats)} takes {auto.target_bits:g} bits or less",
             "use a larger target, or smaller formats in compress.auto_formats",
         )
     names = {QuantRecipe(quant_cfg=config, name=name): name for name, config in configs.items()}
@@ -153,9 +153,10 @@ def _groups(
     model: nn.Module, selection: Selection, sample: torch.Tensor, arguments: Mapping[str, Any]
 ) -> dict[str, str]:
     """For each layer the name of the group that shares its format: as engines join them, and what has one input."""
-    group_of = {layer: name for name, members in format_groups(model, selection.compressed).items() for layer in members}
+    group_of = {
+        layer: name for name, members in format_groups(model, selection.compressed).items() for layer in members
+    }
     inputs: dict[int, tuple[torch.Tensor, list[str]]] = {}
-    handles = []
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:  # noqa: ARG001  the signature of a hook
@@ -163,8 +164,7 @@ def _groups(
 
         return hook
 
-    for name in selection.compressed:
-        handles.append(model.get_submodule(name).register_forward_pre_hook(remember(name)))
+    handles = [model.get_submodule(name).register_forward_pre_hook(remember(name)) for name in selection.compressed]
     with torch.no_grad():
         model(input_ids=sample, **arguments)
     for handle in handles:
@@ -189,7 +189,7 @@ def _grouped_by(group_of: Mapping[str, str]) -> Iterator[None]:
         Searcher.quant_grouping_rules = before
 
 
-def _choice(  # noqa: PLR0913  what was asked for and what was found
+def _choice(
     model: nn.Module,
     state: Mapping[str, Any],
     selection: Selection,

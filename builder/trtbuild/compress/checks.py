@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from trtbuild.compress.blocks import TensorBlocks
+from trtbuild.compress.groups import FUSED_BY_ENGINES
 from trtbuild.compress.metadata import read_json
 from trtbuild.compress.request import Request
-from trtbuild.compress.groups import FUSED_BY_ENGINES
 from trtbuild.compress.selection import Selection
 from trtbuild.compress.source import read_tensors
 from trtbuild.errors import ToolError
@@ -93,6 +93,7 @@ def check_export(request: Request, selection: Selection, source: Mapping[str, Te
 
 
 def refuse(problem: str, names: set[str]) -> None:
+    """Raise a ToolError that says what is wrong with these tensors or layers, if there are any."""
     if names:
         shown = sorted(names)
         more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
@@ -119,7 +120,7 @@ def check_source_is_covered(infos: Mapping[str, TensorInfo], source: Mapping[str
     refuse("in the source, but not exported", {name for name in lost if not name.endswith("rotary_emb.inv_freq")})
 
 
-def _check_layer(  # noqa: PLR0913  what one layer is, and the files before and after
+def _check_layer(
     request: Request,
     layer: str,
     name_of_format: str,
@@ -189,6 +190,7 @@ def _logical_shape(name: str, info: TensorInfo) -> tuple[int, ...]:
 
 
 def check_scale(name: str, scale: torch.Tensor) -> None:
+    """Refuse scales that are zero, negative, infinite or NaN."""
     if scale.dtype == torch.uint8:  # an exponent of two
         if bool((scale == _E8M0_NAN).any()):
             refuse("scales must be finite", {name})

@@ -100,5 +100,5 @@ def _used(block: torch.Tensor) -> torch.Tensor:
     """Whether each weight of a flat block is not zero, in the order of the inputs."""
     if block.dtype == torch.int32:
         shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-        return (block[:, None] >> shifts & 15) != 8  # noqa: PLR2004  the code of zero
+        return (block[:, None] >> shifts & 15) != 8
     return (block.view(torch.int8) & 127 if block.dtype == torch.float8_e4m3fn else block) != 0

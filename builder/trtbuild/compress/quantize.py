@@ -141,6 +141,7 @@ def check_quantizers(model: nn.Module, selection: Selection) -> None:
 
 
 def check_kv_quantizers(model: nn.Module, layers: int) -> None:
+    """Keys and values of every decoder layer must have been given positive, finite ranges."""
     found = [module for module in model.modules() if hasattr(module, "k_bmm_quantizer")]
     if len(found) != layers:
         raise CompatibilityError(

@@ -148,9 +148,7 @@ def parse_request(raw: Mapping[str, Any]) -> Request:
 def _auto(raw: Mapping[str, Any] | None) -> AutoFormat | None:
     if raw is None:
         return None
-    return AutoFormat(
-        formats=tuple(raw["formats"]), target_bits=float(raw["target_bits"]), method=str(raw["method"])
-    )
+    return AutoFormat(formats=tuple(raw["formats"]), target_bits=float(raw["target_bits"]), method=str(raw["method"]))
 
 
 class Meter:

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trtbuild.choice_memory import smallest_for_choice, too_small_for_choice
+from trtbuild.compress.auto import Choice
 from trtbuild.compress.checks import Checked, check_export
 from trtbuild.compress.compressed_checks import check_compressed
-from trtbuild.compress.auto import Choice
 from trtbuild.compress.copying import copy_checkpoint
 from trtbuild.compress.effective_bits import bits_per_weight
 from trtbuild.compress.request import Meter, Request, parse_request
 from trtbuild.compress.selection import Selection, select
 from trtbuild.compress.source import check_source, pick_device, read_tensors
 from trtbuild.compress.whole import SPARSEGPT_PASSES, compress_whole
-from trtbuild.choice_memory import smallest_for_choice, too_small_for_choice
 from trtbuild.compress_memory import Demand, show_bytes
 from trtbuild.errors import CompatibilityError, HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
@@ -133,7 +133,7 @@ def _change(
     except NotStreamableError as reason:
         if request.checkpoint != "modelopt":
             raise CompatibilityError(
-                f"compress.checkpoint: compressed-tensors is written layer by layer, which this model forbids: {reason}",
+                f"compress.checkpoint: compressed-tensors is written layer by layer, which fails here: {reason}",
                 "use checkpoint: modelopt",
             ) from reason
         if request.max_memory is not None:
@@ -208,10 +208,8 @@ def _smoothing_notes(unsmoothed: Sequence[str], selection: Selection) -> list[st
         return []
     names = sorted(set(unsmoothed))
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return [
-        f"{len(names)} of {len(selection.formats)} layers have no smoothing, since nothing before them takes up its "
-        f"scales exactly: {shown}"
-    ]
+    of_all = f"{len(names)} of {len(selection.formats)} layers"
+    return [f"{of_all} have no smoothing, since nothing before them takes up the scales exactly: {shown}"]
 
 
 def _load_samples(request: Request) -> Any:

@@ -1,7 +1,7 @@
 """Checkpoints in the form of compressed-tensors, read as if they were ModelOpt's.
 
-Format: vllm-project/compressed-tensors 0.20.0, `compressors/pack_quantized/helpers.py`: int32 words of eight codes along
-the input, the first in the lowest bits, each code with 8 added. The codes themselves are those of INT4 without smoothing.
+Format: vllm-project/compressed-tensors 0.20.0, `compressors/pack_quantized/helpers.py`: int32 words of eight codes
+along the input, the first in the lowest bits, each code with 8 added. The codes are those of INT4 without smoothing.
 """
 
 from __future__ import annotations
