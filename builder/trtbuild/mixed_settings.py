@@ -1,4 +1,4 @@
-"""Formats by layer, their choice by measurement, and the form of the files: what the section `compress` says of them."""
+"""Formats by layer, their choice by measurement, and the form of the files: what `compress` says of them."""
 
 from __future__ import annotations
 

@@ -107,3 +107,88 @@ def test_the_same_as_auto_quantize_in_memory(
     assert not any(
         fnmatchcase(layer, pattern) for layer in ours["quantization"]["quantized_layers"] for pattern in left
     )
+
+
+def test_keys_and_values_are_calibrated_on_the_original_model(
+    sources: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside mixed weights the KV cache gets what it gets alone, and the weights what they get without it."""
+    plain, cached = tmp_path / "plain", tmp_path / "cached"
+    run(make_request(sources("qwen3"), plain, **MLP_IN_INT4), silent)
+    run(make_request(sources("qwen3"), cached, **MLP_IN_INT4, kv_cache="fp8"), silent)
+    in_memory(sources("qwen3"), tmp_path / "memory", {"kv_cache": "fp8"}, monkeypatch)
+    found, weights, alone = load(cached), load(plain), load(tmp_path / "memory")
+    scales = {name for name in found if name.endswith((".k_scale", ".v_scale"))}
+    assert len(scales) == 6
+    assert all(torch.equal(found[name], alone[name]) for name in scales)
+    assert found.keys() - scales == weights.keys()
+    assert all(
+        torch.equal(found[name].view(torch.uint8), weights[name].view(torch.uint8))
+        for name in weights
+        if weights[name].dim()
+    )
+
+
+def test_the_engine_computes_each_layer_in_its_format(compress: Any) -> None:
+    directory, result = compress("qwen3", **MLP_IN_INT4)
+    loaded = load_model(
+        directory, device=torch.device("cpu"), dtype=torch.float32, weights="packed", attn_implementation="sdpa"
+    )
+    kinds = {type(loaded.model.get_submodule(f"model.layers.0.{name}")).__name__
+             for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")}  # fmt: skip
+    assert kinds == {"Fp8Linear", "Int4Linear"}
+    assert loaded.quantization.algorithm == "MIXED_PRECISION"
+    # 21 projections, of 8 and of 4 + 32/32 bits, less than a tenth of a bit for smoothing and single numbers
+    attention, mlp = 4 * 64 * 96, 3 * 64 * 128
+    assert 0 < result["bits_per_weight"] - (8 * attention + 5 * mlp) / (attention + mlp) < 0.4
+
+
+def test_pruned_layers_of_several_formats(sources: Any, tmp_path: Path) -> None:
+    """An override with none leaves a layer in bf16, and pruned like the others."""
+    overrides = [["*.mlp.*", "int4_awq"], ["*.mlp.down_proj", "none"]]
+    request = make_request(
+        sources("qwen3"), tmp_path / "out", **MLP_IN_INT4 | {"overrides": overrides}, sparsity="2:4",
+        sparsity_method="magnitude",
+    )  # fmt: skip
+    result = run(request, silent)
+    assert (result["quantized_projections"], result["sparsity"]["share"]) == (18, 1.0)
+    down = load(tmp_path / "out")["model.layers.0.mlp.down_proj.weight"]
+    assert down.dtype == torch.bfloat16
+    assert int((down.reshape(-1, 4) != 0).sum(dim=1).max()) == 2
+
+
+BAD_OVERRIDES: dict[str, tuple[dict[str, Any], str]] = {
+    "no such layer": ([["*.mpl.*", "int4_awq"]], r"compress.overrides: '\*.mpl.\*' matches no layer that is compressed"),
+    "never compressed": ([["lm_head", "int4_awq"]], "compress.overrides: 'lm_head' matches no layer that is compressed"),
+    "half of what is joined": (
+        [["*.0.self_attn.k_proj", "int4_awq"]],
+        "layers.0.self_attn.q_proj is fp8, model.layers.0.self_attn.k_proj is int4_awq|k_proj is int4_awq.*q_proj is fp8",
+    ),
+    "one left in bf16": ([["*.up_proj", "none"]], r"engines load them as one, but .*and 2 more such groups"),
+    "nothing left": ([["*", "int4_awq"]], "compress.format: fp8: overrides name every layer"),
+    "hidden": (
+        [["*.mlp.*", "int8_sq"], ["*.mlp.*", "int4_awq"]], "compress.overrides: int8_sq: later patterns match every layer",
+    ),
+    "no such format": ([["*.mlp.*", "int3"]], "compress.overrides: 'int3' is not one of none, fp8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_OVERRIDES.values(), ids=BAD_OVERRIDES)
+def test_bad_overrides(overrides: list[list[str]], message: str, sources: Any, tmp_path: Path) -> None:
+    request = make_request(sources("qwen3"), tmp_path / "out", **MLP_IN_INT4 | {"overrides": overrides})
+    with pytest.raises(RecipeError, match=message):
+        run(request, silent)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_experts_share_a_format(sources: Any, tmp_path: Path) -> None:
+    changes = {"format": "fp8", "group_size": 32, "overrides": [["*.experts.0.*", "int4_awq"]]}
+    with pytest.raises(RecipeError, match=r"experts.*is fp8.*all experts of a layer one format"):
+        run(make_request(sources("mixtral"), tmp_path / "out", **changes), silent)
+
+
+def test_one_input_for_attention_and_feed_forward(sources: Any, tmp_path: Path) -> None:
+    """Phi computes both from one norm, whose weight takes up one smoothing only."""
+    changes = {"format": "int4_awq", "group_size": 32, "overrides": [["*.mlp.fc1", "fp8"]]}
+    with pytest.raises(CompatibilityError, match="layers that take the same input have several formats"):
+        run(make_request(sources("phi"), tmp_path / "out", **changes), silent)

@@ -23,8 +23,9 @@ from torch import nn
 from trtbuild.compress import folding
 from trtbuild.compress.auto import AUTO_FILE
 from trtbuild.compress.blocks import rounded_type
-from trtbuild.compress.compressed_tensors import to_compressed_tensors, write_compressed_config
+from trtbuild.compress.compressed_tensors import write_compressed_config
 from trtbuild.compress.journal import Journal
+from trtbuild.compress.layer_export import export_layer
 from trtbuild.compress.metadata import write_metadata
 from trtbuild.compress.passes import LayerLoop
 from trtbuild.compress.request import Meter, Request
@@ -207,7 +208,7 @@ class Stream:
             folds = folding.exact_folds(frame, selection) if compressed else {}
             idle += self._quantize(index, frame, layer, selection)
             self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
-            tensors, found = self._export(name, frame, selection, folds if compressed else None)
+            tensors, found = export_layer(frame, name, selection, folds if compressed else None)
         else:
             self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
             tensors = self._plain(name, layer)
@@ -217,23 +218,6 @@ class Stream:
             self._states(stream, index).discard()
             del self._known[self._states_path(stream, index)]
         self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done")
-
-    def _export(
-        self, name: str, frame: nn.Module, selection: Selection, folds: dict[str, str] | None
-    ) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-        """The layer's tensors and what the journal keeps of them; `folds` where the form has no smoothing scales."""
-        from trtbuild.compress.export import export_frame
-
-        undone = [] if folds is None else folding.unsmooth(frame, selection, folds)
-        with torch.no_grad():
-            exported = export_frame(frame, name, selection)
-            found: dict[str, object] = {"layers": exported.layers, "kv_cache": exported.kv_cache}
-            if folds is None:
-                return exported.tensors, found
-            disk = selection.compressed
-            pairs = [(disk[layer], disk[before]) for layer, before in folds.items()]
-            tensors = to_compressed_tensors(exported.tensors, selection.disk_formats, pairs)
-        return tensors, found | {"unsmoothed": [disk[layer] for layer in undone]}
 
     def _sparsify(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
         from trtbuild.compress import sparsify
