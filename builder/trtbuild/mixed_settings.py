@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from trtbuild.choice_memory import smallest_for_choice, too_small_for_choice
+from trtbuild.compress_memory import parse_bytes
 from trtbuild.errors import Problem
+from trtbuild.model import ModelFacts
 from trtbuild.setting_values import Settings
 from trtbuild.weight_formats import file_bits, is_searched
 
@@ -41,7 +44,7 @@ def take_mixed(settings: Settings) -> None:
         settings.problems.append(problem)
 
 
-def mixed_mistakes(settings: Settings) -> Iterator[Problem]:
+def mixed_mistakes(settings: Settings, facts: ModelFacts) -> Iterator[Problem]:
     """What is wrong with a choice by measurement, seen when every setting is filled in."""
     compress = settings.recipe.compress
     if compress.format != "auto":
@@ -51,11 +54,21 @@ def mixed_mistakes(settings: Settings) -> Iterator[Problem]:
     if target < least:
         message = f"{target:g}: the smallest of {', '.join(compress.formats)} takes {least:g} bits with its scales"
         yield Problem("compress.target_bits", message, f"use {least:g} or more, or smaller formats in auto_formats")
+    limit = parse_bytes(settings["compress.max_memory"] or "")
+    if limit is not None and limit < choice_bytes(settings, facts):
+        yield too_small_for_choice(limit, choice_bytes(settings, facts))
     device = settings["runtime.device"] if settings.has("runtime.device") else "auto"
     on_gpu = [name for name in compress.formats if name in NEEDS_GPU]
     if on_gpu and device == "cpu":
         message = f"{', '.join(on_gpu)}: ModelOpt scores formats by running the model in them, these on a GPU only"
         yield Problem("compress.auto_formats", message, "use fp8 and int4_awq, or a GPU")
+
+
+def choice_bytes(settings: Settings, facts: ModelFacts) -> int:
+    """The memory that a choice by measurement takes; 0 where nothing is chosen."""
+    if settings["compress.format"] != "auto":
+        return 0
+    return smallest_for_choice(facts, settings["compress.calibration.length"])
 
 
 def compress_parameters(settings: Settings) -> dict[str, Any]:

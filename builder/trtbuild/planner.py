@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from trtbuild import mixed_settings, trtllm_deploy, trtllm_engine_settings, trtllm_settings
-from trtbuild.choice_memory import smallest_for_choice, too_small_for_choice
 from trtbuild.comparison import compare
 from trtbuild.compress_memory import Demand, parse_bytes, show_bytes
 from trtbuild.compress_settings import is_compressed
@@ -69,7 +68,7 @@ def make_plan(
     mistakes = [
         *settings.problems,
         *_memory_mistakes(settings, facts),
-        *mixed_settings.mixed_mistakes(settings),
+        *mixed_settings.mixed_mistakes(settings, facts),
         *(_MISTAKES[kind](settings) if kind in _MISTAKES else ()),
         *check(plan),
     ]
@@ -275,10 +274,6 @@ def _memory_mistakes(settings: Settings, facts: ModelFacts) -> Iterator[Problem]
     path, given, limit = "compress.max_memory", settings["compress.max_memory"], _memory_limit(settings)
     if given is not None and limit is None:
         yield Problem(path, f"{given!r} is no size", "write it like 8GiB or 500MB")
-    elif limit is not None and settings["compress.format"] == "auto":
-        least = smallest_for_choice(facts, settings["compress.calibration.length"])
-        if limit < least:
-            yield too_small_for_choice(limit, least)
     elif limit is not None and limit < _demand(settings, facts).smallest:
         smallest = show_bytes(_demand(settings, facts).smallest)
         yield Problem(path, f"{given}: one decoder layer of this model takes {smallest}", f"use at least {smallest}")
@@ -300,19 +295,14 @@ def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
     per_token = facts.kv_bytes_per_token(1 if settings["compress.kv_cache"] == "fp8" else plain)
     estimates = {
         "checkpoint_bytes": int(facts.linear_parameters * bits / 8) + 2 * rest,
-        "compress_peak_memory_bytes": _peak(settings, facts),
+        "compress_peak_memory_bytes": max(
+            _demand(settings, facts).peak(_memory_limit(settings)), mixed_settings.choice_bytes(settings, facts)
+        ),
         "kv_bytes_per_token": per_token,
     }
     if settings["runtime.kv_cache.max_tokens"] is not None:
         estimates["kv_cache_bytes"] = per_token * settings["runtime.kv_cache.max_tokens"]
     return estimates
-
-
-def _peak(settings: Settings, facts: ModelFacts) -> int:
-    streamed = _demand(settings, facts).peak(_memory_limit(settings))
-    if settings["compress.format"] != "auto":
-        return streamed
-    return max(streamed, smallest_for_choice(facts, settings["compress.calibration.length"]))
 
 
 def _warnings(settings: Settings, facts: ModelFacts) -> tuple[str, ...]:

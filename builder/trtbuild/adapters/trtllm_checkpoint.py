@@ -74,7 +74,6 @@ def check(files: CheckpointFiles, version: str, layout: Layout) -> list[Checkpoi
 
     steps: list[tuple[str, Callable[[], rules.Found]]] = [
         ("packing", lambda: _by_format(linears, found, rules.packing)),
-        ("formats of joined projections", lambda: trtllm_fused.same_formats(linears, found)),
         ("excluded modules", lambda: rules.exclusions(linears, found)),
         ("scales", lambda: rules.scales(linears, reader)),
         ("fused projections", lambda: _by_format(linears, found, partial(trtllm_fused.fused, reader=reader))),
@@ -82,6 +81,8 @@ def check(files: CheckpointFiles, version: str, layout: Layout) -> list[Checkpoi
         ("KV cache scales", lambda: rules.kv_scales(tensors, found, reader)),
         ("tensor parallel", lambda: _by_format(linears, found, divided)),
     ]
+    if found.layers:
+        steps.append(("formats of joined projections", lambda: trtllm_fused.same_formats(linears, found)))
     for name, step in steps:
         problems, detail = step()
         checks.append(CheckpointCheck(name, tuple(problems), detail))

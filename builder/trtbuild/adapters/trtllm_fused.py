@@ -60,8 +60,6 @@ def same_formats(layers: Iterable[Linear], quantized: Quantized) -> Found:
 
     tensorrt_llm/_torch/models/modeling_utils.py, apply_layerwise_quant_config.
     """
-    if not quantized.layers:
-        return [], "one format"
     formats: dict[str, set[object]] = defaultdict(set)
     for layer in layers:
         parent, _, short = layer.name.rpartition(".")
