@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
 from compress_requests import make_request, silent
 
-from tiny import save_checkpoint
 from trtbuild.choice_picture import draw
 from trtbuild.compress import auto as search
 from trtbuild.compress.run import run
@@ -28,29 +29,25 @@ def chosen(table: dict[str, Any]) -> dict[str, str]:
     return {layer: group["chosen"] for group in table["groups"] for layer in group["layers"]}
 
 
-@pytest.fixture(scope="module")
-def one_precious(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose second feed-forward block suffers most: its inputs have one channel a hundred times larger."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    path = save_checkpoint(tmp_path_factory.mktemp("precious") / "llama")
-    tensors = load_file(path / "model.safetensors")
-    with torch.no_grad():
-        tensors["model.layers.1.mlp.down_proj.weight"] *= 20
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    return path
-
-
 @pytest.mark.parametrize("method", ["gradient", "kl_div"])
-def test_the_sensitive_layer_keeps_more_bits(method: str, one_precious: Path, tmp_path: Path) -> None:
-    result = run(make_request(one_precious, tmp_path / "out", **wish(6.0, method=method)), silent)
+def test_the_choice_is_the_best_of_the_table(method: str, sources: Any, tmp_path: Path) -> None:
+    result = run(make_request(sources("qwen3"), tmp_path / "out", **wish(6.0, method=method)), silent)
     table = result["choice"]
     found = chosen(table)
     assert len(found) == 21
-    assert found["model.layers.1.mlp.down_proj"] != "int4_awq"
-    assert "int4_awq" in found.values()
+    assert len(set(found.values())) > 1
+    weights = np.array([group["weights"] for group in table["groups"]])
+    bits, scores = (np.array([[item[name] for item in group["choices"]] for group in table["groups"]])
+                    for name in ("bits", "sensitivity"))  # fmt: skip
+    taken = [[item["format"] for item in group["choices"]].index(group["chosen"]) for group in table["groups"]]
+    rows = np.arange(len(taken))
+    assert table["planned_bits"] == pytest.approx((bits[rows, taken] * weights).sum() / weights.sum(), abs=1e-5)
     assert table["planned_bits"] <= 6.0
+    if method == "gradient":  # the least sum of all choices that fit, tried one by one
+        every = np.array(list(itertools.product(range(3), repeat=len(rows))), dtype=np.int8)
+        fits = (bits[rows, every] * weights).sum(axis=1) <= 6.0 * weights.sum()
+        least = scores[rows, every[fits]].sum(axis=1).min()
+        assert scores[rows, taken].sum() == pytest.approx(least, rel=1e-4)
     # The files hold what was planned, a smoothing scale for some inputs and single numbers.
     assert table["planned_bits"] <= result["bits_per_weight"] < table["planned_bits"] + 0.4
     config = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
