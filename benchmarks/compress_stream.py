@@ -1,16 +1,21 @@
 """Peak memory and time of streamed compression against depth, and its time against plain copies of the same bytes.
 
     PYTHONPATH=builder python benchmarks/compress_stream.py [--width 1024] [--depths 8,32] [--format fp8] [--work DIR]
+    PYTHONPATH=builder python benchmarks/compress_stream.py --like-70b --depths 1,3 --samples 8 --length 512
 
 Makes random Llama-shaped checkpoints of one width and several depths, compresses each in a child process of its own as
 the build does, and prints one row for each. `copies` is the time to read the source's files and to write the output's
 with plain file copies, warm. The files are written under --work and removed at the end.
+
+`--like-70b` makes the first layers of a model in the shape of Llama 3.1 70B, gives the compression 8 GiB, and from the
+two depths says how long all 80 layers take.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,14 +31,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from tiny import VOCAB_SIZE, save_tokenizer
 
 
-def make_checkpoint(directory: Path, *, width: int, middle: int, depth: int) -> None:
+def make_checkpoint(
+    directory: Path, *, width: int, middle: int, depth: int, key_heads: int = 0, vocabulary: int = VOCAB_SIZE
+) -> None:
     """Write a random bf16 checkpoint, one file for each decoder layer."""
     directory.mkdir(parents=True)
     heads = max(width // 128, 1)
+    key_heads = key_heads or max(heads // 4, 1)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": width,
         "intermediate_size": middle, "num_hidden_layers": depth, "num_attention_heads": heads,
-        "num_key_value_heads": max(heads // 4, 1), "head_dim": 128, "vocab_size": VOCAB_SIZE, "hidden_act": "silu",
+        "num_key_value_heads": key_heads, "head_dim": 128, "vocab_size": vocabulary, "hidden_act": "silu",
         "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 0,
         "eos_token_id": 2, "pad_token_id": 2, "rope_theta": 10000.0,
     }  # fmt: skip
@@ -44,10 +52,10 @@ def make_checkpoint(directory: Path, *, width: int, middle: int, depth: int) -> 
     def random(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
 
-    outer = {"model.embed_tokens.weight": random(VOCAB_SIZE, width), "lm_head.weight": random(VOCAB_SIZE, width)}
+    outer = {"model.embed_tokens.weight": random(vocabulary, width), "lm_head.weight": random(vocabulary, width)}
     save(directory / "outer.safetensors", outer | {"model.norm.weight": torch.ones(width, dtype=torch.bfloat16)})
     weight_map = dict.fromkeys([*outer, "model.norm.weight"], "outer.safetensors")
-    keys = max(heads // 4, 1) * 128
+    keys = key_heads * 128
     for index in range(depth):
         prefix = f"model.layers.{index}"
         sides = {
@@ -109,27 +117,45 @@ def main() -> None:
     parser.add_argument("--group-size", type=int)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--like-70b", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("/tmp/compress_stream"))
     options = parser.parse_args()
-    middle = options.middle or options.width * 7 // 2
+    shape: dict[str, int] = {"width": options.width, "middle": options.middle or options.width * 7 // 2}
+    if options.like_70b:
+        shape = {"width": 8192, "middle": 28672, "key_heads": 8, "vocabulary": 128256}
     calibration = {"data": None, "column": None, "count": options.samples, "length": options.length, "seed": 0}
     settings = {"format": options.format, "group_size": options.group_size, "calibration": calibration}
-    print("layers  source GB  output GB  peak GB  seconds  phases                                    copies s  ratio")
+    settings |= {"max_memory": 8 << 30} if options.like_70b else {}
+    measured: dict[int, tuple[float, int]] = {}
+    print(
+        "layers  source GB  output GB  peak GB  seconds  phases "
+        + " " * 52
+        + "copies s  layers and whole against copies"
+    )
     for depth in map(int, options.depths.split(",")):
-        work = options.work / f"{options.width}-{depth}"
+        work = options.work / f"{shape['width']}-{depth}"
         shutil.rmtree(work, ignore_errors=True)
-        make_checkpoint(work / "source", width=options.width, middle=middle, depth=depth)
+        make_checkpoint(work / "source", depth=depth, **shape)
         (work / "scratch").mkdir()
+        os.sync()  # or the disk is still busy with the source
         answer = compress(work / "source", work / "output", settings)
         usage, phases = answer["usage"], answer["result"]["seconds"]
         sizes = [
             sum(path.stat().st_size for path in (work / name).glob("*.safetensors")) for name in ("source", "output")
         ]
+        measured[depth] = usage["seconds"], usage["peak_memory_bytes"]
+        os.sync()
         plain = copies(work / "source", work / "output", work / "scratch")
         row = [f"{depth:6}", *(f"{size / 1e9:9.2f}" for size in sizes), f"{usage['peak_memory_bytes'] / 1e9:7.2f}"]
-        row += [f"{usage['seconds']:7.1f}", f"{phases!s:40}", f"{plain:8.2f}", f"{phases['layers'] / plain:5.2f}"]
+        row += [f"{usage['seconds']:7.1f}", f"{phases!s:56}", f"{plain:8.2f}"]
+        row += [f"{seconds / plain:5.2f}" for seconds in (phases["layers"], usage["seconds"])]
         print("  ".join(row), flush=True)
+        print(*answer["result"]["notes"], sep="\n", end="")
         shutil.rmtree(work)
+    if options.like_70b:
+        fewer, more = min(measured), max(measured)
+        layer = (measured[more][0] - measured[fewer][0]) / (more - fewer)
+        print(f"a layer takes {layer:.1f} s, so 80 layers about {measured[more][0] + (80 - more) * layer:.0f} s")
 
 
 if __name__ == "__main__":

@@ -14,19 +14,20 @@ from trtbuild.runtime.checkpoint import LoadedModel
 from trtbuild.runtime.checkpoint_files import QuantizationFacts
 from trtbuild.runtime.checkpoint_fill import restore_buffers
 from trtbuild.runtime.intake import Intake
-from trtbuild.runtime.linear import Fp8Linear, share_inputs
+from trtbuild.runtime.linear import Fp8Linear, Int4Linear, share_inputs
 from trtbuild.runtime.model import ModelRunner
 
-FORMATS = ("bf16", "fp8")
+FORMATS = ("bf16", "fp8", "int4")
 SHAPE = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "tie_word_embeddings": False,
 }  # fmt: skip
 _INPUT_SCALE = 0.02
+GROUP = 128
 
 
 def random_model(form: str, **shape: int) -> LoadedModel:
-    """The model of `form` ("bf16" or "fp8") on the GPU."""
+    """The model of `form`, one of FORMATS, on the GPU."""
     register()
     config = LlamaConfig(**(SHAPE | shape))
     with torch.device("meta"):
@@ -34,8 +35,8 @@ def random_model(form: str, **shape: int) -> LoadedModel:
     device = torch.device("cuda")
     torch.manual_seed(0)
     for name, module in list(model.named_modules()):
-        if form == "fp8" and isinstance(module, nn.Linear) and name != "lm_head":
-            model.set_submodule(name, _fp8(module, device))
+        if form != "bf16" and isinstance(module, nn.Linear) and name != "lm_head":
+            model.set_submodule(name, _fp8(module, device) if form == "fp8" else _int4(module, device))
             continue
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
@@ -43,7 +44,7 @@ def random_model(form: str, **shape: int) -> LoadedModel:
             module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
     restore_buffers(model, device)
     share_inputs(model)
-    facts = QuantizationFacts("FP8" if form == "fp8" else None)
+    facts = QuantizationFacts({"bf16": None, "fp8": "FP8", "int4": "W4A16_AWQ"}[form])
     return LoadedModel(model=model.eval(), config=config, quantization=facts, kv_scales=None, notes=[])
 
 
@@ -53,6 +54,18 @@ def _fp8(module: nn.Linear, device: torch.device) -> nn.Module:
         weight=weight.clamp_(-448, 448).to(torch.float8_e4m3fn),
         weight_scale=torch.tensor(0.02 / 60, device=device),
         input_scale=torch.tensor(_INPUT_SCALE, device=device),
+        bias=None,
+        dtype=torch.bfloat16,
+        form="packed",
+    )
+
+
+def _int4(module: nn.Linear, device: torch.device) -> nn.Module:
+    outputs, inputs = module.weight.shape
+    return Int4Linear(
+        weight=torch.randint(0, 256, (outputs // 2, inputs), dtype=torch.uint8, device=device),
+        weight_scale=torch.empty((outputs, inputs // GROUP), dtype=torch.bfloat16, device=device).uniform_(2e-3, 6e-3),
+        pre_quant_scale=None,
         bias=None,
         dtype=torch.bfloat16,
         form="packed",
@@ -77,5 +90,6 @@ def weight_bytes(engine: Engine) -> int:
     weights: Any = engine._runner.fast.decoder.weights
     total = weights.head.nbytes
     for layer in weights.layers:
-        total += sum(matrix.weight.nbytes for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down))
+        for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            total += matrix.weight.nbytes + (0 if matrix.group_scales is None else matrix.group_scales.nbytes)
     return total

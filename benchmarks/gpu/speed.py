@@ -1,6 +1,6 @@
 """Decode and prefill of the embedded engine on one NVIDIA GPU, against the floor that its memory bandwidth sets.
 
-    python benchmarks/gpu/speed.py [--format bf16|fp8] [--batches 1,8,64,256] [--runs 3] [--profile]
+    python benchmarks/gpu/speed.py [--format bf16|fp8|int4] [--batches 1,8,64,256] [--runs 3] [--profile]
 
 Random weights in the shape of Llama 3.1 8B, prompts of 128 random tokens, 256 generated tokens, greedy, no prefix
 reuse; prefill: 8 prompts of 1920 tokens, one token each.
@@ -35,6 +35,7 @@ PREFILL = (8, 1920)
 VLLM = {
     "bf16": ({1: 6.50, 8: 6.69, 64: 7.72, 256: 12.3}, 43_200),
     "fp8": ({1: 4.04, 8: 4.18, 64: 5.30, 256: 9.47}, 70_500),
+    "int4": ({1: 4.13, 8: 4.21, 64: 6.25, 256: 11.8}, 45_900),
 }
 
 

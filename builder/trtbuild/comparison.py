@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from trtbuild import trtllm_engine_settings, trtllm_settings
 from trtbuild.compat import facts as table
 from trtbuild.llm_keys import LLM_ARGUMENT, leaves
+from trtbuild.llm_speculation import LLM_FIELDS, argument, members
 from trtbuild.llm_validate import validate
 from trtbuild.model import ModelFacts
+from trtbuild.model_classes import class_list, refused_class
 from trtbuild.plan import Cell, Comparison, Row
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Flow, Release, newest_of_all
@@ -22,6 +24,7 @@ from trtbuild.support import (
     sm_version,
     speculative_method,
 )
+from trtbuild.trtllm_common import SPECULATIVE_FIELDS
 from trtbuild.trtllm_settings import release_schema
 
 
@@ -57,6 +60,8 @@ def compare(settings: Settings, facts: ModelFacts) -> Comparison:
     if recipe.speculative.method != "none":
         name = recipe.speculative.method
         asks.append((f"speculation {name}", lambda column: _speculation(name, column)))
+        given = [field for field in LLM_FIELDS[name] if field != "draft" and settings.given(f"speculative.{field}")]
+        asks += [(f"speculative.{field}", _drafting(name, field)) for field in given]
     if recipe.model.adapters:
         asks.append(("LoRA adapters", lambda _: Cell("available")))
     asks += [(path, _setting(path)) for path in LLM_ARGUMENT if settings.given(path)]
@@ -89,11 +94,11 @@ def _refusable(reason: str | None) -> Cell:
 
 
 def _model(architecture: str, column: _Column) -> Cell:
-    reason = refused_architecture(column.flow, architecture)
-    if reason is not None:
-        return Cell("not available", reason)
-    older = column.flow == "llm-api" and column.release.version != newest_of_all().version
-    return Cell("available", "by the newest release's list" if older else "")
+    if column.flow == "engine":
+        return _refusable(refused_architecture(architecture))
+    reason = refused_class(column.release, architecture)
+    note = class_list(column.release).note(column.release.version)
+    return Cell("available", note) if reason is None else Cell("not available", reason)
 
 
 def _format(settings: Settings, name: str) -> Callable[[_Column], Cell]:
@@ -125,6 +130,22 @@ def _speculation(name: str, column: _Column) -> Cell:
         return Cell("available", method.engine) if method.engine else Cell("not available", "not in trtllm-build")
     known = method.decoding_type.get(column.release.line.schema or "")
     return Cell("available", f"decoding_type {known}") if known else Cell("not available", "TensorRT engines only")
+
+
+def _drafting(method: str, field: str) -> Callable[[_Column], Cell]:
+    """A field of the recipe's section, by the name that a version's class for the method gives it."""
+
+    def look(column: _Column) -> Cell:
+        if column.flow == "engine":
+            taken = speculative_method(method).engine is not None and field in SPECULATIVE_FIELDS[method]
+            return Cell("available") if taken else Cell("not available", "no counterpart")
+        schema = release_schema(column.release)
+        called, known = argument(field, method, schema), members(schema, method)
+        if called not in known or known[called].status == "deprecated":
+            return Cell("not available", f"no argument {called}" if called not in known else f"deprecated: {called}")
+        return Cell("available") if called == field else Cell("renamed", called)
+
+    return look
 
 
 def _setting(path: str) -> Callable[[_Column], Cell]:

@@ -13,7 +13,11 @@ from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, needs_text
 
 _IMPORTED = 700_000_000  # Python with torch, transformers and ModelOpt, and a tokenizer
 _COPYING = 450_000_000  # with torch alone
+_STRAIGHT = 600_000_000  # with torch and transformers, and a few rows for each thread
+# Formats whose weights are coded from file to file (`trtbuild.compress.codings`).
+STRAIGHT_FORMATS = ("fp8_per_channel_per_token", "fp8_block", "int8_weight_only", "mxfp8")
 _FLOAT = 4
+_SOURCE = 2
 _PLAIN_SCRATCH = 12  # a matrix that is pruned, and its mask
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _KEPT_UNASKED = 2 << 30
@@ -21,7 +25,10 @@ _KEPT_UNASKED = 2 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """One compression; `samples` and `length` are of the calibration text, 0 where none is needed."""
+    """One compression; `samples` and `length` are of the calibration text, 0 where none is needed.
+
+    `experts`: the model has experts, whose common ranges take a layer in memory.
+    """
 
     layer: LayerSize
     hidden_size: int
@@ -37,10 +44,18 @@ class Demand:
         """The weight formats, bf16 left out."""
         return tuple(name for name in (self.format, *self.more_formats) if name != "none")
 
+    experts: bool = False
+
     @property
     def compressed(self) -> bool:
         """Whether a layer is loaded at all."""
         return bool(self.formats) or self.kv_cache != "none" or self.sparsity_method is not None
+
+    @property
+    def straight(self) -> bool:
+        """Whether weights are coded from file to file, and no layer is ever loaded."""
+        plain = self.kv_cache == "none" and self.sparsity_method is None and not self.experts
+        return plain and self.format in STRAIGHT_FORMATS and len(set(self.formats)) == 1
 
     @property
     def streams(self) -> int:
@@ -59,24 +74,36 @@ class Demand:
         """The peak with the hidden states on disk."""
         if not self.compressed:
             return _COPYING
+        if self.straight:
+            return _STRAIGHT
         layer = self.layer
         scratch = max((WEIGHT_FORMATS[name].scratch for name in self.formats), default=_PLAIN_SCRATCH)
         coded = 1 if self.formats else 2
-        # The layer, its coded or bf16 form, and what is computed with the largest matrix at once.
-        weights = (_FLOAT + coded) * layer.parameters + scratch * layer.matrix
+        # The layer, its coded or bf16 form and that of the one before, which is yet to be written, and what is computed
+        # with the largest matrix at once.
+        weights = (_FLOAT + 2 * coded) * layer.parameters + scratch * layer.matrix
         hessians = 2 * _FLOAT * layer.squared_inputs if self.sparsity_method == "sparsegpt" else 0
         widest = max(layer.matrix // max(self.hidden_size, 1), self.hidden_size)
         running = _FLOAT * self.length * (8 * self.hidden_size + 4 * widest)
         return _IMPORTED + weights + hessians + running
+
+    @property
+    def ahead_bytes(self) -> int:
+        """The next layer, in the source's own type."""
+        return _SOURCE * self.layer.parameters if self.compressed and not self.straight else 0
 
     def kept_bytes(self, limit: int | None) -> int:
         """The hidden states that stay in memory under a limit on everything: all or none."""
         room = _KEPT_UNASKED if limit is None else limit - self.smallest
         return self.state_bytes if self.state_bytes <= room else 0
 
+    def reads_ahead(self, limit: int | None) -> bool:
+        """Whether there is room to read the next layer while one is computed; kept states come first."""
+        return limit is None or self.smallest + self.kept_bytes(limit) + self.ahead_bytes <= limit
+
     def peak(self, limit: int | None) -> int:
         """The peak to expect."""
-        return self.smallest + self.kept_bytes(limit)
+        return self.smallest + self.kept_bytes(limit) + (self.ahead_bytes if self.reads_ahead(limit) else 0)
 
 
 def parse_bytes(text: str) -> int | None:

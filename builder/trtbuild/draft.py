@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.checkpoint_files import open_directory
+from trtbuild.eagle3_draft import Eagle3, read_eagle3
 from trtbuild.errors import ArtifactError, Problem, RecipeError
 from trtbuild.manifest import read_json
 from trtbuild.model import ModelFacts, read_facts
@@ -49,20 +50,23 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """One of the two: `facts` of a draft model, or `heads`."""
+    """One of the three: `facts` of a draft model, `heads`, or the draft of EAGLE-3."""
 
     facts: ModelFacts | None = None
     heads: Heads | None = None
+    eagle3: Eagle3 | None = None
 
 
 def read_draft(directory: Path, method: str) -> Draft:
-    """What lies in `directory`, for a speculative method of TensorRT engines.
+    """What lies in `directory`, for a speculative method of TensorRT engines or of the LLM API.
 
     Raises:
         RecipeError: there is nothing of the kind that the method takes, with what to do.
         ArtifactError: a file is damaged.
     """
     files = open_directory(directory, at=AT)
+    if method == "eagle3":
+        return Draft(eagle3=read_eagle3(files))
     if method not in HEADS:
         return Draft(facts=read_facts(files))
     config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}

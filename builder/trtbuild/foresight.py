@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trtbuild.adapters import trtllm, trtllm_tokenizer
+from trtbuild.adapters import trtllm, trtllm_checkpoint, trtllm_draft, trtllm_tokenizer
+from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.draft import DRAFT_ROLE, HEADS, HEADS_ROLE, Draft, other_tokens, read_draft
 from trtbuild.errors import CompatibilityError, Problem
+from trtbuild.llm_speculation import TAKES_DRAFT
 from trtbuild.plan import Plan
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.source import local_path
@@ -20,8 +22,8 @@ def draft_of(loaded: LoadedRecipe) -> Draft | None:
         RecipeError, ArtifactError, CompatibilityError: see `read_draft`.
     """
     speculative = loaded.recipe.speculative
-    takes = loaded.recipe.runtime.kind == "trtllm-engine" and speculative.method in (DRAFT_TARGET, *HEADS)
-    if speculative.draft is None or not takes:
+    methods = {"trtllm-engine": (DRAFT_TARGET, *HEADS), "trtllm": TAKES_DRAFT}.get(loaded.recipe.runtime.kind, ())
+    if speculative.draft is None or speculative.method not in methods:
         return None
     return read_draft(local_path(loaded, speculative.draft, at="speculative.draft"), speculative.method)
 
@@ -33,6 +35,8 @@ def refuse_unconvertible(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) 
         CompatibilityError: the conversion's own sentence.
     """
     engine = plan.step("engine").parameters
+    if engine["runtime"] == "trtllm":
+        _refuse_draft(plan, loaded, draft)
     if engine["runtime"] != "trtllm-engine":
         return
     from trtbuild.convert.run import refuse_source
@@ -51,6 +55,22 @@ def refuse_unconvertible(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) 
     problem = None if tokenizer is None else other_tokens(tokenizer, directory)
     if problem is not None:
         raise CompatibilityError(str(problem))
+
+
+def _refuse_draft(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) -> None:
+    """Refuse a draft for the LLM API that the engine step would refuse too: its tokens, and how it is stored."""
+    if draft is None:
+        return
+    engine = plan.step("engine").parameters
+    directory = local_path(loaded, loaded.recipe.speculative.draft or "", at="speculative.draft")
+    tokenizer = _tokenizer(plan, loaded)
+    problem = None if tokenizer is None else other_tokens(tokenizer, directory)
+    if problem is not None:
+        raise CompatibilityError(str(problem))
+    if draft.facts is not None:
+        layout = trtllm_checkpoint.Layout.of(engine["values"], gpu=plan.value("target.gpu"))
+        checks = trtllm_checkpoint.check(LocalFiles(directory), engine["version"], layout)
+        trtllm_draft.refuse(directory, checks, engine["version"])
 
 
 def _tokenizer(plan: Plan, loaded: LoadedRecipe) -> Path | None:

@@ -71,6 +71,14 @@ def choice_bytes(settings: Settings, facts: ModelFacts) -> int:
     return smallest_for_choice(facts, settings["compress.calibration.length"])
 
 
+def planned_bits(settings: Settings) -> float:
+    """Bits of a weight in a linear layer that is compressed; at most, where layers differ."""
+    if settings["compress.format"] == "auto":
+        return float(settings["compress.target_bits"])
+    names = settings.recipe.compress.formats or ("none",)
+    return max(file_bits(name, settings["compress.group_size"]) for name in names)
+
+
 def compress_parameters(settings: Settings) -> dict[str, Any]:
     """What these fields add to the compress step; nothing for a recipe that names none of them."""
     compress = settings.recipe.compress

@@ -54,6 +54,7 @@ class ModelFacts:
     context_length: int
     sliding_window: int | None
     num_experts: int | None
+    mtp_layers: int
     tie_word_embeddings: bool
     has_tokenizer: bool
     has_chat_template: bool
@@ -231,6 +232,7 @@ def _numbers(text: Mapping[str, Any], where: str) -> dict[str, Any]:
         "vocab_size": _number(text, where, "vocab_size"),
         "context_length": _number(text, where, "max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
         "sliding_window": window if isinstance(window, int) else None,
+        "mtp_layers": _optional(text, "num_nextn_predict_layers") or 0,
         "num_experts": _optional(text, "num_local_experts", "num_experts", "n_routed_experts"),
     }
 

@@ -12,6 +12,7 @@ from trtbuild.compress_settings import is_compressed
 from trtbuild.draft import Draft
 from trtbuild.embedded_settings import embedded_files, take_embedded
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
+from trtbuild.llm_speculation import llm_draft_files
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_file import LoadedRecipe
@@ -24,7 +25,6 @@ from trtbuild.trtllm_engine_lora import ADAPTERS
 from trtbuild.trtllm_engine_refusals import engine_mistakes, engine_warnings
 from trtbuild.trtllm_refusals import trtllm_mistakes, trtllm_warnings
 from trtbuild.trtllm_settings import take_trtllm
-from trtbuild.weight_formats import file_bits
 
 _EVALUATION_LENGTH = 512
 _KV_BYTES = {"embedded": 4, "trtllm": 2, "trtllm-engine": 2}  # the embedded engine computes in float32 on a CPU
@@ -171,7 +171,8 @@ def _adapter_files(settings: Settings) -> dict[str, str]:
 
 def _engine_files(settings: Settings) -> dict[str, str]:
     """What the engine step reads of the user's besides the checkpoint."""
-    return _adapter_files(settings) | (draft_files(settings) if _kind(settings) == _ENGINE else {})
+    drafts = {_ENGINE: draft_files, _TRTLLM: llm_draft_files}.get(_kind(settings))
+    return _adapter_files(settings) | (drafts(settings) if drafts else {})
 
 
 def _kind(settings: Settings) -> str:
@@ -267,6 +268,7 @@ def _demand(settings: Settings, facts: ModelFacts) -> Demand:
         sparsity_method=settings["compress.sparsity_method"] if sparse else None,
         samples=settings["compress.calibration.count"],
         length=settings["compress.calibration.length"],
+        experts=facts.num_experts is not None,
     )
 
 
@@ -286,10 +288,7 @@ def _memory_limit(settings: Settings) -> int | None:
 
 def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
     """Sizes in bytes that follow from the facts: the checkpoint's file, the memory to make it, and the KV cache."""
-    names = settings.recipe.compress.formats or ("none",)
-    bits = max(file_bits(name, settings["compress.group_size"]) for name in names)  # with overrides at most
-    if settings["compress.format"] == "auto":
-        bits = settings["compress.target_bits"]
+    bits = mixed_settings.planned_bits(settings)
     rest = facts.parameters - facts.linear_parameters
     plain = _KV_BYTES[_kind(settings)]
     per_token = facts.kv_bytes_per_token(1 if settings["compress.kv_cache"] == "fp8" else plain)
@@ -314,7 +313,7 @@ def _warnings(settings: Settings, facts: ModelFacts) -> tuple[str, ...]:
     if not facts.has_chat_template:
         warnings.append("the checkpoint has no chat template: requests with `messages` will be refused")
     if _kind(settings) == _TRTLLM:
-        warnings += trtllm_warnings(settings)
+        warnings += trtllm_warnings(settings, facts)
     if _kind(settings) == _ENGINE:
         warnings += engine_warnings(settings, facts)
     return tuple(warnings)

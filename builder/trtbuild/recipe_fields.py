@@ -21,7 +21,9 @@ Format = Literal["none", "fp8", "int4_awq"]
 KvCacheFormat = Literal["none", "fp8"]
 Sparsity = Literal["none", "2:4"]
 RuntimeKind = Literal["embedded", "trtllm", "trtllm-engine"]
-SpeculativeMethod = Literal["none", "ngram", "draft_target", "medusa", "eagle", "eagle3", "lookahead", "redrafter"]
+SpeculativeMethod = Literal[
+    "none", "ngram", "draft_target", "medusa", "eagle", "eagle3", "mtp", "lookahead", "redrafter"
+]
 CapacityPolicy = Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]
 BuildIn = Literal["auto", "docker", "podman", "enroot", "slurm", "script"]
 DeployFile = Literal["dockerfile", "compose", "launch"]

@@ -20,6 +20,7 @@ from trtbuild.adapters import (
     triton_parameters,
     trtllm,
     trtllm_checkpoint,
+    trtllm_draft,
     trtllm_engine,
     trtllm_tokenizer,
 )
@@ -120,7 +121,13 @@ def _trtllm_engine(work: Work) -> dict[str, Any]:
         raise CompatibilityError(
             f"TensorRT-LLM {parameters['version']} would not take the checkpoint {checkpoint}:\n" + "\n".join(wrong)
         )
-    trtllm.write_engine(parameters, checkpoint, work.files, work.staging.content)
+    adapters = {name: path for name, path in work.files.items() if name != DRAFT_ROLE}
+    draft = work.files.get(DRAFT_ROLE)
+    if "speculation" in parameters:
+        found = trtllm_draft.check(draft, checkpoint, parameters["speculation"], parameters["version"], layout)
+        trtllm_draft.refuse(draft, found, parameters["version"])
+        checks += found
+    trtllm.write_engine(parameters, checkpoint, adapters, work.staging.content, draft=draft)
     return {"result": {"checks": [check.name for check in checks]}}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from trtbuild.compat import facts
 from trtbuild.errors import Problem
-from trtbuild.releases import Flow, Line, lines
+from trtbuild.releases import Line, lines
 
 # The recipe's weight formats under the names that TensorRT-LLM gives them (`quant_algo` of hf_quant_config.json).
 QUANT_ALGO: Mapping[str, str | None] = {"none": None, "fp8": "FP8", "int4_awq": "W4A16_AWQ"}
@@ -86,14 +86,11 @@ def group_sizes(algo: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def refused_architecture(flow: Flow, architecture: str) -> str | None:
-    """Why a flow does not run models of this class, or None."""
-    table = facts("architectures")[flow]
-    if architecture in table["classes"]:
+def refused_architecture(architecture: str) -> str | None:
+    """Why no TensorRT engines are built of models of this class, or None."""
+    if architecture in facts("architectures")["engine"]["classes"]:
         return None
-    if architecture in table.get("autodeploy", ()):
-        return f"TensorRT-LLM runs {architecture} through its AutoDeploy backend only"
-    return f"{architecture} is not among the classes that TensorRT-LLM lists for its {flow} flow"
+    return f"{architecture} is not among the classes that TensorRT-LLM lists for its engine flow"
 
 
 def refused_in_line(line: Line, architecture: str, algo: str | None) -> tuple[str, str] | None:

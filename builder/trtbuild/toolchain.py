@@ -12,7 +12,7 @@ from trtbuild.errors import HostError
 from trtbuild.render import data_dir
 
 # Bump a revision when the same inputs, parameters and tools would give other bytes, and only then.
-COMPRESS_REVISION = 3
+COMPRESS_REVISION = 4
 COPY_REVISION = 2
 ENGINE_REVISION = 2
 CONVERT_REVISION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from trtbuild.compress_settings import fitting_group_sizes
@@ -23,6 +23,7 @@ SPECULATIVE_FIELDS: dict[str, tuple[str, ...]] = {
     "ngram": ("max_draft_len",),
     "draft_target": ("draft", "max_draft_len", "draft_kv_cache_share"),
     "eagle3": ("draft", "max_draft_len"),
+    "mtp": ("max_draft_len",),
     "medusa": ("draft", "choices"),
     "eagle": ("draft", "choices"),
     "redrafter": ("draft",),
@@ -43,12 +44,12 @@ def embedded_only(recipe: Recipe) -> Iterable[Problem]:
             yield Problem(f"runtime.{name}", f"{value}: {_EMBEDDED_ONLY}", "use auto")
 
 
-def unread_speculative(recipe: Recipe) -> Iterable[Problem]:
-    """Fields of the section that say nothing about its method."""
+def unread_speculative(recipe: Recipe, fields: Mapping[str, tuple[str, ...]] = SPECULATIVE_FIELDS) -> Iterable[Problem]:
+    """Fields of the section that say nothing about its method; `fields` are what each method reads."""
     section, silent = recipe.speculative, type(recipe.speculative)()
     for name in type(section).model_fields:
         value = getattr(section, name)
-        if name == "method" or value == getattr(silent, name) or name in SPECULATIVE_FIELDS[section.method]:
+        if name == "method" or value == getattr(silent, name) or name in fields[section.method]:
             continue
         why = "of no use without a speculative.method" if section.method == "none" else f"{section.method} has none"
         yield Problem(f"speculative.{name}", f"{value}: {why}", "remove it")

@@ -220,7 +220,7 @@ def _draft_target(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     if draft is None:
         return
     at, name = "speculative.draft", draft.architecture
-    reason, converted = refused_architecture("engine", name), table("architectures")["engine"]["converted"]
+    reason, converted = refused_architecture(name), table("architectures")["engine"]["converted"]
     if reason is None and converted.get(name) != draft.model_type:
         reason = f"{name} ({draft.model_type}) has no conversion here"
     if reason is not None:

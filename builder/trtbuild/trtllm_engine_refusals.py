@@ -10,6 +10,7 @@ from trtbuild.compat import facts as table
 from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
+from trtbuild.model_classes import version_with
 from trtbuild.recipe import Recipe
 from trtbuild.setting_values import Settings
 from trtbuild.support import QUANT_ALGO, refused_architecture, refused_in_line
@@ -155,12 +156,12 @@ def _guide(recipe: Recipe) -> Iterable[Problem]:
 
 def _model(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     """Classes that upstream lists for engines of the release and that the conversion knows."""
-    reason, converted = refused_architecture(FLOW, facts.architecture), table("architectures")[FLOW]["converted"]
+    reason, converted = refused_architecture(facts.architecture), table("architectures")[FLOW]["converted"]
     if reason is None and converted.get(facts.architecture) != facts.model_type:
         listed = ", ".join(sorted(converted))
         reason = f"{facts.architecture} ({facts.model_type}) has no conversion here; convertible are {listed}"
     if reason is not None:
-        others = "embedded" if refused_architecture("llm-api", facts.architecture) else "trtllm or embedded"
+        others = "embedded" if version_with(facts.architecture) is None else "trtllm or embedded"
         yield Problem("model.path", reason, f"use runtime.kind: {others}, or another model")
         return
     line, formats = planned_release(settings.recipe).line, settings.recipe.compress.formats

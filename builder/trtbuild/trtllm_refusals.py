@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from trtbuild.compat import facts as compat
 from trtbuild.errors import Problem
 from trtbuild.llm_keys import LLM_ARGUMENT, RESERVED, leaves
 from trtbuild.llm_schema import Schema
+from trtbuild.llm_speculation_refusals import (
+    section_mistakes,
+    speculation_refusals,
+    speculation_warnings,
+    with_section,
+)
 from trtbuild.llm_validate import validate
 from trtbuild.model import ModelFacts
+from trtbuild.model_classes import class_list, refused_class, version_with
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Release
 from trtbuild.setting_values import Settings
-from trtbuild.support import refused_architecture, speculative_method
 from trtbuild.trtllm_common import (
     adapter_refusals,
     block_refusals,
@@ -23,11 +29,10 @@ from trtbuild.trtllm_common import (
     gpu_refusals,
     group_refusals,
     instance_mistakes,
-    unread_speculative,
 )
 from trtbuild.trtllm_deploy import deploy_refusals, hosts
 from trtbuild.trtllm_parallel import parallel_refusals
-from trtbuild.trtllm_settings import FLOW, planned_release, release_schema, wanted_release, world_size
+from trtbuild.trtllm_settings import planned_release, release_schema, wanted_release, world_size
 
 
 def trtllm_mistakes(settings: Settings) -> list[Problem]:
@@ -36,7 +41,8 @@ def trtllm_mistakes(settings: Settings) -> list[Problem]:
     schema = release_schema(planned_release(recipe))
     extra = dict(recipe.runtime.extra)
     problems = [problem for path, _ in leaves(extra) for problem in _contradiction(path)]
-    problems += validate(extra, schema, at="runtime.extra", partial=True)
+    problems += section_mistakes(settings, schema)
+    problems += validate(with_section(settings, schema), schema, at="runtime.extra", partial=True)
     graph = recipe.runtime.cuda_graph_config
     given = [name for name in ("batch_sizes", "max_batch_size", "enable_padding") if getattr(graph, name) is not None]
     if not graph.enabled and given:
@@ -82,12 +88,12 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems = [wanted] if isinstance(wanted, Problem) else []
     problems += _elsewhere(settings)
     problems += _fields(settings, schema)
-    problems += _model(facts)
+    problems += _model(release, facts)
     problems += _format(settings, facts)
     problems += block_refusals(settings)
     problems += gpu_refusals(recipe, release.line, world_size(recipe))
     problems += parallel_refusals(settings, facts)
-    problems += _speculation(recipe, release, schema)
+    problems += speculation_refusals(settings, facts, release, schema)
     problems += adapter_refusals(recipe)
     problems += _int4(recipe, facts)
     return problems
@@ -107,7 +113,7 @@ def _int4(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
         yield Problem("compress.format", message, hint)
 
 
-def trtllm_warnings(settings: Settings) -> list[str]:
+def trtllm_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
     """What is allowed and may still surprise."""
     recipe, release = settings.recipe, planned_release(settings.recipe)
     warnings = []
@@ -115,6 +121,9 @@ def trtllm_warnings(settings: Settings) -> list[str]:
         warnings.append(f"TensorRT-LLM {release.version} is in no table of trtbuild; {release.schema_note}")
     elif not release.proven:
         warnings.append(f"the arguments were checked against another version; {release.schema_note}")
+    note = class_list(release).note(release.version)
+    if note:
+        warnings.append(f"the model's class was accepted {note}")
     if recipe.target.gpu is None:
         warnings.append("without target.gpu nothing says whether the GPU runs the format")
     if recipe.compress.sparsity == "2:4":
@@ -127,10 +136,7 @@ def trtllm_warnings(settings: Settings) -> list[str]:
             f"({sets}); quality is measured with the checkpoint's scales"
         )
     warnings += _untested(recipe)
-    if any("model" in key for key in recipe.runtime.extra.get("speculative_config") or {}):
-        warnings.append(
-            "runtime.extra.speculative_config names a draft model on the serving host: the package has none"
-        )
+    warnings += speculation_warnings(settings, facts, release, release_schema(release))
     return warnings
 
 
@@ -180,12 +186,14 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
     return {first: _nested(rest, value) if rest else value}
 
 
-def _model(facts: ModelFacts) -> Iterable[Problem]:
-    reason = refused_architecture(FLOW, facts.architecture)
+def _model(release: Release, facts: ModelFacts) -> Iterable[Problem]:
+    reason = refused_class(release, facts.architecture)
     if reason is not None:
+        other = version_with(facts.architecture)
+        newer = f"runtime.version: {other}, " if other else ""
         engines = compat("architectures")["engine"]["converted"].get(facts.architecture) == facts.model_type
         others = "trtllm-engine or embedded" if engines else "embedded"
-        yield Problem("model.path", reason, f"use runtime.kind: {others}, or another model")
+        yield Problem("model.path", reason, f"use {newer}runtime.kind: {others}, or another model")
 
 
 def _format(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
@@ -197,37 +205,3 @@ def _format(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
         )
         yield Problem("compress.kv_cache", message, "set compress.format too, or use none")
     yield from excluded_in_part(settings["compress.exclude"], facts)
-
-
-def _speculation(recipe: Recipe, release: Release, schema: Schema) -> Iterable[Problem]:
-    runtime, method = recipe.runtime, recipe.speculative.method
-    given: Mapping[str, Any] = runtime.extra.get("speculative_config") or {}
-    if method != "none":
-        yield _no_checkpoint(method, release, schema)
-    yield from unread_speculative(recipe)
-    if not given and method == "none":
-        return
-    where = "runtime.extra.speculative_config" if given else "speculative.method"
-    if runtime.pipeline_parallel_size > 1:
-        message = f"speculative decoding does not run with pipeline_parallel_size {runtime.pipeline_parallel_size}"
-        yield Problem(where, message, "use tensor_parallel_size instead, or no speculation")
-    if runtime.context_parallel_size > 1:
-        message = f"speculative decoding does not run with context_parallel_size {runtime.context_parallel_size}"
-        yield Problem(where, message, "use context_parallel_size: 1, or no speculation")
-
-
-def _no_checkpoint(name: str, release: Release, schema: Schema) -> Problem:
-    """Why this version of trtbuild cannot plan a method, and what can be done."""
-    method = speculative_method(name)
-    key = method.decoding_type.get(schema.header.name)
-    at = "speculative.method"
-    if key is None:
-        message = f"{name}: the LLM API of TensorRT-LLM {release.version} has no such method, only TensorRT engines do"
-        return Problem(at, message, "use none")
-    if not method.needs_draft:
-        message = f"{name}: this version of trtbuild has no fields for it"
-        hint = f"use none, and runtime.extra.speculative_config with decoding_type: {key}"
-        return Problem(at, message, hint)
-    message = f"{name}: this version of trtbuild cannot make a package with the draft model that it needs"
-    hint = f"use none (TensorRT-LLM {release.version} calls it {key})"
-    return Problem(at, message, hint)

@@ -7,6 +7,7 @@ from typing import Any
 from trtbuild.errors import Problem
 from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.llm_schema import Schema, load_schema
+from trtbuild.llm_speculation import speculation_parameters, take_speculation
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.releases import Flow, Release, containers, find_release, newest
@@ -86,6 +87,7 @@ def take_trtllm(settings: Settings, facts: ModelFacts) -> None:
             _vendor(settings, schema, f"runtime.cuda_graph_config.{name}")
     _adapters(settings, schema)
     _kv_cache(settings, schema)
+    take_speculation(settings, schema, release.version)
     settings.take("runtime.extra")
 
 
@@ -137,6 +139,7 @@ def engine_parameters(settings: Settings) -> dict[str, Any]:
         "values": {path: settings[path] for path in LLM_ARGUMENT if _is_said(settings, path)},
         "extra": dict(settings.recipe.runtime.extra),
         "adapters": sorted(adapter_names(settings.recipe)),
+        **speculation_parameters(settings, release_schema(release)),
     }
 
 

@@ -7,9 +7,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtbuild.adapters import container_checks, triton, trtllm, trtllm_checkpoint, trtllm_engine_checks
+from trtbuild.adapters import (
+    container_checks,
+    triton,
+    trtllm,
+    trtllm_checkpoint,
+    trtllm_draft,
+    trtllm_engine_checks,
+)
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.errors import HostError, TrtbuildError
+from trtbuild.llm_speculation import SECTION
 from trtbuild.manifest import DigestCache, digest_entries, read_json
 from trtbuild.model import read_facts
 from trtbuild.package import LOCK, PLACES, damage, entries_below, is_for_engines, read_manifest, refuse_to_serve_here
@@ -103,6 +111,7 @@ def verify_trtllm(package: Path) -> list[Check]:
         )
         rules = trtllm_checkpoint.check(LocalFiles(directory), engine["version"], layout)
         found = trtllm.check_engine(directory, engine, arguments)
+        drafted = _draft(directory, engine, arguments, layout) if not found else []
     except TrtbuildError as error:
         return [Check("TensorRT-LLM", (str(error),))]
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -111,7 +120,20 @@ def verify_trtllm(package: Path) -> list[Check]:
     container = f"container {engine['container']}" if engine["container"] else "no container"
     described = f"TensorRT-LLM {engine['version']}, {container}, world size {engine['world_size']}"
     checks = [Check("engine.json", others, described), Check("LLM arguments", tuple(map(str, found)), schema)]
-    return checks + [Check(f"checkpoint: {rule.name}", rule.problems, rule.detail) for rule in rules]
+    checks += [Check(f"checkpoint: {rule.name}", rule.problems, rule.detail) for rule in rules]
+    return checks + [Check(rule.name, rule.problems, rule.detail) for rule in drafted]
+
+
+def _draft(
+    directory: Path, engine: Mapping[str, Any], arguments: Mapping[str, Any], layout: trtllm_checkpoint.Layout
+) -> list[trtllm_checkpoint.CheckpointCheck]:
+    """The rules by which TensorRT-LLM takes the package's draft model, if it has one."""
+    speculation = engine.get("speculation")
+    if speculation is None:
+        return []
+    draft = directory / speculation["draft"] if speculation["draft"] else None
+    asked = {"method": speculation["method"], "config": arguments[SECTION]}
+    return trtllm_draft.check(draft, directory, asked, engine["version"], layout)
 
 
 def _check(name: str, look: Callable[[], tuple[list[str], str]]) -> Check:

@@ -9,6 +9,7 @@ from trtbuild.build_flags import FlagTable, flag_tables
 from trtbuild.compat import facts
 from trtbuild.console import table
 from trtbuild.llm_schema import load_schema, schema_header, schema_names
+from trtbuild.model_classes import class_lists
 from trtbuild.releases import Container, Line, containers, lines
 
 UNKNOWN = "unknown"
@@ -42,7 +43,10 @@ def versions_json() -> dict[str, Any]:
         "quantization": [row | {"date": str(row["date"])} for row in facts("gpus")["support"]],
         "gpus": facts("gpus")["names"]["sm"],
         "speculation": [row | {"date": str(row["date"])} for row in facts("speculative")["method"]],
-        "architectures": {flow: facts("architectures")[flow]["classes"] for flow in ("llm-api", "engine")},
+        "architectures": {
+            "llm-api": [row | {"date": str(row["date"])} for row in facts("architectures")["llm-api"]],
+            "engine": facts("architectures")["engine"]["classes"],
+        },
         "engine_architectures_since": facts("architectures")["engine"]["since"],
     }
 
@@ -142,12 +146,27 @@ def _spellings(names: dict[str, str]) -> str:
 
 
 def _architecture_rows() -> list[list[str]]:
-    table_, rows = facts("architectures"), []
-    for flow in ("llm-api", "engine"):
-        since = table_[flow].get("since", {})
-        shown = [f"{name} (from {since[name]})" if name in since else name for name in table_[flow]["classes"]]
-        rows += [[flow if at == 0 else "", ", ".join(shown[at : at + 4])] for at in range(0, len(shown), 4)]
-    return rows
+    """The LLM API's lists as what each has more and less than the one before, then the engines' classes."""
+    rows, before = [], None
+    for one in class_lists():
+        title = f"LLM API, {', '.join(one.lines)} (read: {', '.join(one.releases) or 'the newest list'})"
+        if before is None:
+            rows += _in_fours(title, sorted(one.classes))
+        else:
+            rows += _in_fours(title, [f"+ {name}" for name in sorted(one.classes - before.classes)])
+            rows += _in_fours("", [f"- {name}" for name in sorted(before.classes - one.classes)])
+        if one.autodeploy:
+            rows += _in_fours("  AutoDeploy backend only", sorted(one.autodeploy))
+        before = one
+    engine = facts("architectures")["engine"]
+    since = engine["since"]
+    return rows + _in_fours(
+        "engine", [f"{one} (from {since[one]})" if one in since else one for one in engine["classes"]]
+    )
+
+
+def _in_fours(title: str, names: list[str]) -> list[list[str]]:
+    return [[title if at == 0 else "", ", ".join(names[at : at + 4])] for at in range(0, len(names), 4)]
 
 
 def _line(container: Container) -> Line:

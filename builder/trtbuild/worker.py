@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -45,7 +46,14 @@ def serve(run: Run) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident set of this process so far, in bytes (Linux counts it in KiB)."""
+    """The largest resident set of this process so far, in bytes (Linux counts it in KiB).
+
+    `getrusage` alone would also count what the parent held when it started this process.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -53,9 +53,9 @@ def _check_events(text: str) -> None:
 
 
 def yaml_key(key: object) -> str:
-    """A key of a mapping: as it is where it is a word, else quoted."""
+    """A key of a mapping: as it is where it is a word or a whole number, else quoted."""
     text = str(key)
-    return text if _is_word(text) else json.dumps(text)
+    return text if _is_word(text) or type(key) is int else json.dumps(text)
 
 
 def yaml_scalar(value: Any, *, plain: bool = False) -> str:

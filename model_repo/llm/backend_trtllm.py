@@ -20,7 +20,7 @@ from . import trtllm_sampling
 from .backend import Gauges, Handle, Output
 from .contract import Lora, Sampling
 from .trtllm_output import Reader
-from .trtllm_process import read_args, read_model, start_llm
+from .trtllm_process import place_draft, read_args, read_model, start_llm
 from .trtllm_sampling import Abilities, Model
 from .wire import BadRequestError
 
@@ -44,7 +44,7 @@ def load(engine_dir: Path, *, gpus: int | None, adapters: Mapping[str, str]) -> 
     Raises:
         SetupError: the engine directory is not complete.
     """
-    args = read_args(engine_dir)
+    args = place_draft(read_args(engine_dir), engine_dir)
     model = read_model(engine_dir)
     given: dict[str, Any] = {"model": str(engine_dir), "tokenizer": str(engine_dir)}
     if gpus is not None:

@@ -15,7 +15,7 @@ import yaml
 
 from .trtllm_sampling import Model
 
-ARGS_FILE = "llm_args.yaml"
+ARGS_FILE, DRAFT = "llm_args.yaml", "draft"
 # What mpirun, PMIx and PMI tell a process of the job it belongs to. A Python model inherits it from a server that was
 # started by mpirun, and a second MPI_Init under the same name fails. Settings such as OMPI_MCA_btl stay.
 _JOB = re.compile(
@@ -90,6 +90,25 @@ def read_args(engine_dir: Path) -> dict[str, Any]:
     if not isinstance(args, dict):
         raise SetupError(f"{path}: holds no mapping of LLM arguments; build the package again")
     return args
+
+
+def place_draft(args: Mapping[str, Any], engine_dir: Path) -> dict[str, Any]:
+    """The arguments with the draft model in the engine directory, where they name it by its place there.
+
+    Raises:
+        SetupError: the package lacks it.
+    """
+    drafting = args.get("speculative_config")
+    if not isinstance(drafting, Mapping):
+        return dict(args)
+    placed = {}
+    for name in ("speculative_model", "speculative_model_dir"):
+        if drafting.get(name) != DRAFT:
+            continue
+        if not (engine_dir / DRAFT / "config.json").is_file():
+            raise SetupError(f"{engine_dir / DRAFT}: holds no draft model; build the package again")
+        placed[name] = str(engine_dir / DRAFT)
+    return {**args, "speculative_config": {**drafting, **placed}}
 
 
 def read_model(engine_dir: Path) -> Model:

@@ -50,6 +50,7 @@ class Abilities:
     chosen_logprobs: bool
     prompt_logprobs: bool
     prompt_ignore_length: bool
+    greedy_drafts: bool
 
     @classmethod
     def detect(cls, args: Mapping[str, Any]) -> Abilities:
@@ -71,6 +72,7 @@ class Abilities:
             chosen_logprobs="logprobs_simple_format" in names,
             prompt_logprobs="prompt_logprobs_simple_format" in names,
             prompt_ignore_length="prompt_ignore_length" in names,
+            greedy_drafts=_greedy_drafts(args.get("speculative_config")),
         )
 
 
@@ -80,6 +82,28 @@ class Model:
 
     vocab_size: int
     ends: tuple[int, ...]
+
+
+def _greedy_drafts(drafting: Any) -> bool:
+    """Whether drafts are verified greedily whatever a request says: one engine for model and draft, unless told not to.
+
+    tensorrt_llm/_torch/pyexecutor/py_executor_creator.py of 1.2 warns of it; later versions tell the two ways apart by
+    `advanced_sampling_mode` and take `allow_advanced_sampling` no longer.
+    """
+    if not isinstance(drafting, Mapping) or drafting.get("allow_advanced_sampling"):
+        return False
+    kind = drafting.get("decoding_type")
+    one = kind == "MTP" or (kind in ("Eagle", "Eagle3") and drafting.get("eagle3_one_model") is not False)
+    return one and not _samples_drafts()
+
+
+def _samples_drafts() -> bool:
+    """Whether the installation samples with drafts unless told otherwise."""
+    try:
+        from tensorrt_llm.llmapi import llm_args
+    except ImportError:
+        return False
+    return hasattr(llm_args, "AdvancedSamplingMode")
 
 
 def is_greedy(sampling: Sampling) -> bool:
@@ -140,6 +164,11 @@ def refuse(sampling: Sampling, bad_words: Sequence[Sequence[int]], model: Model,
         raise BadRequestError(
             f"{PREFIX}logprobs: TensorRT-LLM {can.version} reports the likeliest tokens only and not a sampled one; "
             "send temperature 0, or the request without it"
+        )
+    if can.greedy_drafts and not is_greedy(sampling):
+        raise BadRequestError(
+            f"{PREFIX}temperature: TensorRT-LLM {can.version} verifies this package's drafts greedily and would not "
+            "sample; send temperature 0, or leave out temperature, top_k, top_p and min_p"
         )
     # Only the first end-of-text token is held back (token_ban.py @0a1f13c0, `_add_min_length_bans`).
     if sampling.min_tokens > 0 and not sampling.ignore_eos and (sampling.stop_token_ids or len(model.ends) > 1):

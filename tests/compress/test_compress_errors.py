@@ -274,5 +274,8 @@ def test_full_disk(changes: dict[str, Any], moment: str, message: str, tmp_path:
     error = next(line for line in done.stdout.splitlines() if line.startswith("HostError"))
     assert str(mount / "out") in error
     assert re.search(message, error), error
-    finished = ["an earlier run had finished 2 of 3 layers"] if moment.startswith("layer 2") else []
-    assert f"Again: {finished}" in done.stdout
+    finished = {
+        "layer 2 of 3 is done": ["an earlier run had finished 2 of 3 layers"],
+        "copy: file 1": ["files that an earlier run had copied: 1"],
+    }
+    assert f"Again: {finished.get(moment, [])}" in done.stdout

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,34 @@ def without_lists(config: dict[str, Any]) -> dict[str, Any]:
     }
     kept.pop("has_zero_point", None)
     return {key: value for key, value in kept.items() if value is not None}
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8_weight_only"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_excluded_modules(
+    name: str, form: str, sources: Any, compress: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both lists name the same modules. ModelOpt sums names up with wildcards; ours also has each one as it is."""
+    directory, _ = compress(name, format=form, exclude=["model.layers.1.*"])
+    config = modelopt_config({"format": form})
+    config["quant_cfg"] = [*config["quant_cfg"], {"quantizer_name": "*layers.1.*", "enable": False}]
+    monkeypatch.setitem(globals(), "modelopt_config", lambda changes: config)
+    in_memory(sources(name), tmp_path / "memory", {"format": form}, monkeypatch)
+    ours, theirs = (
+        json.loads((path / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+        for path in (directory, tmp_path / "memory")
+    )
+    tensors = load(directory)
+    matrices = {key.removesuffix(".weight") for key, tensor in tensors.items() if tensor.dim() == 2}
+    alone = {module for module in matrices if tensors[f"{module}.weight"].dtype == torch.bfloat16}
+    assert set(theirs) <= set(ours)
+    assert set(ours) - set(theirs) == alone - set(theirs)
+    assert named(ours, matrices) == alone
+    assert named(theirs, matrices) == alone
+
+
+def named(patterns: list[str], modules: set[str]) -> set[str]:
+    return {module for module in modules if any(fnmatchcase(module, pattern) for pattern in patterns)}
 
 
 def test_many_files_hold_the_same_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.parametrize("changes", [{"format": "fp8"}, {"format": "mxfp8"}], ids=["fp8", "mxfp8"])
+@pytest.mark.parametrize("changes", [{"format": "fp8"}, {"format": "w4a16_nvfp4"}], ids=["fp8", "nvfp4"])
 def test_memory_does_not_grow_with_depth(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,9 +80,9 @@ def test_memory_does_not_grow_with_depth(
     seen: list[int] = []
     frame = skeleton.Skeleton.frame
 
-    def watched(self: Any, index: int) -> Any:
+    def watched(self: Any, index: int, values: Any) -> Any:
         seen.append(resident())
-        return frame(self, index)
+        return frame(self, index, values)
 
     monkeypatch.setattr(skeleton.Skeleton, "frame", watched)
     run(make_request(source, tmp_path / "out", **changes), silent)

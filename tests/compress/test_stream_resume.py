@@ -16,9 +16,12 @@ import torch
 from compress_requests import make_request, silent
 from safetensors.torch import load_file
 
+from tiny import save_checkpoint
+from trtbuild.compress import states_between
 from trtbuild.compress.journal import Journal
 from trtbuild.compress.run import run
 from trtbuild.compress.shards import ShardWriter, reserved_bytes
+from trtbuild.compress.states_between import StatesBetween
 
 # Kills a run of its own at each moment in turn: when the progress begins with a text, or at the n-th tensor written.
 KILLER = """
@@ -144,3 +147,48 @@ def test_a_tensor_out_of_step_begins_a_file(tmp_path: Path) -> None:
     assert [sorted(load_file(path)) for path in files] == [["odd"], ["half", "one", "wide"]]
     found = {name: tensor for path in files for name, tensor in load_file(path).items()}
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_states_that_are_in_no_file_are_computed_again(
+    sources: Any, compress: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where states stay on the device."""
+    expected, _ = compress("gemma3", format="fp8", kv_cache="fp8")
+    request = make_request(sources("gemma3"), tmp_path / "out", format="fp8", kv_cache="fp8")
+    monkeypatch.setattr(StatesBetween, "recomputed", property(lambda self: True))
+
+    def stop(done: int, total: int, what: str) -> None:
+        if what.startswith("calibrate: layer 3 of 4, sample 2 "):
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(request, stop)
+    assert sorted(path.name for path in (tmp_path / "out.unfinished").iterdir()) == ["journal.jsonl", "shard-00000"]
+    assert run(request, silent)["notes"] == ["an earlier run had finished 2 of 4 layers"]
+    assert digests(tmp_path / "out") == digests(expected)
+
+
+def test_samples_in_batches(sources: Any, compress: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four samples, three at once and then one: the same ranges, less what sums in another order make of them."""
+    expected, _ = compress("qwen3", format="fp8")
+    monkeypatch.setattr(states_between, "batch_size", lambda device, length: 3)
+    seen: list[str] = []
+    run(make_request(sources("qwen3"), tmp_path / "out", format="fp8"), lambda done, total, what: seen.append(what))
+    assert [what for what in seen if what.startswith("calibrate: layer 2")] == [
+        f"calibrate: layer 2 of 3, sample {number} of 4" for number in (3, 4)
+    ]
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", expected))
+    for name in theirs:
+        close = torch.allclose(ours[name].float(), theirs[name].float(), rtol=1e-4)
+        assert close, name
+
+
+def test_a_killed_copy_goes_on(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "source", "mixtral", max_shard_size="90KB")
+    request = make_request(source, tmp_path / "out")
+    run(request | {"output": str(tmp_path / "expected")}, silent)
+    moments: list[str | int | None] = ["copy: file 1 of", "copy: file 3 of", None]
+    result = json.loads(killed(request, moments, tmp_path).strip().splitlines()[-1])
+    assert result["notes"] == ["files that an earlier run had copied: 3"]
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")
+    assert not (tmp_path / "out.unfinished").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trtbuild.compress_memory import Demand, parse_bytes, show_bytes
+from trtbuild.compress_memory import STRAIGHT_FORMATS, Demand, parse_bytes, show_bytes
 from trtbuild.errors import RecipeError
 from trtbuild.layer_size import LayerSize, largest_layer
 from trtbuild.pipeline import prepare
@@ -44,10 +44,21 @@ def test_a_shown_size_is_enough() -> None:
 def test_states_stay_in_memory_only_where_they_fit() -> None:
     small = demand()
     assert small.state_bytes == 2 * 8 * 512 * 256 * 4
-    assert small.peak(None) == small.smallest + small.state_bytes
+    ahead = 2 * LAYER.parameters  # the next layer
+    assert small.peak(None) == small.smallest + small.state_bytes + ahead
     assert small.peak(small.smallest + small.state_bytes) == small.smallest + small.state_bytes
-    assert small.peak(small.smallest + small.state_bytes - 1) == small.smallest
-    assert demand(samples=1 << 20).peak(None) == small.smallest  # a terabyte goes to the disk unasked
+    assert small.peak(small.smallest + small.state_bytes - 1) == small.smallest + ahead
+    assert small.peak(small.smallest + ahead - 1) == small.smallest
+    assert not small.reads_ahead(small.smallest + ahead - 1)
+    assert demand(samples=1 << 20).peak(None) == small.smallest + ahead  # a terabyte goes to the disk unasked
+
+
+def test_weights_that_are_coded_from_file_to_file_need_no_layer() -> None:
+    huge = LayerSize(parameters=1 << 40, matrix=1 << 38, squared_inputs=1)
+    for name in STRAIGHT_FORMATS:
+        assert demand(format=name, layer=huge, samples=0, length=0).peak(None) < 700_000_000
+        for changes in ({"experts": True}, {"kv_cache": "fp8"}, {"sparsity_method": "magnitude"}):
+            assert demand(format=name, layer=huge, **changes).smallest > 1 << 40
 
 
 def test_what_a_compression_needs_more() -> None:

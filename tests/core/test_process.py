@@ -60,6 +60,11 @@ def test_the_answer_the_progress_and_the_log(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "log.txt").read_text() == "to the log\n"
 
 
+def test_the_peak_is_not_that_of_who_started_it(run: Run) -> None:
+    held = b"x" * (300 << 20)
+    assert run("return {}").peak_memory_bytes < len(held)
+
+
 def test_a_request_in_a_file(run: Run, tmp_path: Path) -> None:
     write_step(tmp_path, 'return {"got": request["a"]}')
     (tmp_path / "request.json").write_text('{"a": "é"}')

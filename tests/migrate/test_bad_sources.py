@@ -152,7 +152,7 @@ def test_a_draft_model_is_no_second_engine(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["migrate", str(repository), "-o", str(tmp_path / "r.yaml"), "--json"])
     assert done.exit_code == 0, done.stderr
     rows = {row["old"]: row for row in json.loads(done.stdout)["rows"]}
-    assert rows["tensorrt_llm_draft_model_name"]["loss"]
+    assert rows["tensorrt_llm_draft_model_name"]["field"] == "speculative.method"
 
 
 def test_the_command_line(tmp_path: Path) -> None:

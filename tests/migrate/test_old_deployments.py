@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from migrate.old_repositories import ENGINE_CONFIG, PARAMETERS, PLACEHOLDERS, STRUCTURE, write_repository
+from tiny import save_checkpoint
 from trtbuild.migrate.legacy import leaves
 from trtbuild.migrate.run import Migration, migrate, next_command, write_recipe
 from trtbuild.migrate.translate import Row
@@ -37,11 +38,17 @@ def losses(migration: Migration) -> set[str]:
     return {row.old for row in migration.rows if row.is_loss}
 
 
-def plan_of(migration: Migration, out: Path) -> Plan:
+def plan_of(migration: Migration, out: Path, *overrides: str) -> Plan:
     """The written recipe holds the document, and its plan has no problems."""
     write_recipe(migration, out)
     assert load_recipe(out).document == migration.document
-    return prepare(out).plan
+    return prepare(out, overrides).plan
+
+
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft model for `tiny_llama`."""
+    return save_checkpoint(tmp_path_factory.mktemp("drafts") / "small", overrides={"num_hidden_layers": 1})
 
 
 @pytest.mark.parametrize("version", PARAMETERS)
@@ -63,7 +70,7 @@ def test_every_parameter_of_upstream_has_exactly_one_row(version: str, kind: Any
 
 
 @pytest.mark.parametrize("version", PARAMETERS)
-def test_values_of_an_old_repository(version: str, tmp_path: Path, tiny_llama: Path) -> None:
+def test_values_of_an_old_repository(version: str, tmp_path: Path, tiny_llama: Path, small_llama: Path) -> None:
     repository = write_repository(tmp_path / "repository", version)
     done = migrate(str(repository), "trtllm", model=str(tiny_llama))
     assert done.document["runtime"] == {
@@ -106,7 +113,7 @@ def test_values_of_an_old_repository(version: str, tmp_path: Path, tiny_llama: P
         ),
         *("gpu_weights_percent", "enable_context_fmha_fp32_acc", "multi_block_mode", "cuda_graph_cache_size"),
         *("speculative_decoding_fast_logits", "add_special_tokens", "skip_special_tokens", "max_num_images"),
-        *("multimodal_encoders_name", "tensorrt_llm_draft_model_name", "max_queue_size", "logits_datatype"),
+        *("multimodal_encoders_name", "max_queue_size", "logits_datatype"),
         *("encoder_input_features_data_type", "prompt_embedding_table_data_type"),
         "visual_model_path" if version == "0.17" else "multimodal_model_path",
     }
@@ -120,7 +127,8 @@ def test_values_of_an_old_repository(version: str, tmp_path: Path, tiny_llama: P
     assert row_of(done, "kv_cache_free_gpu_mem_fraction").kind == "renamed"
     assert row_of(done, "iter_stats_max_iterations").kind == "kept"
     assert any("clients change" in note for note in done.notes)
-    plan = plan_of(done, tmp_path / "recipe.yaml")
+    assert done.document["speculative"] == {"method": "draft_target", "draft": "/FILL-IN/draft-checkpoint"}
+    plan = plan_of(done, tmp_path / "recipe.yaml", f"speculative.draft={small_llama}")
     assert plan.value("runtime.kv_cache.max_tokens") == 40960
 
 
@@ -188,8 +196,8 @@ def test_a_draft_and_its_target(tmp_path: Path, tiny_llama: Path) -> None:
     write_recipe(done, tmp_path / "recipe.yaml")
     assert "# FILL IN: the draft model's original checkpoint" in (tmp_path / "recipe.yaml").read_text()
     other = migrate(str(repository), "trtllm", model=str(tiny_llama))
-    assert {"tensorrt_llm_draft_model_name", "draft_kv_cache_free_gpu_mem_fraction"} <= losses(other)
-    assert "speculative" not in other.document
+    assert losses(other) >= {"draft_kv_cache_free_gpu_mem_fraction"}
+    assert other.document["speculative"] == {"method": "draft_target", "draft": "/FILL-IN/draft-checkpoint"}
 
 
 @pytest.mark.parametrize(
@@ -409,9 +417,10 @@ def test_a_stock_model_yaml(tmp_path: Path) -> None:
     assert at(done.document, "runtime.extra") == {
         "disable_overlap_scheduler": True,
         "kv_cache_config": {"secondary_offload_min_priority": 35},
-        "speculative_config": {"decoding_type": "Draft_Target", "max_draft_len": 4, "speculative_model": "/draft"},
     }
+    assert done.document["speculative"] == {"method": "draft_target", "max_draft_len": 4, "draft": "/draft"}
     assert row_of(done, "speculative_config.decoding_type").kind == "computed"
+    assert row_of(done, "speculative_config.max_draft_len").kind == "kept"
     assert row_of(done, "speculative_config.speculative_model_dir").kind == "renamed"
     assert losses(done) == {"no_such_argument", "kv_cache_config.dtype"}
 

@@ -23,6 +23,7 @@ from trtbuild.plan import Plan, Source
 from trtbuild.planner import make_plan
 from trtbuild.recipe_file import load_recipe
 from trtbuild.toolchain import tool_versions
+from trtbuild.yaml_text import yaml_scalar
 
 EMBEDDED = {
     "runtime.max_batch_size": 5,
@@ -53,8 +54,12 @@ TRTLLM = {
     "runtime.extra.num_postprocess_workers": 0,
     "runtime.extra.sampler_type": "TorchSampler",
     "runtime.extra.kv_cache_config.event_buffer_max_size": 7,
-    "runtime.extra.speculative_config.decoding_type": "NGram",
-    "runtime.extra.speculative_config.max_draft_len": 3,
+    "runtime.extra.speculative_config.acceptance_window": 50,
+    "speculative.method": "ngram",
+    "speculative.max_draft_len": 3,
+    "speculative.draft_len_schedule": {1: 3, 16: 0},
+    "speculative.max_matching_ngram_size": 4,
+    "speculative.is_keep_all": False,
 }
 del TRTLLM["runtime.context_parallel_size"]  # does not run with speculation
 
@@ -62,7 +67,7 @@ del TRTLLM["runtime.context_parallel_size"]  # does not run with speculation
 def planned(kind: str, values: dict[str, Any], checkpoint: Path, folder: Path) -> Plan:
     recipe = folder / "source.yaml"
     recipe.write_text(f"schema_version: 1\nmodel: {{path: {checkpoint}}}\nruntime: {{kind: {kind}}}\n")
-    loaded = load_recipe(recipe, [f"{path}={json.dumps(value)}" for path, value in values.items()])
+    loaded = load_recipe(recipe, [f"{path}={yaml_scalar(value)}" for path, value in values.items()])
     return make_plan(loaded, read_facts(open_directory(checkpoint)), Source(str(checkpoint)), tool_versions())
 
 
@@ -90,7 +95,7 @@ def assert_back(values: dict[str, Any], done: Migration, checkpoint: Path, folde
     plan = prepare(folder / "recipe.yaml").plan
     for path, value in values.items():
         if not path.startswith("runtime.extra."):
-            assert json.loads(json.dumps(plan.value(path))) == value, path
+            assert json.dumps(plan.value(path)) == json.dumps(value), path
     assert plan.source.path == str(checkpoint)
 
 

@@ -11,8 +11,10 @@ import torch
 import tiny
 from runtime.conftest import engine_config
 from runtime.fp8 import fp8_checkpoint
+from runtime.int4 import int4_checkpoint
 from trtbuild.runtime import Engine
 from trtbuild.runtime.fast import choice
+from trtbuild.runtime.fast.packing import pack, unpack
 from trtbuild.runtime.fast.weights import fuse
 from trtbuild.runtime.model import ModelRunner
 
@@ -54,6 +56,14 @@ def test_the_reasons_name_what_they_found(checkpoint: Callable[..., Path], tmp_p
     path = fp8_checkpoint(checkpoint("llama", **SHAPE), tmp_path / "same")
     assert "is expanded" in str(reason(runner(path, weights="expanded")))
     assert reason(runner(path, weights="packed")) is None
+    path = int4_checkpoint(checkpoint("llama", **SHAPE), tmp_path / "int4")
+    assert reason(runner(path, weights="packed")) is None
+    path = int4_checkpoint(checkpoint("llama", **SHAPE), tmp_path / "int4-wide", group=16)
+    assert "has groups of [16] inputs" in str(reason(runner(path, weights="packed")))
+    path = int4_checkpoint(checkpoint("llama", **SHAPE), tmp_path / "int4-other", one_smoothing=False)
+    assert "q_proj/k_proj/v_proj of layer 0 has a different pre_quant_scale" in str(
+        reason(runner(path, weights="packed"))
+    )
     other = fp8_checkpoint(checkpoint("llama", **SHAPE), tmp_path / "other", one_scale=False)
     assert "q_proj/k_proj/v_proj of layer 0 has a different weight_scale" in str(
         reason(runner(other, weights="packed"))
@@ -66,11 +76,13 @@ def test_a_type_and_a_device_are_reasons_too() -> None:
     assert "compute_dtype is float64" in str(choice._host_reason(cuda, torch.float64))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "fp8"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "fp8", "int4"])
 def test_fused_weights_leave_the_model_as_it_was(checkpoint: Callable[..., Path], tmp_path: Path, name: str) -> None:
-    path = checkpoint("llama" if name == "fp8" else name, **SHAPE)
+    path = checkpoint("llama" if name in ("fp8", "int4") else name, **SHAPE)
     if name == "fp8":
         path = fp8_checkpoint(path, tmp_path / "fp8")
+    if name == "int4":
+        path = int4_checkpoint(path, tmp_path / "int4")
     with Engine.load(path, config=engine_config(weights="packed")) as engine:
         prompt = list(range(5, 30))
         before = engine.logits(prompt)
@@ -79,7 +91,12 @@ def test_fused_weights_leave_the_model_as_it_was(checkpoint: Callable[..., Path]
         assert torch.equal(engine.logits(prompt), before)
         attention, layer = made.model.model.layers[1].self_attn, weights.layers[1]
         # Views of the fused matrix: to write into it is to change the layer.
-        assert attention.k_proj.weight.data_ptr() == layer.qkv.weight[layer.heads.queries * 32 :].data_ptr()
+        if name == "int4":
+            assert attention.k_proj.weight is None
+            assert attention.k_proj.weights().shape == (64, 64)
+            assert layer.qkv.outputs == 256
+        else:
+            assert attention.k_proj.weight.data_ptr() == layer.qkv.weight[layer.heads.queries * 32 :].data_ptr()
         assert (layer.qkv.bias is not None) == (name == "qwen2")
         assert (layer.heads.query_norm is not None) == (name == "qwen3")
         layer.gate_up.weight.view(torch.uint8).zero_()
@@ -96,3 +113,13 @@ def test_rotation_is_the_models_own(checkpoint: Callable[..., Path]) -> None:
     assert torch.allclose(weights.rotation.sin, angles.sin(), atol=1e-6)
     plain = torch.arange(300)[:, None] * 10000.0 ** (-torch.arange(0, 32, 2) / 32)
     assert not torch.allclose(weights.rotation.cos, plain.cos(), atol=1e-2)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(6, 256, 128), (33, 192, 64), (5, 32, 32)])
+def test_packing_keeps_every_code(outputs: int, inputs: int, group: int) -> None:
+    codes = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8)
+    packed = pack(codes, group)
+    assert packed.shape == (inputs // group, outputs, group // 2)
+    assert packed.dtype == torch.uint8
+    assert torch.equal(unpack(packed), codes)
+    assert torch.equal(unpack(packed[:, 1:4]), codes[1:4])

@@ -82,8 +82,9 @@ def test_one_row(outputs: int, inputs: int, fp8: bool, form: str) -> None:
         gate, up = y.chunk(2, dim=1)
         y = gate * torch.sigmoid(gate) * up
     to_codes = form == "gated to codes"
-    used = TABLE["fp8" if fp8 else "bf16"]
+    used = TABLE["fp8" if fp8 else "bf16"][0]
     for tiling in (used.plain, used.gated, Tiling(16, 256, 4, 3)):
+        assert isinstance(tiling, Tiling)
         poison()
         found = one_row(
             x, weight, tiling, factor=scalar(factor) if fp8 else None, bias=bias, gated=gated,
@@ -92,6 +93,89 @@ def test_one_row(outputs: int, inputs: int, fp8: bool, form: str) -> None:
         )  # fmt: skip
         assert found.shape == (1, outputs)
         assert error(expanded(found, SCALE), y) < (FP8_ERROR if to_codes else BF16_ERROR)
+
+
+def activated(y: torch.Tensor) -> torch.Tensor:
+    gate, up = y.chunk(2, dim=1)
+    return gate * torch.sigmoid(gate) * up
+
+
+def test_silu_mul_multiplies_by_what_the_next_matrix_asks() -> None:
+    from trtbuild.runtime.fast.kernels.activation import silu_mul
+
+    pairs, pre = normal(7, 2 * 300), normal(300)
+    assert error(silu_mul(pairs, None, pre), activated(pairs.double()) * pre.double()) < BF16_ERROR
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(512, 3072), (146, 208)])
+@pytest.mark.parametrize("rows", [2, 8, 17, 64])
+def test_few_rows(rows: int, outputs: int, inputs: int, fp8: bool, splits: int) -> None:
+    from trtbuild.runtime.fast.kernels.few_rows import Block, few_rows
+
+    x = codes(rows, inputs) if fp8 else normal(rows, inputs)
+    weight = codes(outputs, inputs) if fp8 else normal(outputs, inputs, scale=inputs**-0.5)
+    factor = 1 / (60 * 60 * inputs**0.5) if fp8 else 1.0
+    bias = normal(outputs)
+    y = x.double() @ weight.double().T * factor
+    for block in (Block(64, 128, splits, 4, 4), Block(128, 64, splits, 4, 5), Block(64, 256, splits, 4, 3, rows=16)):
+        used = scalar(factor) if fp8 else None
+        for _ in range(3):  # the counters of one call are the next one's
+            poison()
+            found = few_rows(x, weight, block, factor=used, bias=bias)
+            assert error(found, y + bias.double()) < BF16_ERROR
+        out = torch.full((rows, outputs), float("nan"), device=DEVICE)
+        assert error(few_rows(x, weight, block, factor=used, out=out), y) < BF16_ERROR
+        poison()
+        found = few_rows(x, weight, block, factor=used, gated=True, scale=scalar(SCALE) if fp8 else None)
+        assert error(expanded(found, SCALE), activated(y)) < (FP8_ERROR if fp8 else BF16_ERROR)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 3, 16, 40, 200])
+@pytest.mark.parametrize(("outputs", "inputs"), [(512, 3072), (146, 384)])
+def test_four_bits(outputs: int, inputs: int, rows: int, group: int) -> None:
+    from trtbuild.runtime.fast.kernels.few_rows import Block, few_rows
+    from trtbuild.runtime.fast.kernels.int4 import expand
+    from trtbuild.runtime.fast.kernels.one_row_int4 import Lines, one_row_int4
+    from trtbuild.runtime.fast.linear import TABLE
+    from trtbuild.runtime.fast.packing import pack
+
+    numbers = torch.randint(-8, 8, (outputs, inputs), device=DEVICE, dtype=torch.int8)
+    packed = pack(numbers, group)
+    scales = (torch.rand(inputs // group, outputs, device=DEVICE) * 0.01).to(torch.bfloat16)
+    exact = (numbers.double().view(outputs, -1, group) * scales.double().t()[:, :, None]).view(outputs, inputs)
+    weight = torch.full((outputs, inputs), float("nan"), device=DEVICE, dtype=torch.bfloat16)
+    assert error(expand(packed, scales, weight), exact) < BF16_ERROR
+    # Bit for bit what the general path multiplies with.
+    assert torch.equal(weight, (numbers.view(outputs, -1, group) * scales.t()[:, :, None]).view(outputs, inputs))
+    x, bias, pre = normal(rows, inputs), normal(outputs), normal(outputs // 2)
+    y = x.double() @ exact.T
+    gated = activated(y) * pre.double()
+    narrow = Block(64, 0, 2, 4, 3, rows=16, groups=4)
+    shares = [one for line in TABLE["int4"] if rows <= line.rows for one in (line.plain, line.gated)]
+    used = [one for one in shares if isinstance(one, Block)]
+    for block in (Block(64, 0, 3, 4, 3, rows=64), Block(128, 0, 1, 8, 2, rows=128, groups=2), narrow, *used):
+        poison()
+        assert error(few_rows(x, packed, block, scales=scales, bias=bias), y + bias.double()) < BF16_ERROR
+        poison()
+        assert error(few_rows(x, packed, block, scales=scales, gated=True, pre=pre), gated) < BF16_ERROR
+    for lines in (Lines(16, 8, 4), Lines(8, 4, 2)) if rows == 1 else ():
+        poison()
+        assert error(one_row_int4(x, packed, scales, lines, bias=bias), y + bias.double()) < BF16_ERROR
+        poison()
+        assert error(one_row_int4(x, packed, scales, lines, gated=True, pre=pre), gated) < BF16_ERROR
+
+
+def test_embedding_of_tokens_that_the_device_chose() -> None:
+    from trtbuild.runtime.fast.kernels.embed import embed
+
+    table = normal(50, 1500)
+    tokens = torch.tensor([3, -1, -3, 49], dtype=torch.int32, device=DEVICE)
+    chosen = torch.tensor([7, 8, -1], dtype=torch.int32, device=DEVICE)
+    poison()
+    assert torch.equal(embed(tokens, chosen, table), table[[3, 7, 0, 49]])
 
 
 @pytest.mark.parametrize("rows", [1, 5])

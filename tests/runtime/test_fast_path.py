@@ -16,6 +16,7 @@ import torch
 from runtime.conftest import engine_config
 from runtime.fp8 import fp8_checkpoint
 from runtime.gpu import error, needs_gpu
+from runtime.int4 import int4_checkpoint
 from runtime.test_greedy import BLOCK, TOKENS, make_prompts, run_every_way
 from trtbuild.runtime import Engine, SamplingParams
 
@@ -63,7 +64,7 @@ def load() -> Iterator[Callable[..., Engine]]:
         one.close()
 
 
-MODELS = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "fp8", "fp8 kv", "bf16 over fp8 kv", "odd"]
+MODELS = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "fp8", "fp8 kv", "int4", "bf16 over fp8 kv", "odd"]
 
 
 def model(name: str, checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[Path, dict[str, str], float]:
@@ -71,6 +72,8 @@ def model(name: str, checkpoint: Callable[..., Path], tmp_path: Path) -> tuple[P
     if name.startswith("fp8"):
         path = fp8_checkpoint(checkpoint("llama", **SHAPE), tmp_path / "fp8", kv=name == "fp8 kv")
         return path, {"dtype": "fp8"} if name == "fp8 kv" else {}, 0.16
+    if name == "int4":
+        return int4_checkpoint(checkpoint("llama", **SHAPE), tmp_path / "int4"), {}, 0.06
     if name == "bf16 over fp8 kv":
         return checkpoint("llama", **SHAPE), {"dtype": "fp8"}, 0.06
     if name == "odd":

@@ -15,6 +15,7 @@ import yaml
 
 from trtbuild.adapters.triton_config import Model
 from trtbuild.errors import Problem
+from trtbuild.llm_speculation import DRAFT_ARGUMENTS, DRAFT_PLACE, SECTION
 from trtbuild.render import render
 
 ARGS_FILE = "llm_args.yaml"
@@ -36,6 +37,8 @@ def render_stock(directory: Path, context: Mapping[str, Any], *, llm_args: Mappi
     triton = {"max_batch_size": 0, "decoupled": decoupled, "cancellation_check_period_ms": period_ms}
     named = {"model": context["model_path"], "tokenizer": context["model_path"]}
     arguments = {name: value for name, value in llm_args.items() if name not in named}
+    if SECTION in arguments:
+        arguments[SECTION] = _placed(arguments[SECTION], str(context["model_path"]))
     text = yaml.safe_dump({_TRITON_CONFIG: triton, **named, **arguments}, sort_keys=False, allow_unicode=True)
     (directory / "config.pbtxt").write_text(render("llmapi/config.pbtxt.j2", context), encoding="utf-8")
     note = render("llmapi/README.md.j2", {**context, "source": CONTAINER_FILES})
@@ -43,6 +46,12 @@ def render_stock(directory: Path, context: Mapping[str, Any], *, llm_args: Mappi
     version = directory / "1"
     head = "# LLM arguments, and triton_config for the container's model.py. Written by trtbuild.\n"
     (version / STOCK_FILE).write_text(head + text, encoding="utf-8")
+
+
+def _placed(drafting: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """``speculative_config`` with the whole path of a draft that the arguments name by its place in the engine."""
+    inside = [name for name in DRAFT_ARGUMENTS if drafting.get(name) == DRAFT_PLACE]
+    return {**drafting, **dict.fromkeys(inside, f"{model}/{DRAFT_PLACE}")}
 
 
 def read_args(path: Path, where: str) -> tuple[dict[str, Any], list[Problem]]:
@@ -108,8 +117,19 @@ def check_stock(model: Model) -> list[Problem]:
         problems += _triton_config(model, args.get(_TRITON_CONFIG), where)
         if not isinstance(args.get("model"), str):
             problems.append(Problem(where, "model is missing", "name the engine's directory in the container"))
+        problems += _draft(args, where)
         problems += check_args(model, args)
     return problems
+
+
+def _draft(args: Mapping[str, Any], where: str) -> list[Problem]:
+    """The container's model.py does not know where the engine lies: the draft's place must be a whole path."""
+    drafting = args.get(SECTION)
+    named = next((drafting[name] for name in DRAFT_ARGUMENTS if name in drafting), None) if drafting else None
+    if named != DRAFT_PLACE:
+        return []
+    message = f"{SECTION} names the draft as {named}, which the container looks for in its working directory"
+    return [Problem(where, message, "name the whole path: the model's directory and the draft's in it")]
 
 
 def _triton_config(model: Model, found: Any, where: str) -> list[Problem]:

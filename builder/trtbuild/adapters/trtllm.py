@@ -1,8 +1,8 @@
 """TensorRT-LLM's LLM API: from a planned engine step to the engine directory that a server loads.
 
 An engine directory is the checkpoint with ``llm_args.yaml`` (the arguments of `tensorrt_llm.LLM` besides the place of
-model and tokenizer, which the server knows), ``engine.json`` (what this is, for people and checks) and LoRA adapters
-as ``adapters/NAME``.
+model and tokenizer, which the server knows), ``engine.json`` (what this is, for people and checks), LoRA adapters
+as ``adapters/NAME``, and the draft model as ``draft``. The arguments name the draft by its place in the directory.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any
 
 from ruamel.yaml.error import YAMLError
 
+from trtbuild.adapters import trtllm_draft
 from trtbuild.errors import ArtifactError, CompatibilityError, Problem
 from trtbuild.linking import place_tree
 from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.llm_schema import load_schema
+from trtbuild.llm_speculation import DRAFT_ARGUMENTS, DRAFT_PLACE, SECTION, written
 from trtbuild.llm_validate import validate
 from trtbuild.manifest import canonical_json, write_atomic
 from trtbuild.yaml_text import parse_yaml, yaml_key, yaml_scalar
@@ -44,6 +46,9 @@ def llm_arguments(parameters: Mapping[str, Any]) -> dict[str, Any]:
             _put(arguments, LLM_ARGUMENT[path], "auto" if value == "none" else value)
         else:
             _put(arguments, LLM_ARGUMENT[path], list(value) if isinstance(value, tuple) else value)
+    drafting = parameters.get("speculation")
+    if drafting is not None:
+        arguments[SECTION] = written(drafting["config"], drafting["draft_argument"])
     _merge(arguments, parameters["extra"])
     return arguments
 
@@ -105,7 +110,20 @@ def check_engine(directory: Path, engine: Mapping[str, Any], arguments: Mapping[
     for name, place in engine["adapters"].items():
         if not (directory / place / "adapter_config.json").is_file():
             problems.append(Problem(f"adapters.{name}", f"{place} holds no adapter", "build the package again"))
-    return problems
+    return [*problems, *_check_drafting(directory, engine.get("speculation"), arguments.get(SECTION))]
+
+
+def _check_drafting(directory: Path, engine: Any, arguments: Any) -> list[Problem]:
+    """The draft's place in the arguments and on the disk against ``engine.json``."""
+    said = arguments if isinstance(arguments, Mapping) else {}
+    named = next((said[name] for name in DRAFT_ARGUMENTS if name in said), None)
+    draft = engine["draft"] if engine else None
+    if named != draft and (engine or named == DRAFT_PLACE):
+        message = f"the draft is {named or 'not named'} in {ARGS_FILE}, {draft or 'not named'} in {ENGINE_FILE}"
+        return [Problem(SECTION, message, "build the package again")]
+    if draft is not None and not (directory / draft / "config.json").is_file():
+        return [Problem(SECTION, f"{draft} holds no draft model", "build the package again")]
+    return []
 
 
 def engine_json(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +136,14 @@ def engine_json(parameters: Mapping[str, Any]) -> dict[str, Any]:
         **{name: values[f"runtime.{name}"] for name in _LIMITS},
         "trust_remote_code": values.get("model.trust_remote_code", False),
         "adapters": {name: f"{ADAPTERS}/{name}" for name in parameters["adapters"]},
-    }
+    } | _drafting(parameters.get("speculation"))
+
+
+def _drafting(speculation: Mapping[str, Any] | None) -> dict[str, Any]:
+    if speculation is None:
+        return {}
+    draft = DRAFT_PLACE if speculation["draft_argument"] else None
+    return {"speculation": {"method": speculation["method"], "draft": draft}}
 
 
 def check_adapter(name: str, directory: Path, values: Mapping[str, Any]) -> list[Problem]:
@@ -144,7 +169,12 @@ def check_adapter(name: str, directory: Path, values: Mapping[str, Any]) -> list
 
 
 def write_engine(
-    parameters: Mapping[str, Any], checkpoint: Path, adapters: Mapping[str, Path], out: Path
+    parameters: Mapping[str, Any],
+    checkpoint: Path,
+    adapters: Mapping[str, Path],
+    out: Path,
+    *,
+    draft: Path | None = None,
 ) -> dict[str, Any]:
     """Write an engine directory.
 
@@ -153,6 +183,7 @@ def write_engine(
         checkpoint: the compressed checkpoint.
         adapters: directories of LoRA adapters by name.
         out: the directory to fill.
+        draft: directory of the draft model.
 
     Returns:
         The contents of ``engine.json``.
@@ -169,6 +200,8 @@ def write_engine(
     place_tree(checkpoint, out)
     for name, directory in adapters.items():
         _copy_adapter(directory, out / ADAPTERS / name)
+    if draft is not None:
+        trtllm_draft.place(draft, out / DRAFT_PLACE, parameters["speculation"]["method"])
     write_atomic(out / ARGS_FILE, args_text(arguments, parameters))
     described = engine_json(parameters)
     write_atomic(out / ENGINE_FILE, canonical_json(described))

@@ -20,14 +20,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from trtbuild.choice_memory import smallest_for_choice, too_small_for_choice
 from trtbuild.compress.calibrate import forward_arguments
 from trtbuild.compress.groups import format_groups
+from trtbuild.compress.identity import resume_key
 from trtbuild.compress.quantize import format_config
 from trtbuild.compress.request import AutoFormat, Meter, Request
 from trtbuild.compress.selection import Selection, select
 from trtbuild.compress.source import load_source, pick_device
-from trtbuild.errors import HostError, ToolError
+from trtbuild.errors import HostError, RecipeError, ToolError
 from trtbuild.mixed_settings import NEEDS_GPU
+from trtbuild.model import ModelFacts
 from trtbuild.safetensors_header import TensorInfo
 from trtbuild.weight_formats import file_bits
 
@@ -49,13 +52,17 @@ class Choice:
 
 
 def choose(
-    request: Request, source: Mapping[str, TensorInfo], ids: Sequence[Sequence[int]], meter: Meter, key: str
+    request: Request,
+    facts: ModelFacts,
+    source: Mapping[str, TensorInfo],
+    ids: Sequence[Sequence[int]],
+    meter: Meter,
 ) -> Choice:
-    """The formats for a request with `auto`; what an unfinished run of the same `key` has chosen is not measured again.
+    """The formats for a request with `auto`; what an unfinished run of the same request has chosen is taken again.
 
     Raises:
         HostError: A format that is scored on a GPU alone, and there is none.
-        RecipeError: A layer that a format cannot take.
+        RecipeError: A layer that a format cannot take; a limit on memory that the whole model does not fit in.
         ToolError: ModelOpt found no solution.
     """
     auto, device = request.auto, pick_device(request.device)
@@ -67,6 +74,10 @@ def choose(
             f"compress.auto_formats: {', '.join(on_gpu)} is scored by running the model in it, which needs a GPU",
             "use fp8 and int4_awq, or name formats in compress.overrides",
         )
+    least = smallest_for_choice(facts, len(ids[0]))
+    if device.type == "cpu" and request.max_memory is not None and request.max_memory < least:
+        raise RecipeError([too_small_for_choice(request.max_memory, least)])
+    key = resume_key(request, source, ids, device, 1)
     kept = None if request.work is None else request.work / AUTO_FILE
     known = _kept(kept, key)
     if known is not None:

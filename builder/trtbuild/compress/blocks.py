@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -25,7 +26,7 @@ _BLOCK_BYTES = 4 << 20
 
 
 class TensorBlocks:
-    """The tensors of one directory, read through one buffer of a few MiB.
+    """The tensors of one directory, read through one buffer of a few MiB for each thread that reads.
 
     A file that disappears or changes while the work goes on is an error, and never half of one model and half of
     another.
@@ -34,12 +35,15 @@ class TensorBlocks:
         directory: Where the files lie.
         infos: All tensors that will be asked for.
         finite: Refuse NaN and infinity.
+        pinned: Buffers that a GPU can copy from directly.
     """
 
-    def __init__(self, directory: Path, infos: Mapping[str, TensorInfo], *, finite: bool = True) -> None:
-        self.directory, self._finite = directory, finite
+    def __init__(
+        self, directory: Path, infos: Mapping[str, TensorInfo], *, finite: bool = True, pinned: bool = False
+    ) -> None:
+        self.directory, self._finite, self._pinned = directory, finite, pinned
         self._identities = {shard: _identity(directory / shard) for shard in {info.shard for info in infos.values()}}
-        self._buffer = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
+        self._own = threading.local()
 
     def blocks(self, info: TensorInfo, first: int = 0, count: int | None = None) -> Iterator[torch.Tensor]:
         """Yield the elements of a tensor from `first` on, flat, in its own type; a block is gone when the next comes.
@@ -47,22 +51,8 @@ class TensorBlocks:
         Raises:
             ArtifactError: The file has disappeared, has changed, or holds NaN or infinity here.
         """
-        kind = TORCH_TYPES[info.dtype]
-        step = _BLOCK_BYTES // kind.itemsize
-        end = first + (info.elements - first if count is None else count)
-        descriptor = self._open(info.shard)
-        try:
-            for begin in range(first, end, step):
-                size = (min(begin + step, end) - begin) * kind.itemsize
-                self._fill(descriptor, size, info, info.begin + begin * kind.itemsize)
-                block = self._buffer[:size].view(kind)
-                if self._finite and kind in _CHECKED and not is_finite(block):
-                    raise ArtifactError(
-                        f"{self.directory}: {info.name} holds NaN or infinite values", "use an undamaged checkpoint"
-                    )
-                yield block
-        finally:
-            os.close(descriptor)
+        for _, block in self._walk(info, first, info.elements - first if count is None else count, None):
+            yield block
 
     def rounded(self, info: TensorInfo) -> Iterator[torch.Tensor]:
         """The same for a whole tensor as a checkpoint keeps it: wide floating-point values as bf16."""
@@ -71,10 +61,11 @@ class TensorBlocks:
 
     def read(self, info: TensorInfo, target: torch.Tensor, first: int = 0) -> None:
         """Fill `target` (contiguous, of any type and device) with the elements of a tensor from `first` on."""
-        flat, done = target.view(-1), 0
-        for block in self.blocks(info, first, flat.numel()):
-            flat[done : done + block.numel()].copy_(block)
-            done += block.numel()
+        flat = target.view(-1)
+        straight = flat.device.type == "cpu" and flat.dtype == TORCH_TYPES[info.dtype]
+        for begin, block in self._walk(info, first, flat.numel(), flat if straight else None):
+            if not straight:
+                flat[begin : begin + block.numel()].copy_(block)
 
     def value(self, info: TensorInfo) -> torch.Tensor:
         """A whole tensor in its own type."""
@@ -86,14 +77,41 @@ class TensorBlocks:
         """Whether all files are still those that were there at the start."""
         return all(_identity(self.directory / shard) == known for shard, known in self._identities.items())
 
+    def _walk(
+        self, info: TensorInfo, first: int, count: int, target: torch.Tensor | None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (position after `first`, block); blocks are parts of `target` where it is given."""
+        kind = TORCH_TYPES[info.dtype]
+        step = _BLOCK_BYTES // kind.itemsize
+        descriptor = self._open(info.shard)
+        try:
+            for begin in range(0, count, step):
+                number = min(step, count - begin)
+                block = self._buffer(number, kind) if target is None else target[begin : begin + number]
+                self._fill(descriptor, block, info, info.begin + (first + begin) * kind.itemsize)
+                if self._finite and kind in _CHECKED and not is_finite(block):
+                    raise ArtifactError(
+                        f"{self.directory}: {info.name} holds NaN or infinite values", "use an undamaged checkpoint"
+                    )
+                yield begin, block
+        finally:
+            os.close(descriptor)
+
+    def _buffer(self, number: int, kind: torch.dtype) -> torch.Tensor:
+        buffer = getattr(self._own, "buffer", None)
+        if buffer is None:
+            buffer = self._own.buffer = torch.empty(_BLOCK_BYTES, dtype=torch.uint8, pin_memory=self._pinned)
+        part: torch.Tensor = buffer[: number * kind.itemsize]
+        return part.view(kind)
+
     def _open(self, shard: str) -> int:
         path = self.directory / shard
         if _identity(path) != self._identities[shard]:
             raise ArtifactError(f"{path} has changed or disappeared while it was read", "put the same file back")
         return os.open(path, os.O_RDONLY)
 
-    def _fill(self, descriptor: int, size: int, info: TensorInfo, offset: int) -> None:
-        view = memoryview(self._buffer.numpy())[:size]
+    def _fill(self, descriptor: int, block: torch.Tensor, info: TensorInfo, offset: int) -> None:
+        view = memoryview(block.view(torch.uint8).numpy())
         while view:
             count = os.preadv(descriptor, [view], offset)
             if not count:

@@ -21,6 +21,7 @@ from trtbuild.compress.metadata import read_json
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.compress.source import read_tensors
+from trtbuild.compress.threads import workers
 from trtbuild.errors import ToolError
 from trtbuild.safetensors_header import TensorInfo
 from trtbuild.weight_formats import is_searched
@@ -75,8 +76,12 @@ def check_export(request: Request, selection: Selection, source: Mapping[str, Te
         refuse("not quantized, although compress.exclude does not name it", set(formats) - set(quantized))
         refuse("quantized, although it has no format", set(quantized) - set(formats))
         _check_every_matrix(request, infos, selection, quantized)
-        for layer in quantized:
-            _check_layer(request, layer, formats[layer], infos, values, source)
+        with workers() as pool:
+            checking = [
+                pool.submit(_check_layer, request, layer, formats[layer], infos, values, source) for layer in quantized
+            ]
+            for checked in checking:
+                checked.result()
         _check_shared_inputs(quantized, values, infos)
     check_source_is_covered(infos, source)
     if request.kv_cache == "fp8":

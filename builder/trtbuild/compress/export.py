@@ -1,8 +1,8 @@
 """ModelOpt's unified Hugging Face checkpoint: written from a whole model, or its tensors for one decoder layer.
 
-Codes are computed from the weights in float32, and only what stays uncoded is rounded to bf16, on its way out: a model
-rounded before would be rounded twice. (The exporter's `dtype` says in what type it computes codes; it casts nothing
-that it leaves uncoded.)
+Codes are computed in the type of the weights: float32 on a CPU, where only what stays uncoded is rounded to bf16, on
+its way out; on a GPU bf16, as ModelOpt does with a model that was loaded as its files are. (The exporter's `dtype` says
+in what type it computes codes; it casts nothing that it leaves uncoded.)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from trtbuild.compress.metadata import read_json, write_json, write_metadata
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.errors import CompatibilityError, ToolError
+from trtbuild.toolchain import version_of
 from trtbuild.weight_formats import is_searched
 
 _SHARD_BYTES = 5_000_000_000
@@ -37,7 +38,7 @@ def export(model: nn.Module, selection: Selection, request: Request) -> None:
     with _rounded(model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with _experts_as_they_are(selection):
-            export_hf_checkpoint(model, dtype=torch.float32, export_dir=request.output, max_shard_size=_SHARD_BYTES)
+            export_hf_checkpoint(model, dtype=_type_of(model), export_dir=request.output, max_shard_size=_SHARD_BYTES)
     skipped = [str(item.message) for item in caught if "name" in str(item.message) and "skipped" in str(item.message)]
     if skipped:
         raise ToolError(f"ModelOpt exported tensors under names that no engine knows: {skipped[0]}")
@@ -77,9 +78,9 @@ def export_frame(frame: nn.Module, layer: str, selection: Selection) -> Exported
 
     quant_utils.process_layer_quant_config = keep
     try:
-        with _rounded(frame), warnings.catch_warnings(), _experts_as_they_are(selection):
+        with _rounded(frame), warnings.catch_warnings(), _experts_as_they_are(selection), _one_cache():
             warnings.simplefilter("ignore")
-            state, config = exporter._export_transformers_checkpoint(frame, torch.float32)  # noqa: SLF001
+            state, config = exporter._export_transformers_checkpoint(frame, _type_of(frame))  # noqa: SLF001
     except AssertionError as error:
         if "different quantization formats" not in str(error):
             raise
@@ -122,6 +123,35 @@ def write_config(
     revert_quant_config_names(section, build_reverse_name_mapper(model))
     nested = {"producer": {"name": "modelopt", "version": modelopt.__version__}, "quantization": section}
     _complete_metadata(nested, convert_hf_quant_config_format(nested), selection, request)
+
+
+def write_uniform_config(section: Mapping[str, object], selection: Selection, request: Request) -> None:
+    """Write the configs of a checkpoint whose quantized layers are all alike, without ModelOpt.
+
+    Args:
+        section: Format and group size as ModelOpt names them.
+        selection: Of the whole model.
+        request: Where to write.
+    """
+    producer = {"name": "modelopt", "version": version_of("nvidia-modelopt")}
+    whole = {"quant_algo": section["quant_algo"], "kv_cache_quant_algo": None, **section, "exclude_modules": []}
+    flat = {"ignore": [], "quant_algo": section["quant_algo"], "producer": producer, "quant_method": "modelopt"}
+    _complete_metadata({"producer": producer, "quantization": whole}, flat, selection, request)
+
+
+def _type_of(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+@contextmanager
+def _one_cache() -> Iterator[None]:
+    """While open, the exporter does not give the GPU's memory back after every linear layer: that waits for the GPU."""
+    empty = torch.cuda.empty_cache
+    torch.cuda.empty_cache = lambda: None
+    try:
+        yield
+    finally:
+        torch.cuda.empty_cache = empty
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from trtbuild.compress.selection import Selection
 from trtbuild.weight_formats import is_searched
 
 _BEFORE: Mapping[str, str] = {"down_proj": "up_proj", "o_proj": "v_proj"}
+_SHOWN = 5
 _CLOSE = 1e-4  # relative; scaling by powers of two changes nothing at all where sums are taken in the same order
 
 
@@ -82,6 +83,16 @@ def fold(tensors: dict[str, torch.Tensor], pairs: Iterable[tuple[str, str]]) -> 
             if scaled is not None:
                 rows = smooth.float().reshape(-1, *[1] * (scaled.dim() - 1))
                 tensors[f"{before}.{leaf}"] = (scaled.float() * rows).to(scaled.dtype)
+
+
+def smoothing_notes(undone: Iterable[str], selection: Selection) -> list[str]:
+    """What the result says of layers without smoothing, by their names in files."""
+    names = sorted(set(undone))
+    if not names:
+        return []
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    of_all = f"{len(names)} of {len(selection.formats)} layers"
+    return [f"{of_all} have no smoothing, since nothing before them takes up the scales exactly: {shown}"]
 
 
 def _fit(frame: nn.Module, name: str, before: str) -> bool:

@@ -17,7 +17,7 @@ _LIBRARIES = ("torch", "transformers", "nvidia-modelopt", "safetensors")
 
 
 def resume_key(
-    request: Request, source: Mapping[str, TensorInfo], ids: Sequence[Sequence[int]], device: torch.device
+    request: Request, source: Mapping[str, TensorInfo], ids: Sequence[Sequence[int]], device: torch.device, batch: int
 ) -> str:
     """A digest of the request, its inputs, the libraries, and how this host computes.
 
@@ -28,6 +28,7 @@ def resume_key(
         source: The tensors of the source.
         ids: The calibration samples.
         device: Where layers run.
+        batch: How many samples run at once.
     """
     return digest_json(
         {
@@ -49,6 +50,7 @@ def resume_key(
             },
             "files": _files(request, source) if request.key is None else None,
             "samples": [list(sample) for sample in ids],
+            "batch": batch,
         }
     )
 

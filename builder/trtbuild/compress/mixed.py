@@ -42,6 +42,11 @@ def passes(request: Request, selection: Selection | None = None) -> tuple[tuple[
     return _mixed_passes(set(selection.formats.values()), request)
 
 
+def layer_passes(request: Request, selection: Selection) -> tuple[tuple[str, int], ...]:
+    """The passes for one decoder layer; one that needs none still runs for the layers behind it."""
+    return passes(request, selection) or (("run", 1),)
+
+
 def _mixed_passes(formats: Iterable[str], request: Request) -> tuple[tuple[str, int], ...]:
     found = [step for name in sorted(formats) for step in format_passes(name, "none")]
     return ((_KV_PASS,) if request.kv_cache != "none" else ()) + tuple(found)

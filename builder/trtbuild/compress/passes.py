@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +27,11 @@ class LayerLoop:
     Args:
         layer: The decoder layer.
         name: Its name in the model.
-        call: What it is called with beside the state.
+        calls: What it is called with beside the state, by the number of samples at once.
         states: For each call the states before the layer, and where those behind it go (None behind the last layer);
             the last pair for all further calls.
         count: Number of samples.
+        batch: How many run at once.
         device: Where the layer runs.
         passes: For each call what it does, and what one layer costs in it.
         meter: Told after every sample.
@@ -39,9 +40,10 @@ class LayerLoop:
 
     layer: nn.Module
     name: str
-    call: Call
+    calls: Mapping[int, Call]
     states: Sequence[tuple[States, States | None]]
     count: int
+    batch: int
     device: torch.device
     passes: Sequence[tuple[str, int]]
     meter: Meter
@@ -53,12 +55,13 @@ class LayerLoop:
         what, cost = self.passes[min(self.done, len(self.passes) - 1)]
         inputs, outputs = self.states[min(self.done, len(self.states) - 1)]
         with torch.no_grad():
-            for index in range(self.count):
-                state = inputs.get(index).to(self.device)
-                hidden = self._run(index, state)
+            for index in range(0, self.count, self.batch):
+                size = min(self.batch, self.count - index)
+                states = inputs.get(index, size).to(self.device)
+                hidden = self._run(index, states)
                 if outputs is not None and self.done < len(self.states):
                     outputs.put(index, hidden)
-                self.meter.advance(cost, f"{what}: {self.where}, sample {index + 1} of {self.count}")
+                self.meter.advance(cost * size, f"{what}: {self.where}, sample {index + size} of {self.count}")
         self.done += 1
 
     def finish(self) -> None:
@@ -66,19 +69,21 @@ class LayerLoop:
         while self.done < len(self.states):
             self(self.layer)
 
-    def _run(self, index: int, state: torch.Tensor) -> torch.Tensor:
+    def _run(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        call = self.calls[len(states)]
         try:
-            hidden = self.call.run(self.layer, state)
+            hidden = call.run(self.layer, states)
         except AssertionError as error:  # ModelOpt's answer to a range that is not finite
-            culprit = self._first_overflow(state)
+            culprit = self._first_overflow(call, states)
             if culprit is None:
                 raise
-            raise _overflow(index, culprit, state.dtype) from error
+            raise _overflow(index, len(states), culprit, states.dtype) from error
         if not is_finite(hidden):
-            raise _overflow(index, self._first_overflow(state) or f"the output of {self.name}", hidden.dtype)
+            culprit = self._first_overflow(call, states) or f"the output of {self.name}"
+            raise _overflow(index, len(states), culprit, hidden.dtype)
         return hidden
 
-    def _first_overflow(self, state: torch.Tensor) -> str | None:
+    def _first_overflow(self, call: Call, states: torch.Tensor) -> str | None:
         """The first module inside the layer that takes or gives what is not finite."""
         found: list[str] = []
 
@@ -96,14 +101,15 @@ class LayerLoop:
                 handles.append(module.register_forward_pre_hook(watch("input", name)))
                 handles.append(module.register_forward_hook(watch("output", name)))
         with suppress(AssertionError):
-            self.call.run(self.layer, state)
+            call.run(self.layer, states)
         for handle in handles:
             handle.remove()
         return found[0] if found else None
 
 
-def _overflow(index: int, culprit: str, kind: torch.dtype) -> ToolError:
+def _overflow(index: int, size: int, culprit: str, kind: torch.dtype) -> ToolError:
+    samples = f"sample {index + 1}" if size == 1 else f"samples {index + 1} to {index + size}"
     return ToolError(
-        f"calibration sample {index + 1}: {culprit} is not finite in {kind}",
+        f"calibration {samples}: {culprit} is not finite in {kind}",
         "the model does not compute with these weights and this text; check both",
     )

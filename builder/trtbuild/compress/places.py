@@ -26,6 +26,10 @@ class Part:
         of_experts = len(shape) == slot.dim() + 1 and shape[-1] == slot.shape[-1]
         return shape == tuple(slot.shape) or of_experts
 
+    def is_whole(self, slot: torch.Tensor) -> bool:
+        """Whether the tensor of the files is all of it `slot`'s."""
+        return self.info.elements == slot.numel()
+
 
 def locate(model: nn.Module, source: Mapping[str, TensorInfo]) -> tuple[dict[str, Part], list[str]]:
     """Where every tensor of the model lies, experts one by one; and the tensors of the files that have no place."""

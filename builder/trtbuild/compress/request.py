@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,11 @@ class Request:
     def single(self) -> str:
         """The weight format of a request that names one alone; none where no weight is quantized."""
         return self.formats[0] if self.formats else "none"
+
+    @property
+    def mixed(self) -> bool:
+        """Whether layers differ in format: a format that no layer has is refused."""
+        return len(self.formats) > 1
 
     @property
     def sparse(self) -> bool:
@@ -158,11 +164,13 @@ class Meter:
         self._progress = progress
         self._total = max(total, 1)
         self._done = 0
+        self._lock = threading.Lock()
 
     def advance(self, units: int, what: str) -> None:
         """Report `units` more as done; the last unit is kept for `finish`."""
-        self._done = min(self._done + units, self._total - 1)
-        self._progress(self._done, self._total, what)
+        with self._lock:  # layers are finished on a thread of their own
+            self._done = min(self._done + units, self._total - 1)
+            self._progress(self._done, self._total, what)
 
     def finish(self, what: str) -> None:
         """Report that everything is done."""

@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trtbuild.choice_memory import smallest_for_choice, too_small_for_choice
-from trtbuild.compress.auto import Choice
+from trtbuild.compress.auto import choose
 from trtbuild.compress.checks import Checked, check_export
 from trtbuild.compress.compressed_checks import check_compressed
 from trtbuild.compress.copying import copy_checkpoint
 from trtbuild.compress.effective_bits import bits_per_weight
+from trtbuild.compress.folding import smoothing_notes
 from trtbuild.compress.request import Meter, Request, parse_request
 from trtbuild.compress.selection import Selection, select
 from trtbuild.compress.source import check_source, pick_device, read_tensors
 from trtbuild.compress.whole import SPARSEGPT_PASSES, compress_whole
 from trtbuild.compress_memory import Demand, show_bytes
-from trtbuild.errors import CompatibilityError, HostError, Problem, RecipeError
+from trtbuild.errors import ArtifactError, CompatibilityError, HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.safetensors_header import TensorInfo
 from trtbuild.weight_formats import file_bits
@@ -66,16 +66,15 @@ def _compress(
     samples, choice = _load_samples(request), None
     if request.auto is not None:
         with clock.phase("choose formats"):
-            choice = _choose(request, facts, source, samples.input_ids, progress)
+            choice = choose(request, facts, source, samples.input_ids, Meter(progress, 1))
         request = choice.apply(request)
     if not (request.quantized or request.sparse):
         if request.exclude:
             raise RecipeError([Problem("compress.exclude", "has no meaning while nothing is compressed", "remove it")])
         meter = Meter(progress, len({info.shard for info in source.values()}))
         with clock.phase("copy"):
-            copy_checkpoint(request, source, meter)
+            notes = _copy(request, source, meter)
         selection = Selection({}, {})
-        notes: list[str] = []
     else:
         selection, notes = _change(request, facts, source, samples, progress, clock)
     _make_readable(request.output)
@@ -88,21 +87,26 @@ def _compress(
     return result | {"bits_per_weight": bits} | ({} if choice is None else {"choice": choice.table})
 
 
-def _choose(
-    request: Request,
-    facts: ModelFacts,
-    source: Mapping[str, TensorInfo],
-    ids: Sequence[Sequence[int]],
-    progress: Progress,
-) -> Choice:
-    """The format of each layer where the request leaves it open."""
-    from trtbuild.compress.auto import choose
+def _copy(request: Request, source: Mapping[str, TensorInfo], meter: Meter) -> list[str]:
+    """Copy what is not compressed; a killed run goes on behind its last file."""
     from trtbuild.compress.identity import resume_key
 
-    device, least = pick_device(request.device), smallest_for_choice(facts, len(ids[0]))
-    if device.type == "cpu" and request.max_memory is not None and request.max_memory < least:
-        raise RecipeError([too_small_for_choice(request.max_memory, least)])
-    return choose(request, source, ids, Meter(progress, 1), resume_key(request, source, ids, device))
+    work = _work(request)
+    try:
+        resumed = copy_checkpoint(
+            request, source, meter, work=work, key=resume_key(request, source, (), pick_device("cpu"), 1)
+        )
+    except ArtifactError:
+        shutil.rmtree(work)
+        raise
+    if request.work is None:
+        shutil.rmtree(work)
+    return [f"files that an earlier run had copied: {resumed}"] if resumed else []
+
+
+def _work(request: Request) -> Path:
+    """Where unfinished files lie."""
+    return request.work or request.output.with_name(f"{request.output.name}.unfinished")
 
 
 def _make_readable(output: Path) -> None:
@@ -156,6 +160,7 @@ def _change_by_layer(
 ) -> tuple[Selection, list[str]]:
     from trtbuild.compress.identity import resume_key
     from trtbuild.compress.skeleton import open_skeleton
+    from trtbuild.compress.states_between import StatesBetween, batch_size
     from trtbuild.compress.stream import Stream
 
     device = pick_device(request.device)
@@ -168,15 +173,18 @@ def _change_by_layer(
         meter.advance(0, "load the model")
         skeleton = open_skeleton(request, source, device)
         selection = select(skeleton.model, source, request)
-        work = request.work or request.output.with_name(f"{request.output.name}.unfinished")
-        stream = Stream(request, skeleton, selection, ids, work, resume_key(request, source, ids, device), meter)
-        stream.keep_states = demand.kept_bytes(request.max_memory) > 0
+        work = _work(request)
+        batch = batch_size(device, len(ids[0])) if ids else 1
+        key = resume_key(request, source, ids, device, batch)
+        states = StatesBetween(request, len(ids), device, work, keep=demand.kept_bytes(request.max_memory) > 0)
+        stream = Stream(request, skeleton, selection, ids, work, key, meter, states, batch)
+        stream.ahead = device.type != "cpu" or demand.reads_ahead(request.max_memory)
         stream.prepare()
     with clock.phase("layers"):
         stream.run()
     if request.work is None:
         shutil.rmtree(work)
-    notes = [*_idle_notes(stream.idle), *_smoothing_notes(stream.unsmoothed, selection)]
+    notes = [*_idle_notes(stream.idle), *smoothing_notes(stream.unsmoothed, selection)]
     if request.max_memory is not None and peak_memory_bytes() > request.max_memory:
         seen, limit = show_bytes(peak_memory_bytes()), show_bytes(request.max_memory)
         notes.append(f"the peak of memory was {seen}, above compress.max_memory ({limit})")
@@ -195,21 +203,13 @@ def _demand(request: Request, facts: ModelFacts, ids: Sequence[Sequence[int]]) -
         samples=len(ids),
         length=len(ids[0]) if ids else 0,
         more_formats=tuple(name for name in request.formats if name != request.format),
+        experts=facts.num_experts is not None,
     )
 
 
 def _idle_notes(idle: Sequence[str]) -> list[str]:
     names = sorted(set(idle))
     return [f"{len(names)} experts saw no calibration token: {', '.join(names[:5])}"] if names else []
-
-
-def _smoothing_notes(unsmoothed: Sequence[str], selection: Selection) -> list[str]:
-    if not unsmoothed:
-        return []
-    names = sorted(set(unsmoothed))
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    of_all = f"{len(names)} of {len(selection.formats)} layers"
-    return [f"{of_all} have no smoothing, since nothing before them takes up the scales exactly: {shown}"]
 
 
 def _load_samples(request: Request) -> Any:
@@ -264,7 +264,8 @@ def _disk_errors(request: Request, needed: int) -> Iterator[None]:
 
 
 def _disk_full(request: Request, needed: int, state: str) -> HostError:
-    goes_on = "; the next run goes on behind the last finished layer" if request.quantized or request.sparse else ""
+    done = "layer" if request.quantized or request.sparse else "file"
+    goes_on = f"; the next run goes on behind the last finished {done}"
     return HostError(
         f"{request.output}: the compressed checkpoint needs about {needed:,} bytes, {state}",
         f"free space there or move the store{goes_on}",
@@ -283,7 +284,21 @@ def _result(request: Request, checked: Checked, samples: Any, clock: _Clock, not
         "tensors": checked.tensors,
         "bytes": checked.bytes,
         "seconds": clock.seconds,
+        "device": _device(),
         "notes": notes,
+    }
+
+
+def _device() -> dict[str, Any] | None:
+    """The GPU that layers ran on, and the most of its memory that tensors took and that was reserved for them."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return None
+    return {
+        "name": torch.cuda.get_device_name(),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ SHARD_BYTES = 5_000_000_000
 _ALIGNMENT = 64
 _ENTRY_BYTES = 140  # of a header's entry beside the name: type, up to four sides, two offsets, punctuation
 _PREAMBLE_BYTES = 64
+_COPIED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,22 @@ def reserved_bytes(names: Iterable[str]) -> int:
     """Room for a header with tensors of these names, so that the data begin at a multiple of 64 bytes."""
     room = _PREAMBLE_BYTES + sum(len(name.encode()) + _ENTRY_BYTES for name in names)
     return math.ceil((LENGTH_BYTES + room) / _ALIGNMENT) * _ALIGNMENT - LENGTH_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Room for a tensor in a file, that threads fill piece by piece."""
+
+    path: Path
+    offset: int
+
+    def write(self, piece: torch.Tensor, first: int) -> None:
+        """Write a flat piece whose first element is number `first` of the tensor."""
+        descriptor = os.open(self.path, os.O_WRONLY)
+        try:
+            _write(descriptor, piece, self.offset + first * piece.element_size())
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(slots=True)
@@ -99,16 +116,28 @@ class ShardWriter:
             raise ValueError(f"{name}: {end - begin} bytes were written, {size} announced")
         self.written.append(Written(shard, name, STORED_TYPES[kind], tuple(shape), begin, end))
 
+    def reserve(self, name: str, kind: torch.dtype, shape: Sequence[int]) -> Slot:
+        """Make room for one tensor that others will write; it must be whole before the next `sync`."""
+        size = math.prod(shape) * kind.itemsize
+        shard, begin = self._place(size, kind.itemsize)
+        self._open(shard, begin)
+        self.written.append(Written(shard, name, STORED_TYPES[kind], tuple(shape), begin, begin + size))
+        return Slot(self._path(shard), LENGTH_BYTES + self.room + begin)
+
     def append_all(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write whole tensors, the widest types first: every one then begins at a multiple of its type's size."""
         for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
             tensor = tensors[name].detach().contiguous()
-            self.append(name, tensor.dtype, tensor.shape, [tensor.reshape(-1)])
+            self.append(name, tensor.dtype, tensor.shape, on_host(tensor.reshape(-1)))
 
-    def sync(self) -> None:
-        """Bring what was written to the disk."""
-        if self._file is not None:
-            os.fdatasync(self._file)
+    def sync(self, shards: Iterable[int]) -> None:
+        """Bring what was written to these files to the disk; another thread may go on writing to them."""
+        for shard in sorted(set(shards)):
+            descriptor = os.open(self._path(shard), os.O_RDONLY)
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def seal(self) -> list[tuple[Path, int]]:
         """Write the headers; return the files in order, each with its number of data bytes."""
@@ -146,7 +175,6 @@ class ShardWriter:
 
     def _close(self) -> None:
         if self._file is not None:
-            os.fdatasync(self._file)
             os.close(self._file)
             self._file = None
 
@@ -165,16 +193,32 @@ def place_files(output: Path, files: Sequence[tuple[Path, int]], written: Sequen
     numbered = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
     names = numbered if total > 1 else [WHOLE]
     for (path, _), name in zip(files, names, strict=True):
-        target = output / name
-        target.unlink(missing_ok=True)
-        try:
-            target.hardlink_to(path)
-        except OSError:  # a file system without links
-            path.replace(target)
+        place_file(path, output / name)
     if total > 1:
         weight_map = {item.name: names[item.shard] for item in written}
         size = sum(size for _, size in files)
         write_json(output / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def place_file(path: Path, target: Path) -> None:
+    """Give a finished file a second name in place of what is there; the only one where links are unknown."""
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(path)
+    except OSError:  # a file system without links
+        path.replace(target)
+
+
+def on_host(flat: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The elements of a flat tensor in the host's memory; those of a GPU block by block, through one buffer."""
+    if not flat.is_cuda:
+        yield flat
+        return
+    step = _COPIED_BYTES // flat.element_size()
+    buffer = torch.empty(min(step, flat.numel()), dtype=flat.dtype, pin_memory=True)
+    for begin in range(0, flat.numel(), step):
+        part = flat[begin : begin + step]
+        yield buffer[: part.numel()].copy_(part)
 
 
 def raw_bytes(block: torch.Tensor) -> memoryview:

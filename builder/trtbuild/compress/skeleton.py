@@ -38,13 +38,13 @@ class _EnoughError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What the model calls a decoder layer with beside the hidden state; the same for every sample of a length."""
+    """What the model calls a decoder layer with beside the hidden state; the same for all batches of one shape."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer's output for a hidden state [1, T, H]."""
+        """The layer's output for hidden states [B, T, H]."""
         output = layer(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -95,6 +95,7 @@ class Skeleton:
     ) -> None:
         self.model, self.prefix, self.parts, self.blocks, self.device = model, prefix, parts, blocks, device
         self._layers: list[nn.Module | None] = list(model.get_submodule(prefix).children())
+        self._slots = model.state_dict(keep_vars=True)
         self._dummy: Probed | None = None
 
     @property
@@ -105,6 +106,10 @@ class Skeleton:
     def name_of(self, index: int) -> str:
         """The name of a decoder layer in the model."""
         return f"{self.prefix}.{index}"
+
+    def slot(self, place: str) -> torch.Tensor:
+        """The tensor of the model, without storage, that a part of the files belongs to."""
+        return self._slots[place]
 
     def outer_parts(self) -> dict[str, Part]:
         """What the files hold of the model outside its decoder layers: embeddings, the last norm, the output layer."""
@@ -120,45 +125,55 @@ class Skeleton:
         if outside:
             raise NotStreamableError(f"{outside[0]} lies outside the decoder layers")
 
-    def probe(self, samples: Sequence[Sequence[int]], take: Callable[[int, torch.Tensor], None]) -> Probed | None:
+    def probe(
+        self,
+        samples: Sequence[Sequence[int]],
+        take: Callable[[int, torch.Tensor], None],
+        sizes: Sequence[int] = (1,),
+    ) -> dict[int, tuple[Call, ...]]:
         """Find what the layers are called with; `take` gets each sample's hidden state before the first layer.
 
-        Returns what was found with the first sample, None without samples.
+        Returns the layers' calls for batches of each of `sizes`; nothing without samples.
 
         Raises:
             NotStreamableError: The model does more between its layers than handing the hidden state on.
         """
         self._put_layers(nn.ModuleList())
         self._fill_outer({token for sample in samples for token in sample} | set(_DUMMY))
-        self._dummy = self._calls(_DUMMY)
-        found = None
+        self._dummy = self._calls([_DUMMY])
+        found = {size: self._calls([samples[0]] * size).calls for size in sizes} if samples else {}
         for index, sample in enumerate(samples):
-            if found is None:
-                found = self._calls(sample)
-                take(index, found.hidden)
-            else:
-                take(index, self._run_probes(sample, 1)[0][0])
+            take(index, self._run_probes([sample], 1)[0][0])
         self._put_layers(nn.ModuleList())
         self.model.to("meta")
         return found
 
-    def frame(self, index: int) -> tuple[nn.Module, nn.Module]:
+    def wanted(self, index: int) -> dict[str, tuple[Part, torch.Tensor]]:
+        """The tensors of decoder layer `index` by their names in it: where each lies, and its slot."""
+        layer = self._layers[index]
+        if layer is None:
+            raise RuntimeError(f"layer {index} was taken before")
+        slots = layer.state_dict(keep_vars=True)
+        return {name: (self.parts[f"{self.name_of(index)}.{name}"], slot) for name, slot in slots.items()}
+
+    def frame(self, index: int, values: dict[str, torch.Tensor]) -> tuple[nn.Module, nn.Module]:
         """Return (model, layer): the model with nothing but one decoder layer, under its own name and filled.
 
         A frame is given once: it is spoiled by what ModelOpt does to it.
 
-        Raises:
-            ArtifactError: A tensor of the layer cannot be read, or holds NaN or infinity.
+        Args:
+            index: Of the layer.
+            values: Its tensors by their names in it, of any type; they are taken out, to be freed.
         """
         layer, self._layers[index] = self._layers[index], None
         if layer is None or self._dummy is None:
             raise RuntimeError(f"layer {index} was taken before, or the model was not probed")
-        frame = copy.deepcopy(self.model)
+        # Copies, so that the collector, which leaves alone what is older than the work, frees what ModelOpt ties up.
+        frame, layer = copy.deepcopy(self.model), copy.deepcopy(layer)
         frame.get_submodule(self.prefix).add_module(str(index), layer)
         with torch.no_grad():
             for name, slot in layer.state_dict(keep_vars=True).items():
-                part = self.parts[f"{self.name_of(index)}.{name}"]
-                assign(layer, name, slot, self._read(part, slot))
+                assign(layer, name, slot, values.pop(name).to(slot.dtype))
             restore_tables(frame, layer.modules(), self.device)
         hidden, call = self._dummy.hidden, self._dummy.calls[index]
         # ModelOpt's exporter runs the model once to see which linear layers share an input; it asks for these.
@@ -197,8 +212,8 @@ class Skeleton:
                 assign(module, leaf, slot, value)
         restore_tables(self.model, self.model.modules(), self.device)
 
-    def _calls(self, sample: Sequence[int]) -> Probed:
-        calls = self._run_probes(sample, self.depth)
+    def _calls(self, samples: Sequence[Sequence[int]]) -> Probed:
+        calls = self._run_probes(samples, self.depth)
         strange = [index for index, (hidden, _) in enumerate(calls) if hidden is not calls[0][0]]
         if strange or len(calls) != self.depth:
             raise NotStreamableError(
@@ -206,11 +221,11 @@ class Skeleton:
             )
         return Probed(calls[0][0], tuple(call for _, call in calls))
 
-    def _run_probes(self, sample: Sequence[int], number: int) -> list[tuple[torch.Tensor, Call]]:
+    def _run_probes(self, samples: Sequence[Sequence[int]], number: int) -> list[tuple[torch.Tensor, Call]]:
         """Run the model with probes in place of its layers, up to the call of layer `number`."""
         calls: list[tuple[torch.Tensor, Call]] = []
         self._put_layers(nn.ModuleList(_Probe(layer, calls, number) for layer in self._layers if layer is not None))
-        ids = torch.tensor([list(sample)], device=self.device)
+        ids = torch.tensor([list(sample) for sample in samples], device=self.device)
         try:
             with torch.no_grad():
                 self.model(input_ids=ids, **forward_arguments(self.model))
@@ -255,7 +270,8 @@ def open_skeleton(request: Request, source: Mapping[str, TensorInfo], device: to
                 "use the model's original files",
             )
     refuse_unmatched(model, missing, extra)
-    return Skeleton(model, found[0], parts, TensorBlocks(request.source, source), device)
+    blocks = TensorBlocks(request.source, source, pinned=device.type == "cuda")
+    return Skeleton(model, found[0], parts, blocks, device)
 
 
 def _own_state(module: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

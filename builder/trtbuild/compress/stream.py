@@ -1,8 +1,9 @@
 """Compress one decoder layer at a time: memory does not grow with depth, and a killed run goes on where it was.
 
 A layer is read, the calibration states run through it, ModelOpt prunes and quantizes it as a model with this layer
-alone, its tensors are appended to the output's files, and it is freed. Every part (first what lies outside the layers,
-then each layer) ends with a line in the journal; a run that finds a journal of the same key begins behind it.
+alone, its tensors are appended to the output's files, and it is freed. While one is computed, threads read the next and
+write the one before. Every part (first what lies outside the layers, then each layer) ends with a line in the journal
+once its bytes are on the disk; a run that finds a journal of the same key begins behind it.
 
 What a layer gets is what it gets in the whole model: ModelOpt calibrates on the activations of the model that is not
 yet quantized, and each layer's numbers depend on its own inputs and weights alone.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,23 +24,27 @@ from torch import nn
 from trtbuild.compress import folding
 from trtbuild.compress.auto import AUTO_FILE
 from trtbuild.compress.blocks import rounded_type
+from trtbuild.compress.codings import SECTIONS
 from trtbuild.compress.compressed_tensors import write_compressed_config
+from trtbuild.compress.direct import Direct, is_direct
 from trtbuild.compress.journal import Journal
 from trtbuild.compress.layer_export import export_layer
+from trtbuild.compress.libraries import import_libraries, quick_collection
 from trtbuild.compress.metadata import write_metadata
 from trtbuild.compress.passes import LayerLoop
+from trtbuild.compress.reading import LayerReader
 from trtbuild.compress.request import Meter, Request
 from trtbuild.compress.selection import Selection
 from trtbuild.compress.shards import ShardWriter, Written, place_files, reserved_bytes
 from trtbuild.compress.skeleton import Call, NotStreamableError, Skeleton
-from trtbuild.compress.states import States
+from trtbuild.compress.states_between import ORIGINAL, StatesBetween
+from trtbuild.compress.storing import Part, Storing, of_tensors
+from trtbuild.compress.threads import workers
 from trtbuild.compress.whole import SPARSEGPT_PASSES
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
-from trtbuild.weight_formats import is_searched, needs_text
 
 # Names of a quantized layer's tensors beside its weight and bias are at most this long; there are at most five.
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale")
-_ORIGINAL, _PRUNED, _CACHED = "original", "pruned", "cached"
 
 
 @dataclass(slots=True)
@@ -54,6 +59,7 @@ class Stream:
         work: Where the unfinished files lie; on the file system of the output.
         key: Of everything that decides the bytes.
         meter: Told after every layer and sample.
+        states: The hidden states of the samples.
     """
 
     request: Request
@@ -63,14 +69,15 @@ class Stream:
     work: Path
     key: str
     meter: Meter
-    keep_states: bool = True  # hold the hidden states in memory too
+    states: StatesBetween
+    batch: int = 1  # samples that run at once
+    ahead: bool = True  # read the next layer while one is computed
     idle: list[str] = field(default_factory=list)
     unsmoothed: list[str] = field(default_factory=list)  # by names in files; in the form of compressed-tensors
     resumed: int = 0  # decoder layers that an earlier run had finished
-    _calls: tuple[Call, ...] = ()
-    _shape: tuple[int, ...] = ()
+    _calls: Mapping[int, Sequence[Call]] = field(default_factory=dict)
     _journal: Journal | None = None
-    _known: dict[Path, States] = field(default_factory=dict)
+    _direct: bool = False
 
     def prepare(self) -> None:
         """Find out what the layers are called with, and store the states before the first.
@@ -81,21 +88,25 @@ class Stream:
         self.skeleton.refuse_outer(self.selection)
         self.work.mkdir(parents=True, exist_ok=True)
         self._journal = self._open_journal()
-        first = not self._journal.parts
+        self._direct = is_direct(self.skeleton, self.selection, self.request)
+        if self._direct:
+            return
+        first = self.states.recomputed or not self._journal.parts
         samples = self.samples if first else self.samples[:1]
 
         def take(index: int, hidden: torch.Tensor) -> None:
-            self._shape = tuple(hidden.shape)
+            self.states.shape = tuple(hidden.shape)
             if first:
-                for stream in self._streams():
-                    self._states(stream, 0).put(index, hidden)
+                for states in self.states.all_before(0):
+                    states.put(index, hidden)
 
+        count = len(self.samples)
+        sizes = sorted({min(self.batch, count), count % self.batch} - {0})
         try:
-            probed = self.skeleton.probe(samples, take)
+            self._calls = self.skeleton.probe(samples, take, sizes)
         except NotStreamableError:
             shutil.rmtree(self.work)
             raise
-        self._calls = probed.calls if probed is not None else ()
 
     def run(self) -> None:
         """Compress every layer that is not finished, and put the checkpoint in place.
@@ -110,20 +121,47 @@ class Stream:
         with self._kept_if_useful():
             written = [Written.of_json(item) for part in journal.parts for item in part["tensors"]]
             with ShardWriter(self.work, self._room(), written=written) as writer:
-                if not journal.parts:
-                    self._outer(journal, writer)
-                self.resumed = len(journal.parts) - 1
-                for index in range(self.skeleton.depth):
-                    if index < self.resumed:
-                        self.skeleton.skip(index)
+                self.resumed = max(len(journal.parts) - 1, 0)
+                with workers() as pool, Storing(journal, writer) as storing:
+                    if self._direct:
+                        direct = Direct(self.skeleton, self.selection, self.request, pool)
+                        self._straight(direct, journal, storing)
                     else:
-                        self._layer(index, journal, writer)
-                        gc.collect()  # ModelOpt's modules refer to themselves
+                        if not journal.parts:
+                            self._outer(storing)
+                        self._layers(LayerReader(self.skeleton, pool, ahead=self.ahead), storing)
                 files = writer.seal()
             place_files(self.request.output, files, writer.written)
             self.idle += [name for part in journal.parts for name in part.get("idle", [])]
             self.unsmoothed += [name for part in journal.parts for name in part.get("unsmoothed", [])]
             self._configure(journal)
+
+    def _straight(self, direct: Direct, journal: Journal, storing: Storing) -> None:
+        """All that is not finished, without loading a layer."""
+        if not journal.parts:
+            self.meter.advance(0, "write the checkpoint: embeddings")
+            storing.take(Part(direct.outer()))
+        for index in range(self.resumed, self.skeleton.depth):
+            write, layers = direct.layer(index)
+            self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
+            storing.take(Part(write, {"layers": layers, "kv_cache": None, "idle": []}, told=self._teller(index)))
+
+    def _teller(self, index: int) -> Callable[[], None]:
+        return lambda: self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done")
+
+    def _layers(self, reader: LayerReader, storing: Storing) -> None:
+        again = self.states.recomputed and self.resumed < self.skeleton.depth
+        reader.expect(0 if again else self.resumed)
+        import_libraries(self.request)
+        with quick_collection():
+            for index in range(self.skeleton.depth):
+                if index >= self.resumed:
+                    self._layer(index, reader, storing)
+                    gc.collect()  # ModelOpt's modules refer to themselves
+                elif again:
+                    self._pass_through(index, reader)
+                else:
+                    self.skeleton.skip(index)
 
     def _open_journal(self) -> Journal:
         """The journal, empty unless all that it counts on is there."""
@@ -142,12 +180,10 @@ class Stream:
         for part in journal.parts:
             ends |= {item[0]: item[5] for item in part["tensors"]}
         files = [(self.work / f"shard-{shard:05d}", end) for shard, end in ends.items()]
-        states = [self._states_path(stream, len(journal.parts) - 1) for stream in self._streams()]
-        if len(journal.parts) > self.skeleton.depth:
-            states = []
-        return all(path.is_file() and path.stat().st_size >= end for path, end in files) and all(
-            path.is_file() for path in states
-        )
+        begun = len(journal.parts) - 1
+        if begun < self.skeleton.depth and self.states.missing(begun):
+            return False
+        return all(path.is_file() and path.stat().st_size >= end for path, end in files)
 
     def _room(self) -> int:
         names = [part.info.name for part in self.skeleton.parts.values()]
@@ -157,101 +193,84 @@ class Stream:
         ] * 2
         return reserved_bytes(names)
 
-    def _streams(self) -> tuple[str, ...]:
-        """The kinds of states that go from layer to layer, each in the order of its use."""
-        original = self.request.sparse and self.request.sparsity_method == "sparsegpt"
-        return (() if not self.samples or not original else (_ORIGINAL,)) + self._quantized_streams()
-
-    def _quantized_streams(self) -> tuple[str, ...]:
-        """The states that calibration runs on: of the pruned model, and of the same with its KV cache rounded.
-
-        ModelOpt's AWQ rounds the KV cache in its second pass, as the first has calibrated it. Where formats are mixed,
-        the cache is calibrated apart from them.
-        """
-        if not self.samples or not any(
-            needs_text(name, self.request.kv_cache) for name in self.request.formats or ("none",)
-        ):
-            return ()
-        cached = self.request.kv_cache != "none" and not self.selection.mixed and is_searched(self.request.single)
-        return (_PRUNED, _CACHED) if cached else (_PRUNED,)
-
-    def _states(self, stream: str, index: int) -> States:
-        """The states before decoder layer `index`."""
-        path = self._states_path(stream, index)
-        if path not in self._known:
-            kind = torch.float32 if self.skeleton.device.type == "cpu" else torch.bfloat16
-            self._known[path] = States(path, self._shape, kind, self.keep_states)
-        return self._known[path]
-
-    def _states_path(self, stream: str, index: int) -> Path:
-        return self.work / f"states-{stream}-{index}"
-
-    def _outer(self, journal: Journal, writer: ShardWriter) -> None:
+    def _outer(self, storing: Storing) -> None:
         self.meter.advance(0, "write the checkpoint: embeddings")
         parts = {part.info.name: part.info for part in self.skeleton.outer_parts().values()}
-        for name in sorted(parts, key=lambda name: (-rounded_type(parts[name]).itemsize, name)):
-            info = parts[name]
-            writer.append(name, rounded_type(info), info.shape, self.skeleton.blocks.rounded(info))
-        self._finish(journal, writer, 0, {})
 
-    def _layer(self, index: int, journal: Journal, writer: ShardWriter) -> None:
-        done = len(writer.written)
+        def write(writer: ShardWriter) -> None:
+            for name in sorted(parts, key=lambda name: (-rounded_type(parts[name]).itemsize, name)):
+                info = parts[name]
+                writer.append(name, rounded_type(info), info.shape, self.skeleton.blocks.rounded(info))
+
+        storing.take(Part(write, behind=self.states.all_before(0)))
+
+    def _layer(self, index: int, reader: LayerReader, storing: Storing) -> None:
         name = self.skeleton.name_of(index)
-        frame, layer = self.skeleton.frame(index)
+        frame, layer = self.skeleton.frame(index, reader.take(index))
         selection = self.selection.within(self.skeleton.prefix, index)
         idle: list[str] = []
         if self.request.sparse:
             idle += self._sparsify(index, frame, layer, selection)
         found: dict[str, object] = {}
         if self.request.quantized:
-            compressed = self.request.checkpoint == "compressed-tensors"
-            folds = folding.exact_folds(frame, selection) if compressed else {}
+            folds = folding.exact_folds(frame, selection) if self.request.checkpoint == "compressed-tensors" else None
             idle += self._quantize(index, frame, layer, selection)
             self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
-            tensors, found = export_layer(frame, name, selection, folds if compressed else None)
+            tensors, found = export_layer(frame, name, selection, folds)
         else:
             self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
             tensors = self._plain(name, layer)
-        writer.append_all(tensors)
-        self._finish(journal, writer, done, found | {"idle": idle})
-        for stream in self._streams():
-            self._states(stream, index).discard()
-            del self._known[self._states_path(stream, index)]
-        self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done")
+        storing.take(
+            Part(
+                of_tensors(tensors),
+                found | {"idle": idle},
+                behind=[] if self._last(index) else self.states.all_before(index + 1),
+                spent=self.states.spend(index),
+                told=self._teller(index),
+            )
+        )
+
+    def _pass_through(self, index: int, reader: LayerReader) -> None:
+        """Compute the states behind a layer that an earlier run had finished."""
+        _, layer = self.skeleton.frame(index, reader.take(index))
+        self._loop(index, layer, self.states.kinds, [("compute again", 0)]).finish()
+        self.states.spend(index)
+
+    def _last(self, index: int) -> bool:
+        return index + 1 == self.skeleton.depth
 
     def _sparsify(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
         from trtbuild.compress import sparsify
 
         if self.request.sparsity_method != "sparsegpt":
             return sparsify.sparsify(frame, selection, self.request, None)
-        loop = self._loop(index, layer, (_ORIGINAL,), SPARSEGPT_PASSES)
+        loop = self._loop(index, layer, (ORIGINAL,), SPARSEGPT_PASSES)
         idle = sparsify.sparsify(frame, selection, self.request, loop)
         loop.finish()
         return idle
 
     def _quantize(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
-        from trtbuild.compress.mixed import passes, quantize_layers
+        from trtbuild.compress.mixed import layer_passes, quantize_layers
 
-        streams = self._quantized_streams()
-        steps = passes(self.request, selection) or (("run", 1),)  # of a layer that needs no text, for those behind it
-        loop = self._loop(index, layer, streams, steps) if streams else None
+        kinds = self.states.quantized_kinds
+        loop = self._loop(index, layer, kinds, layer_passes(self.request, selection)) if kinds else None
         idle = quantize_layers(frame, selection, self.request, loop, layers=1)
         if loop is not None:
             loop.finish()
         return idle
 
-    def _loop(
-        self, index: int, layer: nn.Module, streams: Sequence[str], passes: Sequence[tuple[str, int]]
-    ) -> LayerLoop:
-        last = index + 1 == self.skeleton.depth
+    def _loop(self, index: int, layer: nn.Module, kinds: Sequence[str], passes: Sequence[tuple[str, int]]) -> LayerLoop:
+        last = self._last(index)
         return LayerLoop(
             layer=layer,
             name=self.skeleton.name_of(index),
-            call=self._calls[index],
+            calls={size: calls[index] for size, calls in self._calls.items()},
             states=[
-                (self._states(stream, index), None if last else self._states(stream, index + 1)) for stream in streams
+                (self.states.before(kind, index), None if last else self.states.before(kind, index + 1))
+                for kind in kinds
             ],
             count=len(self.samples),
+            batch=self.batch,
             device=self.skeleton.device,
             passes=passes,
             meter=self.meter,
@@ -271,14 +290,6 @@ class Stream:
             tensors[info.name] = value.to(rounded_type(info))
         return tensors
 
-    def _finish(self, journal: Journal, writer: ShardWriter, done: int, found: dict[str, object]) -> None:
-        writer.sync()
-        index = len(journal.parts)
-        if index < self.skeleton.depth:
-            for stream in self._streams():
-                self._states(stream, index).sync()
-        journal.finish(found | {"tensors": [item.to_json() for item in writer.written[done:]]})
-
     def _configure(self, journal: Journal) -> None:
         if not self.request.quantized:
             write_metadata(self.request, None)
@@ -286,8 +297,11 @@ class Stream:
         if self.request.checkpoint == "compressed-tensors":
             write_compressed_config(self.selection, self.request)
             return
-        from trtbuild.compress.export import write_config
+        from trtbuild.compress.export import write_config, write_uniform_config
 
+        if self._direct and not self.request.exclude:
+            write_uniform_config(SECTIONS[self.request.format], self.selection, self.request)
+            return
         layers = {name: value for part in journal.parts for name, value in part.get("layers", {}).items()}
         kv_cache = next((part["kv_cache"] for part in journal.parts if part.get("kv_cache")), None)
         write_config(self.skeleton.model, layers, kv_cache, self.selection, self.request)

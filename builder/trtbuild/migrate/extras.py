@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from trtbuild.migrate.translate import Row
 
 _METHOD = "speculative_config.decoding_type"
+_SCHEDULE = "draft_len_schedule"  # its keys are numbers
 
 
 @dataclass(slots=True)
@@ -110,12 +111,12 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def put(document: dict[str, Any], path: str, value: Any) -> None:
+def put(document: dict[Any, Any], path: str, value: Any) -> None:
     """Set a dotted path in a nested document."""
     *sections, last = path.split(".")
     for section in sections:
         document = document.setdefault(section, {})
-    document[last] = value
+    document[int(last) if sections[-1:] == [_SCHEDULE] and last.isdecimal() else last] = value
 
 
 def _renamed(row: Row, offer: _Offer) -> Row:

@@ -32,6 +32,7 @@ class Fate:
     engine: tuple[str, ...] = ()
     flag: str | None = None
     engines: Mapping[str, Any] | None = None
+    llm_api: Mapping[str, Any] | None = None
 
 
 @cache
@@ -56,9 +57,10 @@ def fate_of(setting: Setting) -> Fate | None:
 def fate_for(setting: Setting, kind: str) -> Fate | None:
     """What becomes of a setting where the new runtime is of this kind."""
     fate = fate_of(setting)
-    if fate is None or fate.engines is None or kind != "trtllm-engine":
+    own = None if fate is None else {"trtllm-engine": fate.engines, "trtllm": fate.llm_api}.get(kind)
+    if fate is None or own is None:
         return fate
-    return dataclasses.replace(fate, **{"field": None, "extra": None, "via": "", "values": {}} | dict(fate.engines))
+    return dataclasses.replace(fate, **{"field": None, "extra": None, "via": "", "values": {}} | dict(own))
 
 
 def _row(section: str, name: str) -> Fate | None:

@@ -7,6 +7,7 @@ import math
 from trtbuild.compress_settings import fitting_group_sizes
 from trtbuild.migrate.drafts import fit_drafts, fit_lora
 from trtbuild.migrate.legacy import Legacy
+from trtbuild.migrate.llm_drafts import fit_section
 from trtbuild.migrate.translate import Draft
 from trtbuild.model import ModelFacts
 
@@ -29,6 +30,7 @@ def fit(draft: Draft, legacy: Legacy, facts: ModelFacts | None) -> None:
     _formats(draft, facts)
     _serving(draft, legacy)
     _ranks(draft)
+    fit_section(draft)
     fit_drafts(draft)
     fit_lora(draft)
     if {_GRAPHS + "batch_sizes", _GRAPHS + "max_batch_size"} <= set(draft.values):

@@ -11,6 +11,7 @@ from trtbuild.compat import facts
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.llm_schema import Schema, load_schema
+from trtbuild.llm_speculation import members
 from trtbuild.llm_validate import validate
 from trtbuild.migrate.fates import table
 from trtbuild.migrate.values import text
@@ -64,6 +65,8 @@ class Target:
         if self.kind == "trtllm-engine":
             return _engine(field, value)
         argument, schema = LLM_ARGUMENT.get(field), self.schema
+        if field == "speculative.method" and schema is not None and value != "none" and not members(schema, value):
+            return f"{value}: only TensorRT engines have it"
         if argument is None or schema is None or field in _OTHER_WORDS:
             return None
         problems = validate(nested(argument, value), schema, partial=True)

@@ -21,9 +21,10 @@ from trtbuild.runtime.model import ModelRunner
 from trtbuild.runtime.outputs import Completion, EngineStats, Output
 from trtbuild.runtime.request import Request, final_output
 from trtbuild.runtime.sampling_params import SamplingParams
-from trtbuild.runtime.scheduler import Scheduler
+from trtbuild.runtime.scheduler import Chunk, Scheduler
 from trtbuild.runtime.sequence import Sequence as EngineSequence
-from trtbuild.runtime.step import StepResult, finish_step
+from trtbuild.runtime.step import StepResult, finish_promised, finish_step, promise_tokens
+from trtbuild.runtime.step_logits import StepLogits
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,8 @@ class Engine:
         self._intake = intake
         self._scheduler = Scheduler(config, runner.num_blocks)
         self._requests: dict[int, Request] = {}
-        # Outputs that wait until the device works on the next step; without such a device none wait.
-        self._held: list[tuple[Request, Output | int]] = []
-        if runner.fast is not None:
-            runner.fast.while_busy = self._hand_out
+        # The step that the device works on while the next one is scheduled: its tokens are promised.
+        self._ahead: tuple[list[Chunk], StepLogits] | None = None
         self._sequences: dict[int, EngineSequence] = {}
         self._wake = threading.Condition()
         self._arrived: deque[tuple[Request, EngineSequence]] = deque()
@@ -208,8 +207,8 @@ class Engine:
 
     def _take_orders(self) -> bool:
         """Wait for work, take in what arrived and what was cancelled; False once the engine closes."""
-        if self._cancelled or not self._scheduler.has_work:
-            self._hand_out()
+        if self._ahead is not None and not self._scheduler.has_work:
+            self._settle_ahead()  # all of its sequences have ended
         with self._wake:
             while not (self._closing or self._arrived or self._cancelled or self._scheduler.has_work):
                 self._wake.wait()
@@ -229,22 +228,46 @@ class Engine:
         return True
 
     def _step(self) -> None:
+        """Launch a step, and only then look at what the one before has brought, if that could wait."""
         chunks = self._scheduler.schedule()
         if not chunks:
-            self._hand_out()
+            self._settle_ahead()
             return
         try:
-            results = finish_step(chunks, self._runner.execute(chunks))
-        except Exception as error:  # the step's requests fail; the others may go on
-            logger.exception("a step failed")
-            self._fail([chunk.sequence for chunk in chunks], error)
+            step = self._runner.execute(chunks)
+        except Exception as error:  # noqa: BLE001  the step's requests fail; the others may go on
+            self._settle_ahead()
+            self._fail(chunks, error)
+            return
+        self._scheduler.commit(chunks)
+        promised = promise_tokens(chunks, step)
+        self._settle_ahead()
+        if promised:
+            self._ahead = chunks, step
+        else:
+            self._finish_step(chunks, step, finish_step)
+
+    def _settle_ahead(self) -> None:
+        """Wait for the step whose tokens are promised, if there is one."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            self._finish_step(*ahead, finish_promised)
+
+    def _finish_step(
+        self, chunks: list[Chunk], step: StepLogits, finish: Callable[[list[Chunk], StepLogits], list[StepResult]]
+    ) -> None:
+        """Take in what a step has brought, and give it to the callers."""
+        try:
+            results = finish(chunks, step)
+        except Exception as error:  # noqa: BLE001  the step's requests fail; the others may go on
+            self._fail(chunks, error)
             return
         self._failures = 0
         self._steps += 1
-        self._scheduler.commit(chunks)
-        self._held += [self._settle(result) for result in results]
-        if self._runner.fast is None:
-            self._hand_out()
+        self._scheduler.publish(chunks)
+        settled = [self._settle(result) for result in results]
+        for request, output in settled:
+            request.deliver(Output(token_ids=(output,)) if isinstance(output, int) else output)
 
     def _settle(self, result: StepResult) -> tuple[Request, Output | int]:
         """Count a sequence's new output and free its blocks if it is the last; the output is still to be handed out."""
@@ -253,19 +276,19 @@ class Engine:
         self._generated += 1 if isinstance(output, int) else len(output.token_ids)
         if isinstance(output, int) or not output.finished:
             return self._requests[request_id], output
-        self._scheduler.remove(sequence)
-        del self._sequences[request_id]
+        self._forget(sequence)
         return self._requests.pop(request_id), output
 
-    def _hand_out(self) -> None:
-        """Give the callers what was held for them."""
-        held, self._held = self._held, []
-        for request, output in held:
-            request.deliver(Output(token_ids=(output,)) if isinstance(output, int) else output)
+    def _forget(self, sequence: EngineSequence) -> None:
+        """Free a sequence's blocks. The device may still write into them; whoever gets them writes later."""
+        sequence.finished = True
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.request_id]
 
-    def _fail(self, sequences: list[EngineSequence], error: Exception) -> None:
+    def _fail(self, chunks: list[Chunk], error: Exception) -> None:
+        logger.error("a step failed", exc_info=error)
         shown = error if isinstance(error, TrtbuildError) else ToolError(f"{type(error).__name__}: {error}")
-        for sequence in sequences:
+        for sequence in [chunk.sequence for chunk in chunks if not chunk.sequence.finished]:
             self._finish(sequence, final_output("error", error=shown, metrics=sequence.metrics()))
         self._failures += 1
         if self._failures >= _FAILURES_ALLOWED:
@@ -273,15 +296,12 @@ class Engine:
                 self._refusal = ToolError(f"{self._failures} steps in a row failed, the last with {shown}")
 
     def _finish(self, sequence: EngineSequence, output: Output) -> None:
-        """Free a sequence's blocks, then tell its caller, who may count on that, after all that came before."""
-        self._hand_out()
-        self._scheduler.remove(sequence)
-        del self._sequences[sequence.request_id]
+        """Free a sequence's blocks, then tell its caller, who may count on that."""
+        self._forget(sequence)
         self._requests.pop(sequence.request_id).deliver(output)
 
     def _end(self) -> None:
         """Give everyone who still waits a final output."""
-        self._hand_out()
         with self._wake:
             self._closing = True
             for request, sequence in self._arrived:

@@ -146,9 +146,13 @@ class Int4Linear(nn.Module):
         self.register_buffer("pre_quant_scale", None if pre_quant_scale is None else pre_quant_scale.to(dtype))
         self.register_buffer("bias", bias)
 
+    def weights(self) -> torch.Tensor:
+        """The weights [O, I] in the compute type."""
+        return self.weight if self.form == "expanded" else expand_int4(self.weight, self.weight_scale, self.dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return [T, O] in the compute type for `x` [T, I]."""
-        weight = self.weight if self.form == "expanded" else expand_int4(self.weight, self.weight_scale, self.dtype)
+        weight = self.weights()
         if self.pre_quant_scale is not None:
             x = x * self.pre_quant_scale
         return functional.linear(x, weight, self.bias)

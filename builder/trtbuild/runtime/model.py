@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ class ModelRunner:
         check_config(hf_config)
         check_rope(hf_config, config.max_seq_len)
         register()
+        started = time.monotonic()
         loaded = load_model(
             engine_dir,
             device=device,
@@ -75,6 +77,9 @@ class ModelRunner:
             trust_remote_code=config.trust_remote_code,
             joined=joined,
         )
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            loaded.notes.append(f"the checkpoint was read in {time.monotonic() - started:.1f} s")
         return cls(loaded, config)
 
     @property
@@ -177,20 +182,26 @@ class ModelRunner:
             return None
         from trtbuild.runtime.fast.weights import fuse
 
+        started = time.monotonic()
         weights = fuse(self.model, self.calls, config.max_seq_len)
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the parts that were joined; the cache is sized by what is free
+        self.notes.append(f"weights were packed for the fast path in {time.monotonic() - started:.1f} s")
         return weights
 
     def _fast_path(self, weights: Weights, layers: list[PagedLayer], config: EngineConfig) -> FastPath:
         from trtbuild.runtime.fast.path import FastPath
 
-        return FastPath(
+        started = time.monotonic()
+        path = FastPath(
             weights,
             [layer.cache for layer in layers if layer.cache is not None],
             page=self.block_size,
             max_batch_size=config.max_batch_size,
             max_seq_len=config.max_seq_len,
         )
+        self.notes.append(f"kernels and CUDA graphs were made in {time.monotonic() - started:.1f} s")
+        return path
 
     def _allocate(
         self,

@@ -179,10 +179,15 @@ def _chosen_logprobs(logits: torch.Tensor, sequences: list[Sequence], tokens: li
     return found
 
 
+def not_finite() -> TrtbuildError:
+    """What is wrong where the likeliest token is none."""
+    return ToolError("the model's logits are not finite", "check the checkpoint's scales and its quality evidence")
+
+
 def no_token(logits: torch.Tensor) -> TrtbuildError:
     """Why no token of `logits` can be chosen."""
     if logits.isnan().any() or not logits.max().isfinite():
-        return ToolError("the model's logits are not finite", "check the checkpoint's scales and its quality evidence")
+        return not_finite()
     return RequestError(
         "bad_words and min_tokens forbid every token of the vocabulary", "allow at least one token to come next"
     )

@@ -17,11 +17,13 @@ class Chunk:
     sequence: Sequence
     start: int
     end: int
+    # Whether the step computes the sequence's last token, so that the next one can be chosen.
+    is_last: bool
 
     @property
-    def is_last(self) -> bool:
-        """Whether the step computes the sequence's last token, so that the next one can be chosen."""
-        return self.end == len(self.sequence.token_ids)
+    def is_known(self) -> bool:
+        """Whether the host knows the last token of the chunk; else it is the newest step's choice."""
+        return not self.is_last or self.sequence.unknown == 0
 
 
 class Scheduler:
@@ -68,7 +70,8 @@ class Scheduler:
         preempted = self.preemptions
         # Decoding sequences first: a long prompt must not hold up those that already answer.
         for sequence in sorted(self.running, key=lambda one: len(one.token_ids) - one.num_computed > 1):
-            if sequence.block_table:  # else it was pre-empted just now
+            # Without blocks it was pre-empted just now.
+            if sequence.block_table and not sequence.is_spent:
                 budget -= self._schedule_one(sequence, budget, chunks)
         if self.preemptions == preempted:
             while self.waiting and budget > 0 and len(self.running) < self._config.max_batch_size:
@@ -80,12 +83,19 @@ class Scheduler:
         return list(chunks.values())
 
     def commit(self, chunks: list[Chunk]) -> None:
-        """Note that `chunks` were computed, and offer their full blocks for reuse."""
+        """Note that `chunks` are computed, or launched: whatever is launched later finds them computed."""
+        for chunk in chunks:
+            chunk.sequence.num_computed = chunk.end
+
+    def publish(self, chunks: list[Chunk]) -> None:
+        """Offer the full blocks of `chunks`, whose tokens are all known now, for reuse."""
+        if not self._reuses:
+            return
         for chunk in chunks:
             sequence = chunk.sequence
-            sequence.num_computed = chunk.end
             full = chunk.end // self._block_size
-            if not self._reuses or full == sequence.num_published:
+            # Without blocks the sequence was pre-empted or cancelled since.
+            if full <= sequence.num_published or not sequence.block_table:
                 continue
             hashes = block_hashes(sequence.token_ids, self._block_size, sequence.hashes, full)
             for index in range(sequence.num_published, full):
@@ -105,7 +115,7 @@ class Scheduler:
             and length <= len(sequence.block_table) * self._block_size
         ):
             # The common case, a decoding sequence with room in its last block.
-            chunks[sequence] = Chunk(sequence, length - 1, length)
+            chunks[sequence] = Chunk(sequence, length - 1, length, is_last=True)
             return 1
         end = self._chunk_end(sequence, budget)
         if end <= sequence.num_computed:
@@ -121,7 +131,7 @@ class Scheduler:
                 return -given_back
         if missing > 0:
             self._extend(sequence, missing)
-        chunks[sequence] = Chunk(sequence, sequence.num_computed, end)
+        chunks[sequence] = Chunk(sequence, sequence.num_computed, end, is_last=end == length)
         return end - sequence.num_computed - given_back
 
     def _chunk_end(self, sequence: Sequence, budget: int) -> int:

@@ -31,6 +31,11 @@ class Sequence:
     chunk_limit: int | None = None
 
     num_computed: int = 0
+    # How many of the last `token_ids` are still on the device, with 0 in their places, and the row of the newest step
+    # whose choice the last of them is.
+    unknown: int = 0
+    row: int = 0
+    finished: bool = False
     block_table: list[int] = field(default_factory=list)
     table_version: int = 0  # changes whenever `block_table` does
     hashes: list[bytes] = field(default_factory=list)
@@ -65,9 +70,20 @@ class Sequence:
         """The most positions that will ever be computed: the last generated token is never fed back."""
         return self.prompt_len if self.logits is not None else self.prompt_len + self.params.max_tokens - 1
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether all tokens that were asked for are chosen or on their way."""
+        return len(self.token_ids) - self.prompt_len >= self.params.max_tokens
+
     def may_stop(self, token_id: int) -> bool:
         """Whether the text may end with `token_id`, which is still to be looked at."""
         return token_id in self.end_ids or token_id in self.stop_ids or len(self.params.stop_words) > 0
+
+    def promise(self, row: int) -> None:
+        """Keep a place for the token that the step just launched will choose in `row`."""
+        self.token_ids.append(0)
+        self.unknown += 1
+        self.row = row
 
     def append(self, token_id: int) -> None:
         """Add a generated token."""

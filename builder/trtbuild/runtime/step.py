@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import torch
 
+from trtbuild.errors import TrtbuildError
 from trtbuild.runtime.outputs import FinishReason, Output, TokenLogprob
-from trtbuild.runtime.sampler import Choice, choose, no_token, token_logprobs
+from trtbuild.runtime.sampler import Choice, choose, not_finite, token_logprobs
 from trtbuild.runtime.scheduler import Chunk
 from trtbuild.runtime.sequence import Sequence
 from trtbuild.runtime.step_logits import StepLogits
@@ -17,16 +19,57 @@ from trtbuild.runtime.step_logits import StepLogits
 StepResult: TypeAlias = "tuple[Sequence, Output | int]"
 
 
+def promise_tokens(chunks: list[Chunk], step: StepLogits) -> bool:
+    """Keep places for the tokens of a launched step, if the device chooses all of them: the next step need not wait."""
+    if step.likeliest is None or not all(chunk.sequence.plain for chunk in chunks):
+        return False
+    for chunk, rows in zip(chunks, step.rows, strict=True):
+        if chunk.is_last:
+            chunk.sequence.promise(rows.stop - 1)
+    return True
+
+
+def finish_promised(chunks: list[Chunk], step: StepLogits) -> list[StepResult]:
+    """Put the tokens into the places that `promise_tokens` kept, and say what is new: little work for each.
+
+    A sequence that has ended meanwhile gets nothing: it was in the step before its end was known.
+    """
+    assert step.likeliest is not None  # noqa: S101  else nothing was promised
+    tokens = step.likeliest()
+    now = time.monotonic_ns()
+    results: list[StepResult] = []
+    for chunk, rows in zip(chunks, step.rows, strict=True):
+        sequence = chunk.sequence
+        if sequence.finished:
+            continue
+        sequence.scheduled_ns = sequence.scheduled_ns or now
+        if not chunk.is_last:
+            continue
+        sequence.unknown -= 1
+        token_id = tokens[rows.stop - 1]
+        if token_id < 0:
+            results.append((sequence, _failed(sequence, not_finite())))
+            continue
+        place = chunk.end
+        sequence.token_ids[place] = token_id
+        output = place + 1 - sequence.prompt_len
+        if output == 1 or output >= sequence.params.max_tokens or sequence.may_stop(token_id):
+            results.append((sequence, _news(sequence, Choice(token_id), place + 1)))
+            continue
+        sequence.last_token_ns = now
+        results.append((sequence, token_id))
+    return results
+
+
 def finish_step(chunks: list[Chunk], step: StepLogits) -> list[StepResult]:
     """Choose the next token of every sequence whose last token was computed, and say what is new of it."""
-    if step.likeliest is not None and all(chunk.sequence.plain for chunk in chunks):
-        return _finish_plain(chunks, step, step.likeliest)
-    for chunk, rows in zip(chunks, step.rows, strict=True):
+    live = [(chunk, rows) for chunk, rows in zip(chunks, step.rows, strict=True) if not chunk.sequence.finished]
+    for chunk, rows in live:
         sequence = chunk.sequence
         sequence.scheduled_ns = sequence.scheduled_ns or time.monotonic_ns()
         if sequence.wants_every_position and chunk.start < sequence.prompt_len:
             _keep_prompt(chunk, step.logits[rows])
-    ready = [(chunk, rows) for chunk, rows in zip(chunks, step.rows, strict=True) if chunk.is_last]
+    ready = [(chunk, rows) for chunk, rows in live if chunk.is_last]
     scored = [chunk.sequence for chunk, _ in ready if chunk.sequence.logits is not None]
     results: list[StepResult] = [
         (one, Output(finished=True, finish_reason="length", metrics=one.metrics())) for one in scored
@@ -39,32 +82,6 @@ def finish_step(chunks: list[Chunk], step: StepLogits) -> list[StepResult]:
     sequences = [sequence for sequence, _ in generating]
     for sequence, choice in zip(sequences, choose(logits, sequences), strict=True):
         results.append((sequence, _advance(sequence, choice)))
-    return results
-
-
-def _finish_plain(chunks: list[Chunk], step: StepLogits, likeliest: list[int]) -> list[StepResult]:
-    """The same where every sequence takes the likeliest token and reports nothing else: little work for each.
-
-    The device waits for this part.
-    """
-    now = time.monotonic_ns()
-    results: list[StepResult] = []
-    for chunk, rows in zip(chunks, step.rows, strict=True):
-        sequence = chunk.sequence
-        sequence.scheduled_ns = sequence.scheduled_ns or now
-        if not chunk.is_last:
-            continue
-        token_id = likeliest[rows.stop - 1]
-        if token_id < 0:
-            results.append((sequence, _advance(sequence, Choice(0, error=no_token(step.logits[rows.stop - 1])))))
-            continue
-        output = sequence.num_output + 1
-        if output == 1 or output >= sequence.params.max_tokens or sequence.may_stop(token_id):
-            results.append((sequence, _advance(sequence, Choice(token_id))))
-            continue
-        sequence.append(token_id)
-        sequence.last_token_ns = now
-        results.append((sequence, token_id))
     return results
 
 
@@ -88,13 +105,22 @@ def _keep_prompt(chunk: Chunk, logits: torch.Tensor) -> None:
 def _advance(sequence: Sequence, choice: Choice) -> Output:
     """Add the chosen token and say whether it is the last."""
     if choice.error is not None:
-        return Output(finished=True, finish_reason="error", error=choice.error, metrics=sequence.metrics())
+        return _failed(sequence, choice.error)
     sequence.append(choice.token_id)
+    return _news(sequence, choice, len(sequence.token_ids))
+
+
+def _failed(sequence: Sequence, error: TrtbuildError) -> Output:
+    return Output(finished=True, finish_reason="error", error=error, metrics=sequence.metrics())
+
+
+def _news(sequence: Sequence, choice: Choice, length: int) -> Output:
+    """What is to be said of a chosen token, with which the sequence has `length` known ones."""
     sequence.last_token_ns = time.monotonic_ns()
-    first = sequence.num_output == 1
+    first = length == sequence.prompt_len + 1
     if first:
         sequence.first_token_ns = sequence.last_token_ns
-    reason, stop = _end(sequence, choice.token_id)
+    reason, stop = _end(sequence, choice.token_id, length)
     prompt: tuple[TokenLogprob | None, ...] | None = None
     if first and sequence.params.prompt_logprobs is not None:
         prompt = tuple(sequence.prompt_logprobs)
@@ -109,17 +135,18 @@ def _advance(sequence: Sequence, choice: Choice) -> Output:
     )
 
 
-def _end(sequence: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
-    """Why the sequence ends with `token_id`, if it does, and the id to report."""
-    params = sequence.params
-    if sequence.num_output >= params.min_tokens:
+def _end(sequence: Sequence, token_id: int, length: int) -> tuple[FinishReason | None, int | None]:
+    """Why the sequence of `length` tokens ends with `token_id`, if it does, and the id to report."""
+    params, output = sequence.params, length - sequence.prompt_len
+    if output >= params.min_tokens:
         if token_id in sequence.end_ids:
             return "stop", None
-        if token_id in sequence.stop_ids or any(_ends_with(sequence, word) for word in params.stop_words):
+        tokens = sequence.token_ids[sequence.prompt_len : length] if params.stop_words else []
+        if token_id in sequence.stop_ids or any(_ends_with(tokens, word) for word in params.stop_words):
             return "stop", token_id
-    return ("length", None) if sequence.num_output >= params.max_tokens else (None, None)
+    return ("length", None) if output >= params.max_tokens else (None, None)
 
 
-def _ends_with(sequence: Sequence, word: object) -> bool:
-    tail = list(word)  # type: ignore[call-overload]
-    return sequence.num_output >= len(tail) and sequence.token_ids[-len(tail) :] == tail
+def _ends_with(tokens: list[int], word: Iterable[int]) -> bool:
+    tail = list(word)
+    return tokens[-len(tail) :] == tail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,10 @@ import torch
 class StepLogits:
     """The logits of a step, [rows, vocabulary]; `rows` gives each chunk's slice of them.
 
-    `likeliest`: the likeliest token of each row where the device has found it already, -1 where it is not finite.
+    `likeliest` waits for the step and gives the likeliest token of each row, -1 where it is not finite; without it the
+    step is over already. The logits are those of the newest step.
     """
 
     logits: torch.Tensor
     rows: list[slice]
-    likeliest: list[int] | None = None
+    likeliest: Callable[[], list[int]] | None = None

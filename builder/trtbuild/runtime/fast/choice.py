@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from trtbuild.runtime.attention import LayerCall
-from trtbuild.runtime.linear import Fp8Linear
+from trtbuild.runtime.linear import Fp8Linear, Int4Linear
 
 # Decoders of one shape: RMSNorm, rotary positions over whole heads, grouped-query attention, gated MLP with SiLU, the
 # same names inside. Other classes need a look at their code first.
@@ -20,6 +20,7 @@ CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3F
 _CAPABILITY = (8, 0)  # bfloat16 products
 _FP8_CAPABILITY = (8, 9)  # conversions from and to E4M3
 _HEAD_SIZES = (32, 64, 128, 256)
+_GROUPS = (32, 64, 128)
 _FUSED = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
 _ALONE = (("self_attn", "o_proj"), ("mlp", "down_proj"))
 
@@ -79,6 +80,12 @@ def _fusing_reason(modules: list[nn.Module]) -> str | None:
     """Why `modules`, which read the same input, cannot be one matrix."""
     if all(type(module) is nn.Linear for module in modules):
         return None
+    if all(isinstance(module, Int4Linear) for module in modules):
+        return _int4_reason(modules)
+    return _fp8_reason(modules)
+
+
+def _fp8_reason(modules: list[nn.Module]) -> str | None:
     if not all(isinstance(module, Fp8Linear) for module in modules):
         return "is of a format without a kernel here"
     if any(module.form != "packed" for module in modules):
@@ -89,6 +96,18 @@ def _fusing_reason(modules: list[nn.Module]) -> str | None:
         if len({float(getattr(module, name)) for module in modules}) > 1:
             return f"has a different {name} in each part"
     return None
+
+
+def _int4_reason(modules: list[nn.Module]) -> str | None:
+    found: list[Any] = modules
+    if any(module.form != "packed" for module in found):
+        return "is expanded (weights: expanded)"
+    groups = {module.in_features // module.weight_scale.shape[1] for module in found}
+    if len(groups) != 1 or not groups <= set(_GROUPS):
+        return f"has groups of {sorted(groups)} inputs, not one of {_GROUPS}"
+    scales = [module.pre_quant_scale for module in found]
+    same = all((one is None) == (scales[0] is None) and (one is None or one.equal(scales[0])) for one in scales)
+    return None if same else "has a different pre_quant_scale in each part"
 
 
 def _capability_reason(model: nn.Module, device: torch.device, *, fp8_cache: bool) -> str | None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from trtbuild.runtime.fast.kernels.decode_attention import decode_attention, splits_for
+from trtbuild.runtime.fast.kernels.embed import embed
 from trtbuild.runtime.fast.kernels.norm import add_norm
 from trtbuild.runtime.fast.kernels.prefill_attention import prefill_attention
 from trtbuild.runtime.fast.kernels.rotary import rotary_write
@@ -23,9 +23,9 @@ _Attend = Callable[[Layer, Pool, torch.Tensor, torch.Tensor], None]
 class Packed:
     """The tokens of a step in a row, all int32 on the device: single tokens of `singles` sequences, then prompt runs.
 
-    `tokens`, `positions` and `columns` [T]; `table` [blocks, sequences], its first `singles` columns those of the
-    single tokens; `tiles` [tiles, 4] of the runs, rows counted from the first run; `wanted`: rows whose logits
-    are asked.
+    `tokens` (-1 - r: what the newest step chose in row r), `positions` and `columns` [T]; `table` [blocks, sequences],
+    its first `singles` columns those of the single tokens; `tiles` [tiles, 4] of the runs, rows counted from the first
+    run; `wanted`: rows whose logits are asked.
     """
 
     tokens: torch.Tensor
@@ -38,11 +38,12 @@ class Packed:
 
 
 class Decoder:
-    """A decoder over its paged cache."""
+    """A decoder over its paged cache; tokens that the host does not know come from `chosen`."""
 
-    def __init__(self, weights: Weights, pools: list[Pool]) -> None:
+    def __init__(self, weights: Weights, pools: list[Pool], chosen: torch.Tensor) -> None:
         self.weights = weights
         self.pools = pools
+        self._chosen = chosen
         device = weights.embedding.device
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._head = Matrix(weights.head)
@@ -70,13 +71,14 @@ class Decoder:
                 pool,
             )  # fmt: skip
             prefill_attention(
-                runs, out[singles:], step.tiles, step.table, layer.heads, pool, scale=layer.output.input_scale
-            )
+                runs, out[singles:], step.tiles, step.table, layer.heads, pool,
+                scale=layer.output.input_scale, pre=layer.output.pre,
+            )  # fmt: skip
 
-        stream, delta = self._layers(step.tokens, attend)
+        stream, delta = self._layers(step.tokens, attend, step.wanted)
         rows = step.wanted.shape[0]
         logits = torch.empty((rows, self.weights.head.shape[0]), dtype=torch.float32, device=stream.device)
-        self._write_logits(stream[step.wanted], delta[step.wanted], logits)
+        self._write_logits(stream, delta, logits)
         return logits
 
     def _attend_singles(self, positions: torch.Tensor, table: torch.Tensor) -> _Attend:
@@ -86,15 +88,17 @@ class Decoder:
             splits = splits_for(rows * layer.heads.keys, self._multiprocessors)
             decode_attention(
                 qkv, out, positions, table, self.weights.rotation, layer.heads, pool,
-                splits=splits, scale=layer.output.input_scale,
+                splits=splits, scale=layer.output.input_scale, pre=layer.output.pre,
             )  # fmt: skip
 
         return attend
 
-    def _layers(self, tokens: torch.Tensor, attend: _Attend) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream [T, hidden] before the last layer's output, and that output."""
+    def _layers(
+        self, tokens: torch.Tensor, attend: _Attend, wanted: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream [T, hidden] before the last layer's output, and that output; of `wanted` rows alone."""
         eps = self.weights.eps
-        stream = functional.embedding(tokens, self.weights.embedding)
+        stream = embed(tokens, self._chosen, self.weights.embedding)
         delta = None
         for layer, pool in zip(self.weights.layers, self.pools, strict=True):
             x = add_norm(stream, delta, layer.attention_norm, eps, layer.qkv.input_scale)
@@ -105,11 +109,18 @@ class Decoder:
                 dtype=torch.float8_e4m3fn if codes else qkv.dtype,
             )
             attend(layer, pool, qkv, attended)
+            if wanted is not None and layer is self.weights.layers[-1]:
+                # After the last attention no row has to do with another.
+                attended, stream = _rows(attended, wanted), _rows(stream, wanted)
             x = add_norm(stream, linear(attended, layer.output), layer.mlp_norm, eps, layer.gate_up.input_scale)
-            delta = linear(gated(x, layer.gate_up, layer.down.input_scale), layer.down)
+            delta = linear(gated(x, layer.gate_up, layer.down), layer.down)
         assert delta is not None  # noqa: S101  a decoder has layers
         return stream, delta
 
     def _write_logits(self, stream: torch.Tensor, delta: torch.Tensor, logits: torch.Tensor) -> None:
         x = add_norm(stream, delta, self.weights.norm, self.weights.eps, None)
         linear(x, self._head, logits)
+
+
+def _rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.uint8)[rows].view(x.dtype)  # indexing knows no float8

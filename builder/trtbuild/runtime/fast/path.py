@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from trtbuild.runtime.fast.answers import Answers
 from trtbuild.runtime.fast.decoder import Decoder, Packed
-from trtbuild.runtime.fast.graphs import DecodeGraphs
+from trtbuild.runtime.fast.graphs import DecodeGraphs, token
 from trtbuild.runtime.fast.kernels.argmax import argmax
 from trtbuild.runtime.fast.kernels.prefill_attention import TILE_ROWS
 from trtbuild.runtime.fast.shapes import Pool
@@ -26,20 +25,17 @@ class FastPath:
     def __init__(
         self, weights: Weights, caches: list[LayerCache], *, page: int, max_batch_size: int, max_seq_len: int
     ) -> None:
-        # What the host has to do meanwhile; called once a step, when all of it is queued on the device.
-        self.while_busy: Callable[[], None] = _nothing
-        self.decoder = Decoder(weights, [_pool(cache, page) for cache in caches])
+        device = weights.embedding.device
+        self.answers = Answers(max_batch_size, device)
+        self.decoder = Decoder(weights, [_pool(cache, page) for cache in caches], self.answers.chosen)
         with torch.inference_mode():
-            self.graphs = DecodeGraphs(self.decoder, max_batch_size, -(-max_seq_len // page))
+            self.graphs = DecodeGraphs(self.decoder, self.answers, max_batch_size, -(-max_seq_len // page))
 
     def execute(self, chunks: list[Chunk]) -> StepLogits:
-        """Compute `chunks`; the logits are float32, and valid until the next step."""
+        """Launch `chunks`; the logits are float32, and those of the newest step."""
         with torch.inference_mode():
             if len(chunks) <= self.graphs.largest and all(chunk.end - chunk.start == 1 for chunk in chunks):
-                logits, likeliest = self.graphs.run(
-                    [chunk.sequence for chunk in chunks], [chunk.start for chunk in chunks], self.while_busy
-                )
-                return StepLogits(logits, [slice(row, row + 1) for row in range(len(chunks))], likeliest)
+                return self.graphs.run(chunks)
             return self.execute_packed(chunks)
 
     def execute_packed(self, chunks: list[Chunk]) -> StepLogits:
@@ -49,14 +45,12 @@ class FastPath:
             if not wanted:
                 wanted = [0]  # a step of unfinished chunks: one row keeps the shapes ordinary
             logits = self.decoder.run(_pack([chunks[index] for index in order], wanted, self.decoder))
-            chosen = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
-            argmax(logits, chosen)
-            self.while_busy()
-            return StepLogits(logits, rows, chosen.tolist())
-
-
-def _nothing() -> None:
-    pass
+            count = logits.shape[0]
+            if count <= self.answers.chosen.shape[0]:
+                argmax(logits, self.answers.chosen[:count])
+                return StepLogits(logits, rows, self.answers.fetch(count))
+            # The logits of many positions are asked for, so that the next step waits for this one anyway.
+            return StepLogits(logits, rows)
 
 
 def _pool(cache: LayerCache, page: int) -> Pool:
@@ -90,9 +84,7 @@ def _pack(chunks: list[Chunk], wanted: list[int], decoder: Decoder) -> Packed:
     """The tokens of `chunks`, single tokens first, as tensors on the device."""
     counts = [chunk.end - chunk.start for chunk in chunks]
     singles = counts.count(1)
-    tokens = np.concatenate(
-        [np.array(chunk.sequence.token_ids[chunk.start : chunk.end], dtype=np.int32) for chunk in chunks]
-    )
+    tokens = np.concatenate([np.array(_tokens(chunk), dtype=np.int32) for chunk in chunks])
     positions = np.concatenate([np.arange(chunk.start, chunk.end, dtype=np.int32) for chunk in chunks])
     columns = np.repeat(np.arange(len(chunks), dtype=np.int32), counts)
     tiles: list[tuple[int, int, int, int]] = []
@@ -107,21 +99,28 @@ def _pack(chunks: list[Chunk], wanted: list[int], decoder: Decoder) -> Packed:
     tiles.sort(key=lambda tile: -tile[2])
     device = decoder.weights.embedding.device
 
-    def put(array: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
-    return Packed(
-        tokens=put(tokens),
-        positions=put(positions),
-        columns=put(columns),
-        table=put(_table([chunk.sequence for chunk in chunks])),
-        tiles=put(np.array(tiles, dtype=np.int32).reshape(-1, 4)),
-        wanted=put(np.array(wanted, dtype=np.int64)),
-        singles=singles,
-    )
+    table = _table([chunk.sequence for chunk in chunks])
+    places = np.array(tiles, dtype=np.int32).reshape(-1, 4)
+    sent = _send([tokens, positions, columns, table, places, np.array(wanted, dtype=np.int32)], device)
+    return Packed(sent[0], sent[1], sent[2], sent[3], sent[4], sent[5], singles=singles)
 
 
-def _table(sequences: list[Sequence]) -> npt.NDArray[np.generic]:
+def _tokens(chunk: Chunk) -> list[int]:
+    return chunk.sequence.token_ids[chunk.start : chunk.end] if chunk.is_known else [token(chunk)]
+
+
+def _send(arrays: list[npt.NDArray[np.int32]], device: torch.device) -> list[torch.Tensor]:
+    """`arrays` on the device, in one copy from pinned memory, for which nobody waits."""
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+    sent = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+    found, start = [], 0
+    for array in arrays:
+        found.append(sent[start : start + array.size].view(array.shape))
+        start += array.size
+    return found
+
+
+def _table(sequences: list[Sequence]) -> npt.NDArray[np.int32]:
     table = np.zeros((max(len(sequence.block_table) for sequence in sequences), len(sequences)), dtype=np.int32)
     for column, sequence in enumerate(sequences):
         table[: len(sequence.block_table), column] = sequence.block_table

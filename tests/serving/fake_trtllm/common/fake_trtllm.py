@@ -171,12 +171,32 @@ class BaseLLM:
         self.args = kwargs
         visible = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "TRTLLM_VISIBLE_DEVICES")}
         log(event="start", model=str(model), tokenizer=str(tokenizer), args=kwargs, visible=visible)
+        self._draft_len = self._drafting(kwargs.get("speculative_config"))
         self._tokenizer_dir = tokenizer
         self._network = Network(Path(model))
         self._live: dict[int, int] = {}
         self._cached: set[tuple[Any, ...]] = set()
         self._stats: asyncio.Queue[dict[str, Any]] | None = None
         self._stats_loop: asyncio.AbstractEventLoop | None = None
+
+    def _drafting(self, config: dict[str, Any] | None) -> int:
+        """The longest draft. What the validators of `EagleDecodingConfig`, `DraftTargetDecodingConfig`,
+        `NGramDecodingConfig` and `MTPDecodingConfig` ask for, in 1.2's and the newest llm_args.py alike.
+        """
+        if config is None:
+            return 0
+        length = config.get("max_draft_len")
+        if config["decoding_type"] == "MTP":
+            length = config.get("num_nextn_predict_layers", length or 1)
+        if not length:
+            raise ValueError(f"max_draft_len must be > 0 for {config['decoding_type']}")
+        if config["decoding_type"] in ("Eagle", "Eagle3", "DraftTarget", "Draft_Target"):
+            place = config.get("speculative_model") or config.get("speculative_model_dir")
+            if place is None:
+                raise ValueError("Draft model must be provided for EAGLE")
+            draft = json.loads((Path(place) / "config.json").read_text(encoding="utf-8"))
+            log(event="draft", place=str(place), architecture=draft["architectures"][0])
+        return int(length)
 
     def begin(self, prompt: list[int], params: Any, lora: Any, streaming: bool, salt: str | None) -> GenerationResult:
         if params.guided_decoding is not None and not self.args.get("guided_decoding_backend"):
@@ -334,7 +354,7 @@ class BaseLLM:
         if not params.return_perf_metrics:
             return None
         blocks = -(-(len(prompt) + steps) // BLOCK)
-        drafted = 2 * steps if self.args.get("speculative_config") else 0
+        drafted = self._draft_len * steps
         moments = [timedelta(seconds=times[place]) for place in (0, 0, 1, -1)]
         names = ("arrival_time", "first_scheduled_time", "first_token_time", "last_token_time")
         return SimpleNamespace(

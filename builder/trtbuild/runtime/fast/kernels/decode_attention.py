@@ -23,10 +23,10 @@ _SMALLEST_DOT = 16
 @triton.jit
 def _decode(
     qkv, out, partial, sums, positions, table, table_stride, cos, sin, query_norm, key_norm, eps,
-    pool_keys, pool_values, slots, key_scale, value_scale, scaling, window, out_scale,
+    pool_keys, pool_values, slots, key_scale, value_scale, scaling, window, pre, out_scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
-    NORM: tl.constexpr, CODES: tl.constexpr, OUT_CODES: tl.constexpr, CHAIN: tl.constexpr,
+    NORM: tl.constexpr, CODES: tl.constexpr, PRE: tl.constexpr, OUT_CODES: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     let_next_start(CHAIN)
     wait_for_previous(CHAIN)
@@ -118,6 +118,9 @@ def _decode(
     line = sequence * QUERIES + head * GROUP + group
     if SPLITS == 1:
         y = (seen / total[:, None] * value_scale).to(tl.bfloat16)
+        if PRE:
+            by = tl.load(pre + (head * GROUP + group) * SIZE + whole[None, :], mask=group < GROUP, other=0.0)
+            y = (y.to(tl.float32) * by.to(tl.float32)).to(tl.bfloat16)
         if OUT_CODES:
             tl.store(out + line * SIZE + whole[None, :], to_codes(y, tl.load(out_scale)), mask=group < GROUP)
         else:
@@ -132,8 +135,8 @@ def _decode(
 
 @triton.jit
 def _combine(
-    out, partial, sums, positions, value_scale, out_scale,
-    QUERIES: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, OUT_CODES: tl.constexpr,
+    out, partial, sums, positions, value_scale, pre, out_scale,
+    QUERIES: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, PRE: tl.constexpr, OUT_CODES: tl.constexpr,
     CHAIN: tl.constexpr,
 ):  # fmt: skip
     let_next_start(CHAIN)
@@ -150,6 +153,9 @@ def _combine(
     total = tl.sum(weights * tl.load(sums + place + 1), axis=0)
     parts = tl.load(partial + (line * SPLITS + splits)[:, None] * SIZE + whole[None, :])
     y = (tl.sum(parts * weights[:, None], axis=0) / total * value_scale).to(tl.bfloat16)
+    if PRE:
+        by = tl.load(pre + tl.program_id(1) * SIZE + whole).to(tl.float32)
+        y = (y.to(tl.float32) * by).to(tl.bfloat16)
     if OUT_CODES:
         tl.store(out + line * SIZE + whole, to_codes(y, tl.load(out_scale)))
     else:
@@ -175,12 +181,13 @@ def decode_attention(
     *,
     splits: int,
     scale: torch.Tensor | None,
+    pre: torch.Tensor | None = None,
 ) -> None:
     """Write the attention output of one token a sequence to `out` [B, Hq D], and its keys and values into `pool`.
 
     `qkv` [B, (Hq + 2 H) D] holds the projections as they are; `positions` [B] (int32) each token's place in its
     sequence, -1 for a row to leave out; `table` [blocks, at least B] (int32) the blocks of each sequence, a column
-    each. `out` is bfloat16, or E4M3 codes with `scale` (0-d float32).
+    each. `out` is multiplied by `pre` [Hq D] where given; it is bfloat16, or E4M3 codes with `scale` (0-d float32).
     """
     rows = qkv.shape[0]
     lines = rows * heads.queries
@@ -193,15 +200,16 @@ def decode_attention(
         qkv, out, partial, sums, positions, table, table.stride(0), rotation.cos, rotation.sin,
         heads.query_norm, heads.key_norm, heads.eps,
         pool.keys, pool.values, pool.keys.shape[1], pool.key_scale, pool.value_scale,
-        heads.scaling, heads.window, scale,
+        heads.scaling, heads.window, pre, scale,
         QUERIES=heads.queries, KEYS=heads.keys, SIZE=heads.size, GROUP=group,
         ROWS=max(_SMALLEST_DOT, next_power_of_2(group)), PAGE=pool.page, TILE=_TILE, SPLITS=splits,
-        NORM=heads.query_norm is not None, CODES=pool.is_fp8, OUT_CODES=scale is not None,
+        NORM=heads.query_norm is not None, CODES=pool.is_fp8, PRE=pre is not None, OUT_CODES=scale is not None,
         num_warps=4, num_stages=2, **chained(),
     )  # fmt: skip
     if splits > 1:
         _combine[(rows, heads.queries)](
-            out, partial, sums, positions, pool.value_scale, scale,
-            QUERIES=heads.queries, SIZE=heads.size, SPLITS=splits, OUT_CODES=scale is not None, num_warps=1,
+            out, partial, sums, positions, pool.value_scale, pre, scale,
+            QUERIES=heads.queries, SIZE=heads.size, SPLITS=splits, PRE=pre is not None, OUT_CODES=scale is not None,
+            num_warps=1,
             **chained(),
         )  # fmt: skip

@@ -45,7 +45,11 @@ def _add_norm(
 
 
 def add_norm(
-    stream: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, scale: torch.Tensor | None
+    stream: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """Add `delta` to the residual `stream` [T, W] in place and return the stream's RMS norm times `weight` [W].
 
@@ -54,9 +58,10 @@ def add_norm(
     rows, width = stream.shape
     out = torch.empty_like(stream, dtype=stream.dtype if scale is None else torch.float8_e4m3fn)
     block = next_power_of_2(width)
+    warps = max(1, min(8, block // 512))
     _add_norm[(rows,)](
         stream, delta, weight, out, scale, eps, width,
-        ADD=delta is not None, CODES=scale is not None, BLOCK=block, num_warps=max(1, min(8, block // 512)),
+        ADD=delta is not None, CODES=scale is not None, BLOCK=block, num_warps=warps,
         **chained(),
     )  # fmt: skip
     return out

@@ -30,9 +30,9 @@ def _attend(scores, values, top, total, seen):
 @triton.jit
 def _prefill(
     qkv, out, tiles, table, table_stride, pool_keys, pool_values, slots, key_scale, value_scale, scaling, window,
-    out_scale,
+    pre, out_scale,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, OUT_CODES: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, PRE: tl.constexpr, OUT_CODES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     tile = tiles + tl.program_id(1) * 4
@@ -79,6 +79,9 @@ def _prefill(
         scores = tl.where(live, tl.dot(query, tl.trans(keys)) * factor, float("-inf"))
         top, total, seen = _attend(scores, values, top, total, seen)
     y = (seen / total[:, None] * value_scale).to(tl.bfloat16)
+    if PRE:
+        by = tl.load(pre + head * SIZE + whole).to(tl.float32)[None, :]
+        y = (y.to(tl.float32) * by).to(tl.bfloat16)
     to = out + (start + rows)[:, None] * (QUERIES * SIZE) + head * SIZE + whole[None, :]
     if OUT_CODES:
         tl.store(to, to_codes(y, tl.load(out_scale)), mask=(rows < count)[:, None])
@@ -95,18 +98,19 @@ def prefill_attention(
     pool: Pool,
     *,
     scale: torch.Tensor | None,
+    pre: torch.Tensor | None = None,
 ) -> None:
     """Write the attention output of every token of `tiles` to its row of `out` [T, Hq D].
 
     `qkv` [T, (Hq + 2 H) D] holds rotated queries, `pool` all keys and values up to the tokens themselves. Each row of
     `tiles` [tiles, 4] (int32): first row of `qkv`, tokens (at most TILE_ROWS), first position, column of `table`.
-    `out` is bfloat16, or E4M3 codes with `scale` (0-d float32).
+    `out` is multiplied by `pre` [Hq D] where given; it is bfloat16, or E4M3 codes with `scale` (0-d float32).
     """
     if tiles.shape[0] == 0:
         return
     _prefill[(heads.queries, tiles.shape[0])](
         qkv, out, tiles, table, table.stride(0), pool.keys, pool.values, pool.keys.shape[1],
-        pool.key_scale, pool.value_scale, heads.scaling, heads.window, scale,
+        pool.key_scale, pool.value_scale, heads.scaling, heads.window, pre, scale,
         QUERIES=heads.queries, KEYS=heads.keys, SIZE=heads.size, PAGE=pool.page, ROWS=TILE_ROWS, TILE=_TILE_PLACES,
-        WINDOW=heads.window > 0, OUT_CODES=scale is not None, num_warps=_WARPS, num_stages=_STAGES,
+        WINDOW=heads.window > 0, PRE=pre is not None, OUT_CODES=scale is not None, num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
