@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from core.test_plan import plan_for
+from trtbuild import evidence
 from trtbuild.errors import CompatibilityError, RecipeError
 from trtbuild.plan import Plan
 
@@ -90,3 +92,14 @@ def test_groups_that_vllm_has_no_kernels_for(tiny_llama: Path, tmp_path: Path) -
     plan = plan_for(tiny_llama, tmp_path, "compress.format=int4_awq", "compress.group_size=16",
                     "compress.checkpoint=compressed-tensors")  # fmt: skip
     assert "vLLM's INT4 kernels take groups of 32, 64, 128, not 16" in plan.warnings
+
+
+def test_the_evidence_has_the_table_and_its_picture() -> None:
+    choices = [{"format": "fp8", "bits": 8.0, "sensitivity": 0.5}, {"format": "none", "bits": 16.0, "sensitivity": 0.0}]
+    groups = [{"layers": ["model.layers.0.mlp.down_proj"], "weights": 8, "chosen": "fp8", "choices": choices}]
+    table = {"method": "gradient", "target_bits": 8.0, "planned_bits": 8.0, "how": "", "groups": groups}
+    files = evidence.choice({"result": {"choice": table, "bits_per_weight": 8.1}})
+    assert json.loads(files["evidence/sensitivity.json"]) == table | {"bits_per_weight": 8.1}
+    assert "layers.0.mlp.down_proj" in files["evidence/sensitivity.svg"]
+    assert evidence.choice({"result": {}}) == {}
+    assert evidence.choice({}) == {}

@@ -128,7 +128,7 @@ def recognize(config: Mapping[str, Any], beside: Mapping[str, Any]) -> tuple[rul
     if found.algo is None:
         # ValueError in llmapi/llm_utils.py (@0066b2a5), also where only the KV cache is quantized.
         problems.append(f"{HF_QUANT_CONFIG}: names no quant_algo, which TensorRT-LLM requires of this file")
-    named = {str(layer.algo) for layer in found.layers.values()} or {found.algo}
+    named: set[str | None] = {layer.algo for layer in found.layers.values()} or {found.algo}
     for algo in sorted(str(name) for name in named if name is not None and name not in rules.LAYOUTS):
         known = ", ".join(sorted(rules.LAYOUTS))
         problems.append(f"{HF_QUANT_CONFIG}: quant_algo {algo} has no tensors that trtbuild can check, only {known}")
@@ -165,7 +165,7 @@ def _gpu(found: rules.Quantized, version: str, layout: Layout) -> CheckpointChec
     release = find_release(version, allow_unknown=True)
     if sm is None or isinstance(release, Problem):
         return CheckpointCheck("GPU", (f"{layout.gpu} with TensorRT-LLM {version} is in no table",))
-    algos = sorted({str(layer.algo) for layer in found.layers.values()}) or [found.algo]
+    algos: list[str | None] = [*sorted({str(layer.algo) for layer in found.layers.values()})] or [found.algo]
     wanted = algos + ([f"kv:{found.kv_algo}"] if found.kv_algo else [])
     reasons = [reason for algo in wanted if (reason := refused_format(release.line, algo, sm)) is not None]
     return CheckpointCheck("GPU", tuple(reasons), f"{layout.gpu}, SM{sm}")

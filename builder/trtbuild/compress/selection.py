@@ -84,7 +84,7 @@ def select(model: nn.Module, tensors: Iterable[str], request: Request) -> Select
         *_unmatched_patterns("overrides", [pattern for pattern, _ in request.overrides], set(compressed.values())),
         *_split_groups(compressed.values(), excluded.values()),
         *_mixed_groups(model, compressed, formats),
-        *_unused_formats(formats, request),
+        *(_unused_formats(formats, request) if compressed else ()),
         *_unfit_layers(model, compressed, formats, request),
     ]
     if not compressed and not problems:
