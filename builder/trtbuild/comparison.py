@@ -50,8 +50,8 @@ def compare(settings: Settings, facts: ModelFacts) -> Comparison:
     asks: list[tuple[str, Callable[[_Column], Cell]]] = [
         ("runtime", _runtime),
         (f"model {facts.architecture}", lambda column: _model(facts.architecture, column)),
-        (f"format {recipe.compress.format}", lambda column: _format(settings, column)),
     ]
+    asks += [(f"format {name}", _format(settings, name)) for name in recipe.compress.formats or ("none",)]
     if recipe.compress.kv_cache != "none":
         cache = recipe.compress.kv_cache
         asks.append((f"KV cache {cache}", lambda column: _on_gpu(recipe, column, "kv_cache", cache)))
@@ -101,12 +101,15 @@ def _model(architecture: str, column: _Column) -> Cell:
     return Cell("available", note) if reason is None else Cell("not available", reason)
 
 
-def _format(settings: Settings, column: _Column) -> Cell:
-    name, group = settings["compress.format"], settings["compress.group_size"]
-    allowed = group_sizes(QUANT_ALGO[name] or "")
-    if allowed and group is not None and group not in allowed:
-        return Cell("not available", f"groups of {' or '.join(map(str, allowed))} only, not {group}")
-    return _on_gpu(settings.recipe, column, "weights", name)
+def _format(settings: Settings, name: str) -> Callable[[_Column], Cell]:
+    group, allowed = settings["compress.group_size"], group_sizes(QUANT_ALGO[name] or "")
+
+    def look(column: _Column) -> Cell:
+        if allowed and group is not None and group not in allowed:
+            return Cell("not available", f"groups of {' or '.join(map(str, allowed))} only, not {group}")
+        return _on_gpu(settings.recipe, column, "weights", name)
+
+    return look
 
 
 def _on_gpu(recipe: Recipe, column: _Column, part: Part, name: str) -> Cell:

@@ -38,24 +38,31 @@ class Demand:
     sparsity_method: str | None
     samples: int
     length: int
+    more_formats: tuple[str, ...] = ()  # that some layers have instead of `format`
     experts: bool = False
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The weight formats, bf16 left out."""
+        return tuple(name for name in (self.format, *self.more_formats) if name != "none")
 
     @property
     def compressed(self) -> bool:
         """Whether a layer is loaded at all."""
-        return self.format != "none" or self.kv_cache != "none" or self.sparsity_method is not None
+        return bool(self.formats) or self.kv_cache != "none" or self.sparsity_method is not None
 
     @property
     def straight(self) -> bool:
         """Whether weights are coded from file to file, and no layer is ever loaded."""
         plain = self.kv_cache == "none" and self.sparsity_method is None and not self.experts
-        return plain and self.format in STRAIGHT_FORMATS
+        return plain and self.format in STRAIGHT_FORMATS and len(set(self.formats)) == 1
 
     @property
     def streams(self) -> int:
         """How many kinds of hidden states go from layer to layer."""
-        quantized = needs_text(self.format, self.kv_cache)
-        twice = is_searched(self.format) and not is_solved(self.format) and self.kv_cache != "none"
+        quantized = any(needs_text(name, self.kv_cache) for name in self.formats or ("none",))
+        single = self.formats[0] if len(set(self.formats)) == 1 else "none"
+        twice = is_searched(single) and not is_solved(single) and self.kv_cache != "none"
         return int(self.sparsity_method == "sparsegpt" or quantized) + twice
 
     @property
@@ -71,7 +78,8 @@ class Demand:
         if self.straight:
             return _STRAIGHT
         layer = self.layer
-        coded, scratch = (1, WEIGHT_FORMATS[self.format].scratch) if self.format != "none" else (2, _PLAIN_SCRATCH)
+        scratch = max((WEIGHT_FORMATS[name].scratch for name in self.formats), default=_PLAIN_SCRATCH)
+        coded = 1 if self.formats else 2
         # The layer, its coded or bf16 form and that of the one before, which is yet to be written, and what is computed
         # with the largest matrix at once.
         weights = (_FLOAT + 2 * coded) * layer.parameters + scratch * layer.matrix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trtbuild.mixed_settings import group_format, take_mixed
 from trtbuild.model import ModelFacts
 from trtbuild.setting_values import Settings
 from trtbuild.weight_formats import WEIGHT_FORMATS, takes_group
@@ -24,9 +25,11 @@ _WORTH_OF_SPARSITY = {
 
 def take_compress(settings: Settings, facts: ModelFacts) -> None:
     """What happens to the weights and the KV cache, and the text that decides it."""
-    compress_format = settings.take("compress.format")
-    _group_size(settings, facts, compress_format)
-    _fixed_groups(settings, facts, compress_format)
+    settings.take("compress.format")
+    take_mixed(settings)
+    _group_size(settings, facts, group_format(settings))
+    for name in settings.recipe.compress.formats:
+        _fixed_groups(settings, facts, name)
     settings.take("compress.kv_cache")
     sparsity = settings.take("compress.sparsity")
     if sparsity == "none" and settings.recipe.compress.sparsity_method is not None:
@@ -52,7 +55,8 @@ def sparsity_warnings(settings: Settings) -> list[str]:
 
 def is_compressed(settings: Settings) -> bool:
     """Whether anything happens to the weights or the KV cache."""
-    return any(settings[f"compress.{name}"] != "none" for name in ("format", "kv_cache", "sparsity"))
+    some = any(settings[f"compress.{name}"] != "none" for name in ("kv_cache", "sparsity"))
+    return some or bool(settings.recipe.compress.formats)
 
 
 def _calibration(settings: Settings, facts: ModelFacts) -> None:
@@ -103,7 +107,7 @@ def _group_size(settings: Settings, facts: ModelFacts, compress_format: str) -> 
 
 def _fixed_groups(settings: Settings, facts: ModelFacts, compress_format: str) -> None:
     """Formats whose blocks have one size; with patterns that exclude layers, the compress step knows which are left."""
-    if compress_format == "none" or settings.recipe.compress.exclude:
+    if settings.recipe.compress.exclude or settings.recipe.compress.overrides:
         return
     rows, columns = WEIGHT_FORMATS[compress_format].sides
     inputs = [size for size in facts.linear_input_sizes if size % columns]

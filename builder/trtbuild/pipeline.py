@@ -237,6 +237,7 @@ def _package(run: _Run, out: Path) -> str:
         package.LOCK: canonical_json(_lock(run)),
         "evidence/quality.json": canonical_json(evidence.quality(run.artifacts["evaluate"].record, plan.gates)),
         "evidence/build.json": canonical_json(evidence.build(steps, plan)),
+        **evidence.choice(run.artifacts["compress"].record),
     }
     artifacts = {name: run.artifacts[kind] for name, kind in trees.items()} | run.built
     parts = package.Parts(artifacts, texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trtbuild import trtllm_deploy, trtllm_engine_settings, trtllm_settings
+from trtbuild import mixed_settings, trtllm_deploy, trtllm_engine_settings, trtllm_settings
 from trtbuild.comparison import compare
 from trtbuild.compress_memory import Demand, parse_bytes, show_bytes
 from trtbuild.compress_settings import is_compressed, sparsity_warnings
@@ -25,7 +25,7 @@ from trtbuild.trtllm_engine_lora import ADAPTERS
 from trtbuild.trtllm_engine_refusals import engine_mistakes, engine_warnings
 from trtbuild.trtllm_refusals import trtllm_mistakes, trtllm_warnings
 from trtbuild.trtllm_settings import take_trtllm
-from trtbuild.weight_formats import KV_CACHE_BITS, WEIGHT_FORMATS
+from trtbuild.weight_formats import KV_CACHE_BITS
 
 _EVALUATION_LENGTH = 512
 _KV_BYTES = {"embedded": 4, "trtllm": 2, "trtllm-engine": 2}  # the embedded engine computes in float32 on a CPU
@@ -69,6 +69,7 @@ def make_plan(
     mistakes = [
         *settings.problems,
         *_memory_mistakes(settings, facts),
+        *mixed_settings.mixed_mistakes(settings, facts),
         *(_MISTAKES[kind](settings) if kind in _MISTAKES else ()),
         *check(plan),
     ]
@@ -131,9 +132,10 @@ def _joined_scales(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     (NVIDIA/TensorRT-LLM, tensorrt_llm/models/modeling_utils.py @34a267279384, fuse_gate_mlp: silu and gelu alone).
     """
     kind, cache = _kind(settings), settings["compress.kv_cache"] != "none"
-    if kind == _ENGINE and settings["compress.format"] != "fp8" and cache:
+    fp8 = "fp8" in settings.recipe.compress.formats
+    if kind == _ENGINE and not fp8 and cache:
         return {"joined_scales": {"layers": False, "gate_up": False, "kv_cache": True, "intermediate": "float32"}}
-    if settings["compress.format"] != "fp8" or kind == _EMBEDDED:
+    if not fp8 or kind == _EMBEDDED:
         return {}
     if kind == _TRTLLM:
         return {"joined_scales": {"gate_up": True, "kv_cache": False, "intermediate": "bfloat16"}}
@@ -147,6 +149,7 @@ def _compress_parameters(settings: Settings) -> dict[str, Any]:
     parameters = {name: settings[f"compress.{name}"] for name in names}
     parameters["exclude"] = list(parameters["exclude"])
     parameters["trust_remote_code"] = settings["model.trust_remote_code"]
+    parameters |= mixed_settings.compress_parameters(settings)
     if is_compressed(settings):
         parameters["device"] = _numerics(settings, "device")
         calibration = ("column", "count", "length", "seed")
@@ -263,7 +266,8 @@ def _demand(settings: Settings, facts: ModelFacts) -> Demand:
     return Demand(
         layer=facts.largest_layer,
         hidden_size=facts.hidden_size,
-        format=settings["compress.format"],
+        format="none" if settings["compress.format"] == "auto" else settings["compress.format"],
+        more_formats=settings.recipe.compress.formats,
         kv_cache=settings["compress.kv_cache"],
         sparsity_method=settings["compress.sparsity_method"] if sparse else None,
         samples=settings["compress.calibration.count"],
@@ -288,14 +292,15 @@ def _memory_limit(settings: Settings) -> int | None:
 
 def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
     """Sizes in bytes that follow from the facts: the checkpoint's file, the memory to make it, and the KV cache."""
-    name = settings["compress.format"]
-    bits = 16.0 if name == "none" else WEIGHT_FORMATS[name].file_bits(settings["compress.group_size"])
+    bits = mixed_settings.planned_bits(settings)
     rest = facts.parameters - facts.linear_parameters
     bits_in_cache = KV_CACHE_BITS.get(settings["compress.kv_cache"], 8 * _KV_BYTES[_kind(settings)])
     per_token = int(facts.kv_bytes_per_token(1) * bits_in_cache / 8)
     estimates = {
         "checkpoint_bytes": int(facts.linear_parameters * bits / 8) + 2 * rest,
-        "compress_peak_memory_bytes": _demand(settings, facts).peak(_memory_limit(settings)),
+        "compress_peak_memory_bytes": max(
+            _demand(settings, facts).peak(_memory_limit(settings)), mixed_settings.choice_bytes(settings, facts)
+        ),
         "kv_bytes_per_token": per_token,
     }
     if settings["runtime.kv_cache.max_tokens"] is not None:
@@ -304,7 +309,7 @@ def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
 
 
 def _warnings(settings: Settings, facts: ModelFacts) -> tuple[str, ...]:
-    warnings = sparsity_warnings(settings)
+    warnings = [*mixed_settings.warnings(settings), *sparsity_warnings(settings)]
     if not facts.has_chat_template:
         warnings.append("the checkpoint has no chat template: requests with `messages` will be refused")
     if _kind(settings) == _TRTLLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -15,6 +16,9 @@ from trtbuild.recipe_fields import (
     Section,
     Sparsity,
 )
+
+# What `format: auto` chooses from where the recipe does not say it: what is measured on a CPU too.
+AUTO_FORMATS: tuple[Format, ...] = ("fp8", "int4_awq")
 
 
 class Calibration(Section):
@@ -34,7 +38,25 @@ class Calibration(Section):
 class Compress(Section):
     """What happens to the weights and to the KV cache."""
 
-    format: Format = Field(default="none", description="Weight format: none keeps bf16.")
+    format: Literal[Format, "auto"] = Field(
+        default="none", description="Weight format: none keeps bf16, auto chooses one for each layer by measurement."
+    )
+    target_bits: Annotated[float, Field(gt=0.0, le=16.0)] | None = Field(
+        default=None, description="format: auto: bits that a weight may take on average, with its share of the scales."
+    )
+    auto_formats: tuple[Format, ...] | None = Field(
+        default=None, min_length=1, description="format: auto: what to choose from; none (bf16) is always a choice."
+    )
+    auto_method: Literal["gradient", "kl_div"] | None = Field(
+        default=None, description="format: auto: how a layer's sensitivity is measured."
+    )
+    overrides: Mapping[NonEmpty, Format] = Field(
+        default={},
+        description="Module name patterns (shell wildcards) with the format of what they match; the last one counts.",
+    )
+    checkpoint: Literal["modelopt", "compressed-tensors"] = Field(
+        default="modelopt", description="Form of the files: compressed-tensors is what vLLM reads in INT4."
+    )
     group_size: PositiveInt | None = Field(
         default=None, description="Weights per INT4 scale along the input; int4_awq, int4_gptq and w4a8_awq only."
     )
@@ -48,3 +70,11 @@ class Compress(Section):
         default=(), description="Module name patterns (shell wildcards) that stay in bf16."
     )
     max_memory: NonEmpty | None = Field(default=None, description="Upper bound on memory, for example 8GiB.")
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Every weight format that layers may have, bf16 left out, in the order in which the recipe names them."""
+        named = (
+            (self.auto_formats or AUTO_FORMATS) if self.format == "auto" else (self.format, *self.overrides.values())
+        )
+        return tuple(dict.fromkeys(name for name in named if name != "none"))

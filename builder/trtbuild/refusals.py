@@ -101,8 +101,9 @@ def _formats(recipe: Recipe) -> Iterable[Problem]:
     why = refused_embedded(compress.kv_cache)
     if why is not None:
         yield Problem("compress.kv_cache", f"{compress.kv_cache}: {why}", "use fp8")
-    if needs_gpu(compress.format) and recipe.runtime.device == "cpu":
-        message = f"{compress.format}: ModelOpt searches it on NVIDIA GPUs alone, and runtime.device is cpu"
+    searched = [name for name in compress.formats if needs_gpu(name)]
+    if searched and recipe.runtime.device == "cpu":
+        message = f"{searched[0]}: ModelOpt searches it on NVIDIA GPUs alone, and runtime.device is cpu"
         yield Problem("compress.format", message, "use nvfp4, or another device")
 
 

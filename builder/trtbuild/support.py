@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trtbuild.compat import facts
@@ -29,6 +29,12 @@ QUANT_ALGO: Mapping[str, str | None] = {
     "mxfp4": "MXFP4",
     "mxfp8": "MXFP8",
 }
+MIXED = "MIXED_PRECISION"
+
+
+def quant_algo(formats: Sequence[str]) -> str | None:
+    """TensorRT-LLM's name for a checkpoint whose layers have these formats, bf16 left out."""
+    return MIXED if len(formats) > 1 else QUANT_ALGO[formats[0] if formats else "none"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,9 @@ def unread_speculative(recipe: Recipe, fields: Mapping[str, tuple[str, ...]] = S
 
 def group_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     """INT4 groups that the kernels do not take."""
-    group, allowed = settings["compress.group_size"], group_sizes(QUANT_ALGO[settings["compress.format"]] or "")
+    group, named = settings["compress.group_size"], settings.recipe.compress.formats
+    each = [set(taken) for name in named if (taken := group_sizes(QUANT_ALGO[name] or ""))]
+    allowed = sorted(set.intersection(*each)) if each else []
     if allowed and group is not None and group not in allowed:
         sizes = " or ".join(map(str, allowed))
         message = f"{group}: TensorRT-LLM's INT4 kernels take groups of {sizes} only"
@@ -104,8 +106,7 @@ def gpu_refusals(recipe: Recipe, flow: Flow, line: Line, ranks: int) -> Iterable
 
 def _format_refusals(recipe: Recipe, flow: Flow, line: Line, sm: int | None) -> Iterable[Problem]:
     """Formats that the flow does not load, or the GPU does not run, with the nearest that both do."""
-    compress = recipe.compress
-    for field, part, name in _parts(compress.format, compress.kv_cache):
+    for field, part, name in _parts(recipe):
         why = refused_flow(part, name, flow, line)
         if why is not None:
             message = f"{name}: {why}"
@@ -118,15 +119,23 @@ def _format_refusals(recipe: Recipe, flow: Flow, line: Line, sm: int | None) -> 
 
 def expert_refusals(recipe: Recipe, flow: Flow, facts: ModelFacts) -> Iterable[Problem]:
     """Mixtures of experts in a format that the flow loads for other layers only."""
-    name = recipe.compress.format
-    why = refused_experts(name, flow)
-    if why is not None and facts.num_experts and not recipe.compress.exclude:  # what is left out shows in the files
-        yield Problem("compress.format", f"{name}: {why}", "use fp8 or none")
+    if not facts.num_experts or in_part(recipe):
+        return
+    for name in recipe.compress.formats:
+        why = refused_experts(name, flow)
+        if why is not None:
+            yield Problem("compress.format", f"{name}: {why}", "use fp8 or none")
 
 
-def _parts(weights: str, kv_cache: str) -> tuple[tuple[str, Part, str], ...]:
-    """The recipe's two formats: field, part of the table, name."""
-    return (("format", "weights", weights), ("kv_cache", "kv_cache", kv_cache))
+def in_part(recipe: Recipe) -> bool:
+    """Whether a format is for some layers only; which they are shows in the checkpoint."""
+    return bool(recipe.compress.exclude or recipe.compress.overrides or recipe.compress.format == "auto")
+
+
+def _parts(recipe: Recipe) -> list[tuple[str, Part, str]]:
+    """The recipe's formats: field, part of the table, name."""
+    parts: list[tuple[str, Part, str]] = [("kv_cache", "kv_cache", recipe.compress.kv_cache)]
+    return [("format", "weights", name) for name in recipe.compress.formats or ("none",)] + parts
 
 
 def adapter_names(recipe: Recipe) -> dict[str, str]:

@@ -168,10 +168,11 @@ def _model(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
         others = "embedded" if version_with(facts.architecture) is None else "trtllm or embedded"
         yield Problem("model.path", reason, f"use runtime.kind: {others}, or another model")
         return
-    line, algo = planned_release(settings.recipe).line, QUANT_ALGO[settings["compress.format"]]
-    refused = refused_in_line(line, facts.architecture, algo)
-    if refused is not None:
-        yield Problem("model.path", *refused)
+    line, formats = planned_release(settings.recipe).line, settings.recipe.compress.formats
+    for name in formats or ("none",):
+        refused = refused_in_line(line, facts.architecture, QUANT_ALGO[name])
+        if refused is not None:
+            yield Problem("model.path", *refused)
 
 
 def _pipeline(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:

@@ -29,6 +29,7 @@ from trtbuild.trtllm_common import (
     expert_refusals,
     gpu_refusals,
     group_refusals,
+    in_part,
 )
 from trtbuild.trtllm_deploy import deploy_refusals, hosts
 from trtbuild.trtllm_instances import idle_gpus, instance_mistakes
@@ -105,8 +106,8 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
 
 def _joined_rows(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
     """INT4 where TensorRT-LLM would not load it; `adapters/trtllm_fused.py` has the sources."""
-    name = recipe.compress.format
-    if not takes_group(name) or recipe.compress.exclude:  # what is left out shows in the checkpoint
+    name = next(filter(takes_group, recipe.compress.formats), None)
+    if name is None or in_part(recipe):
         return
     if facts.architecture == "Phi3ForCausalLM":
         message = f"{name}: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output, not two"
@@ -140,7 +141,7 @@ def trtllm_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
         warnings.append(
             f"TensorRT-LLM {release.version} takes the scales of an NVFP4 KV cache for a sixth of what they are"
         )
-    if recipe.compress.format == "fp8_block":
+    if "fp8_block" in recipe.compress.formats:
         warnings.append("TensorRT-LLM rounds inputs of fp8_block to FP8, 128 at a time; quality is measured without")
     warnings += _untested(recipe)
     warnings += speculation_warnings(settings, facts, release, release_schema(release))
@@ -218,7 +219,7 @@ def _model(release: Release, facts: ModelFacts) -> Iterable[Problem]:
 def _format(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     """What TensorRT-LLM's loader and kernels take of what `compress` can make."""
     yield from group_refusals(settings, facts)
-    if settings["compress.format"] == "none" and settings["compress.kv_cache"] != "none":
+    if not settings.recipe.compress.formats and settings["compress.kv_cache"] != "none":
         message = (
             "TensorRT-LLM takes no checkpoint with KV scales whose weights are not quantized (quant_algo is required)"
         )

@@ -85,6 +85,11 @@ def takes_group(weight_format: str) -> bool:
     return weight_format != "none" and WEIGHT_FORMATS[weight_format].takes_group
 
 
+def file_bits(weight_format: str, group_size: int | None) -> float:
+    """Bits that a weight takes in the file, its share of the scales of its group included."""
+    return 16.0 if weight_format == "none" else WEIGHT_FORMATS[weight_format].file_bits(group_size)
+
+
 def is_searched(weight_format: str) -> bool:
     """Whether the text goes through twice, the second time with a KV cache that is rounded."""
     return weight_format != "none" and WEIGHT_FORMATS[weight_format].searched

@@ -11,7 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trtbuild.checkpoint_files import CheckpointFiles
 from trtbuild.safetensors_header import TensorInfo
@@ -38,6 +38,20 @@ class Quantized:
     kv_algo: str | None = None
     group_size: int | None = None
     exclude: tuple[str, ...] = ()
+    layers: Mapping[str, Quantized] = field(default_factory=dict)  # of MIXED_PRECISION, by the layer's name
+
+    def split(self, linears: Iterable[Linear]) -> list[tuple[Quantized, list[Linear]]]:
+        """The layers of each format with what holds for it; those in floating point are among the first."""
+        if not self.layers:
+            return [(self, list(linears))]
+        parts: dict[tuple[str | None, int | None], list[Linear]] = {}
+        first = next(iter(self.layers.values()))
+        for linear in linears:
+            found = self.layers.get(linear.name, first)
+            parts.setdefault((found.algo, found.group_size), []).append(linear)
+        return [
+            (Quantized(algo, self.kv_algo, group, self.exclude), members) for (algo, group), members in parts.items()
+        ]
 
 
 @dataclass(frozen=True, slots=True)

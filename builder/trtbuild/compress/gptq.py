@@ -40,7 +40,7 @@ def quantize_by_gptq(
 
     insert_quantizers(model, selection, request)
     mtq.calibrate(model, "max", run if request.kv_cache != "none" else None)
-    check_quantizers(model, selection, request, layers=layers)
+    check_quantizers(model, selection, request.kv_cache, layers=layers)
     task = Task(
         prune=request.joint,
         hold=request.sparse and not request.joint,

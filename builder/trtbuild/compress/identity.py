@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ def resume_key(
                 "sparsity_method": request.sparsity_method,
                 "kv_cache": request.kv_cache,
                 "exclude": list(request.exclude),
+                "overrides": [list(item) for item in request.overrides],
+                "checkpoint": request.checkpoint,
+                "auto": None if request.auto is None else asdict(request.auto),
                 "trust_remote_code": request.trust_remote_code,
             },
             "files": _files(request, source) if request.key is None else None,

@@ -10,8 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trtbuild.compress.auto import choose
 from trtbuild.compress.checks import Checked, check_export
+from trtbuild.compress.compressed_checks import check_compressed
 from trtbuild.compress.copying import copy_checkpoint
+from trtbuild.compress.effective_bits import bits_per_weight
+from trtbuild.compress.folding import smoothing_notes
 from trtbuild.compress.request import Meter, Request, parse_request
 from trtbuild.compress.selection import Selection, select
 from trtbuild.compress.source import check_source, pick_device, read_tensors
@@ -20,7 +24,7 @@ from trtbuild.compress_memory import Demand, show_bytes
 from trtbuild.errors import ArtifactError, CompatibilityError, HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.safetensors_header import TensorInfo
-from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched
+from trtbuild.weight_formats import file_bits, is_searched
 from trtbuild.worker import Progress, peak_memory_bytes
 
 _MIN_FREE = 16 << 20  # room for config and tokenizer files beside the tensors
@@ -58,9 +62,11 @@ def run(raw: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 def _refuse_cpu(request: Request) -> None:
     """ModelOpt 0.47 computes with NVFP4 on CUDA alone, and AWQ's search computes with what it searches."""
-    if pick_device(request.device).type != "cpu" or not is_searched(request.format):
+    searched = [("format", name, "nvfp4") for name in request.formats if is_searched(name)]
+    if pick_device(request.device).type != "cpu" or not searched:
         return
-    for field, value, other in (("format", request.format, "nvfp4"), ("kv_cache", request.kv_cache, "fp8")):
+    kv_cache = "none" if request.mixed else request.kv_cache  # mixed formats are searched without it
+    for field, value, other in (*searched, ("kv_cache", kv_cache, "fp8")):
         if value.startswith("nvfp4"):
             raise HostError(
                 f"compress.{field}: {value}: AWQ's search computes with NVFP4, which ModelOpt does on CUDA alone, and "
@@ -73,6 +79,11 @@ def _compress(
     request: Request, facts: ModelFacts, source: Mapping[str, TensorInfo], progress: Progress
 ) -> dict[str, Any]:
     clock = _Clock()
+    samples, choice = _load_samples(request), None
+    if request.auto is not None:
+        with clock.phase("choose formats"):
+            choice = choose(request, facts, source, samples.input_ids, Meter(progress, 1))
+        request = choice.apply(request)
     if not (request.quantized or request.sparse):
         if request.exclude:
             raise RecipeError([Problem("compress.exclude", "has no meaning while nothing is compressed", "remove it")])
@@ -80,15 +91,17 @@ def _compress(
         with clock.phase("copy"):
             notes = _copy(request, source, meter)
         selection = Selection({}, {})
-        samples = None
         errors: dict[str, float] = {}
     else:
-        samples, selection, notes, errors = _change(request, facts, source, progress, clock)
+        selection, notes, errors = _change(request, facts, source, samples, progress, clock)
     _make_readable(request.output)
     with clock.phase("check"):
-        checked = check_export(request, selection, source)
+        check = check_compressed if request.checkpoint == "compressed-tensors" else check_export
+        checked = check(request, selection, source)
     progress(1, 1, "done")
-    return _result(request, checked, samples, clock, notes, errors)
+    result = _result(request, checked, samples, clock, notes, errors)
+    bits = bits_per_weight(selection.compressed.values(), read_tensors(request.output), source)
+    return result | {"bits_per_weight": bits} | ({} if choice is None else {"choice": choice.table})
 
 
 def _copy(request: Request, source: Mapping[str, TensorInfo], meter: Meter) -> list[str]:
@@ -124,24 +137,29 @@ def _change(
     request: Request,
     facts: ModelFacts,
     source: Mapping[str, TensorInfo],
+    samples: Any,
     progress: Progress,
     clock: _Clock,
-) -> tuple[Any, Selection, list[str], dict[str, float]]:
+) -> tuple[Selection, list[str], dict[str, float]]:
     """Prune and quantize, one layer at a time where the model allows it.
 
-    Return the samples, the selection, notes, and the output errors of layers that were solved.
+    Return the selection, notes, and the output errors of layers that were solved.
     """
     import transformers
 
     from trtbuild.compress.skeleton import NotStreamableError
 
     transformers.utils.logging.disable_progress_bar()
-    samples = _load_samples(request)
     ids = samples.input_ids if samples is not None else ()
     meter = Meter(progress, _total_work(request, facts, len(ids)))
     try:
         selection, notes, errors = _change_by_layer(request, facts, source, ids, meter, clock)
     except NotStreamableError as reason:
+        if request.checkpoint != "modelopt":
+            raise CompatibilityError(
+                f"compress.checkpoint: compressed-tensors is written layer by layer, which fails here: {reason}",
+                "use checkpoint: modelopt",
+            ) from reason
         if request.max_memory is not None:
             raise CompatibilityError(
                 f"compress.max_memory: this model cannot be compressed layer by layer: {reason}",
@@ -149,7 +167,7 @@ def _change(
             ) from reason
         selection, idle, errors = compress_whole(request, source, ids, meter, clock.phase)
         notes = [f"the whole model was held in memory: {reason}", *_idle_notes(idle)]
-    return samples, selection, notes, errors
+    return selection, notes, errors
 
 
 def _change_by_layer(
@@ -186,7 +204,7 @@ def _change_by_layer(
         stream.run()
     if request.work is None:
         shutil.rmtree(work)
-    notes = _idle_notes(stream.idle)
+    notes = [*_idle_notes(stream.idle), *smoothing_notes(stream.unsmoothed, selection)]
     if request.max_memory is not None and peak_memory_bytes() > request.max_memory:
         seen, limit = show_bytes(peak_memory_bytes()), show_bytes(request.max_memory)
         notes.append(f"the peak of memory was {seen}, above compress.max_memory ({limit})")
@@ -204,6 +222,7 @@ def _demand(request: Request, facts: ModelFacts, ids: Sequence[Sequence[int]]) -
         sparsity_method=request.sparsity_method if request.sparse else None,
         samples=len(ids),
         length=len(ids[0]) if ids else 0,
+        more_formats=tuple(name for name in request.formats if name != request.format),
         experts=facts.num_experts is not None,
     )
 
@@ -231,17 +250,17 @@ def _total_work(request: Request, facts: ModelFacts, samples: int) -> int:
 
         passes = PASSES
     if request.quantized:
-        from trtbuild.compress.quantize import passes as of_format
+        from trtbuild.compress.mixed import passes as of_formats
 
-        passes = (*passes, *of_format(request))
+        passes = (*passes, *of_formats(request))
     return sum(cost for _, cost in passes) * samples * facts.num_layers + max(len(facts.files), facts.num_layers + 1)
 
 
 def _expected_bytes(request: Request, facts: ModelFacts) -> int:
     """A little more than the output will take."""
-    bits = 16.0
-    if request.format != "none":
-        bits = WEIGHT_FORMATS[request.format].file_bits(request.group_size)
+    bits = max((file_bits(name, request.group_size) for name in request.formats), default=16.0)
+    if request.overrides:
+        bits = 16.0  # nobody knows yet what the patterns match
     rest = facts.parameters - facts.linear_parameters
     return int(facts.linear_parameters * bits / 8) + rest * 2 + _MIN_FREE
 

@@ -10,7 +10,7 @@ import torch
 
 from trtbuild.compress.request import Request
 from trtbuild.compress.states import States
-from trtbuild.weight_formats import is_searched, is_solved
+from trtbuild.weight_formats import is_searched
 
 PRUNED, CACHED = "pruned", "cached"
 _ON_DEVICE_BYTES = 4 << 30  # hidden states before and behind a layer
@@ -47,17 +47,19 @@ class StatesBetween:
     def kinds(self) -> tuple[str, ...]:
         """The kinds of states, in the order of their use: of the pruned model, and of it with its KV cache rounded.
 
-        ModelOpt's AWQ rounds the KV cache in its second pass, as the first has calibrated it.
+        ModelOpt's AWQ rounds the KV cache in its second pass, as the first has calibrated it. Where formats are mixed,
+        the cache is calibrated apart from them.
         """
-        if not self.count or not self.request.calibrated:
+        request = self.request
+        if not self.count or not request.calibrated:
             return ()
-        twice = is_searched(self.request.format) and not is_solved(self.request.format)
-        return (PRUNED, CACHED) if self.request.kv_cache != "none" and twice else (PRUNED,)
+        twice = is_searched(request.single) and not request.solved and not request.mixed
+        return (PRUNED, CACHED) if request.kv_cache != "none" and twice else (PRUNED,)
 
     @property
     def recomputed(self) -> bool:
         """Whether states stay on the device, so that a resumed run puts the samples through finished layers again."""
-        changed = self.request.sparse or is_solved(self.request.format)  # the source's layers do not give these states
+        changed = self.request.sparse or self.request.solved  # the source's layers do not give these states
         return self.device.type == "cuda" and self.kinds == (PRUNED,) and not changed
 
     def before(self, kind: str, index: int) -> States:

@@ -22,10 +22,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from trtbuild.compress import folding
+from trtbuild.compress.auto import AUTO_FILE
 from trtbuild.compress.blocks import rounded_type
 from trtbuild.compress.codings import SECTIONS
+from trtbuild.compress.compressed_tensors import write_compressed_config
 from trtbuild.compress.direct import Direct, is_direct
 from trtbuild.compress.journal import Journal
+from trtbuild.compress.layer_export import export_layer
 from trtbuild.compress.libraries import import_libraries, quick_collection
 from trtbuild.compress.metadata import write_metadata
 from trtbuild.compress.passes import LayerLoop
@@ -39,7 +43,6 @@ from trtbuild.compress.states_between import StatesBetween
 from trtbuild.compress.storing import Part, Storing, of_tensors
 from trtbuild.compress.threads import workers
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
-from trtbuild.weight_formats import is_solved, needs_text
 
 # Names of a quantized layer's tensors beside its weight and bias are at most this long; there are at most five.
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale")
@@ -72,6 +75,7 @@ class Stream:
     ahead: bool = True  # read the next layer while one is computed
     idle: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)  # of every layer that SparseGPT or GPTQ changed
+    unsmoothed: list[str] = field(default_factory=list)  # by names in files; in the form of compressed-tensors
     resumed: int = 0  # decoder layers that an earlier run had finished
     _calls: Mapping[int, Sequence[Call]] = field(default_factory=dict)
     _journal: Journal | None = None
@@ -132,6 +136,7 @@ class Stream:
             place_files(self.request.output, files, writer.written)
             self.idle += [name for part in journal.parts for name in part.get("idle", [])]
             self.errors |= {name: error for part in journal.parts for name, error in part.get("errors", {}).items()}
+            self.unsmoothed += [name for part in journal.parts for name in part.get("unsmoothed", [])]
             self._configure(journal)
 
     def _straight(self, direct: Direct, journal: Journal, storing: Storing) -> None:
@@ -166,7 +171,8 @@ class Stream:
         journal = Journal(self.work, self.key)
         if not self._intact(journal):
             for path in self.work.iterdir():
-                path.unlink()
+                if path.name != AUTO_FILE:
+                    path.unlink()
             journal = Journal(self.work, self.key)
         return journal
 
@@ -205,16 +211,12 @@ class Stream:
         name = self.skeleton.name_of(index)
         frame, layer = self.skeleton.frame(index, reader.take(index))
         selection = self.selection.within(self.skeleton.prefix, index)
+        folds = folding.exact_folds(frame, selection) if self.request.checkpoint == "compressed-tensors" else None
         idle, errors = self._change(index, frame, layer, selection)
         self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
         found: dict[str, object] = {}
         if self.request.quantized:
-            from trtbuild.compress.export import export_frame
-
-            with torch.no_grad():
-                exported = export_frame(frame, name, self.request)
-            tensors = exported.tensors
-            found = {"layers": exported.layers, "kv_cache": exported.kv_cache}
+            tensors, found = export_layer(frame, name, selection, folds)
         else:
             tensors = self._plain(name, layer)
         storing.take(
@@ -251,9 +253,9 @@ class Stream:
         if self.request.by_hessians and not self.request.joint:
             run = self._loop(index, layer, sparsify.PASSES[:1], kept=False)
             solved = sparsify.sparsify_by_hessians(frame, selection, run, [self.skeleton.name_of(index)])
-            if not needs_text(self.request.format, self.request.kv_cache):
+            if not self.request.reads_text:
                 self._store(index, layer)
-        if is_solved(self.request.format):
+        if self.request.solved:
             from trtbuild.compress.gptq import quantize_by_gptq
             from trtbuild.compress.quantize import GPTQ_PASSES
 
@@ -274,10 +276,11 @@ class Stream:
             self._loop(index, layer, sparsify.PASSES[1:]).finish()
 
     def _quantize(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
-        from trtbuild.compress.quantize import passes, quantize
+        from trtbuild.compress.mixed import layer_passes, quantize_layers
 
-        loop = self._loop(index, layer, passes(self.request)) if passes(self.request) else None
-        idle = quantize(frame, selection, self.request, loop, layers=1)
+        steps = layer_passes(self.request, selection) if self.request.reads_text else ()
+        loop = self._loop(index, layer, steps) if steps else None
+        idle = quantize_layers(frame, selection, self.request, loop, layers=1)
         if loop is not None:
             loop.finish()
         return idle
@@ -317,6 +320,9 @@ class Stream:
     def _configure(self, journal: Journal) -> None:
         if not self.request.quantized:
             write_metadata(self.request, None)
+            return
+        if self.request.checkpoint == "compressed-tensors":
+            write_compressed_config(self.selection, self.request)
             return
         from trtbuild.compress.export import write_config, write_uniform_config
 

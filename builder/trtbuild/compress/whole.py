@@ -15,7 +15,6 @@ from trtbuild.compress.selection import Selection, select
 from trtbuild.compress.solve import Solved
 from trtbuild.compress.source import load_source, pick_device
 from trtbuild.safetensors_header import TensorInfo
-from trtbuild.weight_formats import is_solved
 
 
 def compress_whole(
@@ -48,7 +47,7 @@ def compress_whole(
         from trtbuild.compress.export import export
 
         with phase("quantize"):
-            if is_solved(request.format):
+            if request.solved:
                 solved = _solve(model, selection, request, ids, meter)
             else:
                 idle += _quantize(model, selection, request, ids, meter)
@@ -100,11 +99,12 @@ def _solve(
 def _quantize(
     model: nn.Module, selection: Selection, request: Request, ids: Sequence[Sequence[int]], meter: Meter
 ) -> list[str]:
-    from trtbuild.compress.quantize import passes, quantize
+    from trtbuild.compress.mixed import passes, quantize_layers
 
-    run = calibration_loop(ids, meter, passes(request)) if passes(request) else None
+    steps = passes(request, selection)
+    run = calibration_loop(ids, meter, steps) if steps else None
     layers: int = model.config.get_text_config().num_hidden_layers
-    return quantize(model, selection, request, run, layers=layers)
+    return quantize_layers(model, selection, request, run, layers=layers)
 
 
 def _weights(model: nn.Module, selection: Selection) -> dict[str, torch.Tensor]:

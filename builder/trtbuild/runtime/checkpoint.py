@@ -19,8 +19,8 @@ from trtbuild.errors import ArtifactError, CompatibilityError
 from trtbuild.runtime.checkpoint_files import (
     REBUILD,
     QuantizationFacts,
-    TensorFiles,
     TensorSource,
+    open_tensors,
     read_json,
     read_quantization,
 )
@@ -146,7 +146,7 @@ def empty_model(config: Any, dtype: torch.dtype, attn_implementation: str, *, tr
 
 
 def _match_names(directory: Path, model: nn.Module) -> TensorSource:
-    files = TensorFiles(directory)
+    files = open_tensors(directory)
     names = DiskNames(model)
     disk_name: dict[str, str] = {}
     for name in files.names:
@@ -164,7 +164,7 @@ def _quantized_layers(source: TensorSource, quantization: QuantizationFacts) -> 
         kind = source.files.dtype(name) if place.endswith(".weight") else ""
         if kind not in _CODES:
             continue
-        algorithm = quantization.algorithm
+        algorithm = quantization.of(name.removesuffix(".weight"))
         if algorithm is None or kind != NUMERICS[algorithm].weight:
             raise ArtifactError(
                 f"{name} holds codes in {kind}, but the checkpoint says quant_algo {algorithm}", REBUILD

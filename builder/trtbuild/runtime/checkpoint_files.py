@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trtbuild.errors import ArtifactError, CompatibilityError
+from trtbuild.runtime.compressed_tensors import METHOD, UnpackedFiles, quantized_as
 from trtbuild.runtime.numerics import NUMERICS
 
 FP8 = "FP8"
+MIXED = "MIXED_PRECISION"
 _KV_CACHES = ("FP8", "NVFP4", "INT8")
 REBUILD = "build the package again"
 _INDEX = "model.safetensors.index.json"
@@ -28,6 +31,11 @@ class QuantizationFacts:
     group_size: int | None = None
     kv_cache: str | None = None  # FP8, NVFP4, INT8 or None
     exclude: tuple[str, ...] = ()
+    layers: Mapping[str, str] = field(default_factory=dict)  # of a mixed checkpoint, by their names in files
+
+    def of(self, layer: str) -> str | None:
+        """The algorithm of a layer by its name in files."""
+        return self.layers.get(layer) if self.algorithm == MIXED else self.algorithm
 
 
 def read_quantization(directory: Path) -> QuantizationFacts:
@@ -44,6 +52,9 @@ def read_quantization(directory: Path) -> QuantizationFacts:
     else:
         section = read_json(directory / "config.json").get("quantization_config") or {}
         method = section.get("quant_method", "modelopt")
+        if method == METHOD:
+            algorithm, group, layers = quantized_as(section, directory)
+            return QuantizationFacts(algorithm, group, None, tuple(section.get("ignore") or ()), layers)
         if not str(method).startswith("modelopt"):
             raise CompatibilityError(
                 f"{directory}: quantized with {method!r}; the embedded engine reads ModelOpt's checkpoints",
@@ -54,7 +65,22 @@ def read_quantization(directory: Path) -> QuantizationFacts:
         if scheme and kv_cache is None:
             kv_cache = str(scheme)
         exclude = section.get("ignore")
+    if section.get("quant_algo") == MIXED:
+        return _mixed(directory, section, kv_cache, exclude)
     return _known(directory, section.get("quant_algo"), section.get("group_size"), kv_cache, exclude)
+
+
+def _mixed(directory: Path, section: Mapping[str, Any], kv_cache: Any, exclude: Any) -> QuantizationFacts:
+    """A checkpoint whose `quantized_layers` say the format of each."""
+    listed = section.get("quantized_layers")
+    if not isinstance(listed, dict) or not listed:
+        raise ArtifactError(f"{directory}: quant_algo is {MIXED}, but quantized_layers names no layer", REBUILD)
+    layers = {}
+    for name, entry in listed.items():
+        known = _known(directory, entry.get("quant_algo"), entry.get("group_size"), kv_cache, exclude)
+        if known.algorithm is not None:
+            layers[name] = known.algorithm
+    return replace(known, algorithm=MIXED, group_size=None, layers=layers)
 
 
 def _known(directory: Path, algorithm: Any, group: Any, kv_cache: Any, exclude: Any) -> QuantizationFacts:
@@ -145,11 +171,18 @@ class TensorFiles:
         return list(self._handle_of[name].get_slice(name).get_shape())
 
 
+def open_tensors(directory: Path) -> TensorFiles | UnpackedFiles:
+    """The tensors of a checkpoint directory, in ModelOpt's form whatever form the files have."""
+    files = TensorFiles(directory)
+    packed = any(name.endswith(".weight_packed") for name in files.names)
+    return UnpackedFiles(files) if packed else files
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSource:
     """The files and, for every place in the model, the tensor of the files that belongs there."""
 
-    files: TensorFiles
+    files: TensorFiles | UnpackedFiles
     disk_name: dict[str, str]
 
     def take(self, place: str) -> torch.Tensor | None:
