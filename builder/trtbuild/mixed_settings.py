@@ -156,5 +156,5 @@ def _checkpoint(settings: Settings) -> Iterator[Problem]:
 
 def group_format(settings: Settings) -> str:
     """A format whose groups the recipe sizes, if the recipe has one; else what `compress.format` says."""
-    grouped = [name for name in settings.recipe.compress.formats if takes_group(name)]
-    return grouped[0] if grouped else str(settings["compress.format"])
+    formats = settings.recipe.compress.formats
+    return next(filter(takes_group, formats), formats[0] if formats else "none")
