@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trtbuild.model import ModelFacts
+from trtbuild.recipe_fields import SELF
 from trtbuild.setting_values import Settings
 
 _CALIBRATION_LENGTH = 512
@@ -40,17 +41,30 @@ def _calibration(settings: Settings, facts: ModelFacts) -> None:
     context = facts.context_length
     short = context < _CALIBRATION_LENGTH
     origin = f"default: {_CALIBRATION_LENGTH}, at most the model's {context}" if short else "default"
-    for name in ("data", "column", "count"):
+    for name in ("data", "column", "split", "count"):
         settings.take(f"compress.calibration.{name}")
     length = settings.take("compress.calibration.length", min(_CALIBRATION_LENGTH, context), origin)
-    settings.take("compress.calibration.seed")
+    for name in ("packing", "seed"):
+        settings.take(f"compress.calibration.{name}")
+    _data_fields(settings)
     if not is_compressed(settings):
-        for name in ("data", "column", "count", "length", "seed"):
+        for name in ("data", "column", "split", "count", "length", "packing", "seed"):
             if settings.given(f"compress.calibration.{name}"):
                 settings.problem(f"compress.calibration.{name}", *_NOTHING_COMPRESSED)
     elif length > context:
         message = f"{length} is more than the model's context of {context} tokens"
         settings.problem("compress.calibration.length", message, f"use at most {context}")
+
+
+def _data_fields(settings: Settings) -> None:
+    """Column and split are of the user's own data."""
+    data = settings["compress.calibration.data"]
+    if data is not None and data != SELF:
+        return
+    for name in ("column", "split"):
+        if settings[f"compress.calibration.{name}"] is not None:
+            what = "is set while compress.calibration.data names no data"
+            settings.problem(f"compress.calibration.{name}", what, "name the data, or remove it")
 
 
 def fitting_group_sizes(facts: ModelFacts) -> list[int]:

@@ -14,6 +14,7 @@ from trtbuild.embedded_settings import embedded_files, take_embedded
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
+from trtbuild.recipe_fields import SELF
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.refusals import model_refusals, recipe_refusals
 from trtbuild.setting_values import Settings
@@ -112,6 +113,8 @@ def _steps(settings: Settings, facts: ModelFacts, tools: Mapping[str, Mapping[st
         "trust_remote_code": settings["model.trust_remote_code"],
         "calibration_column": settings["compress.calibration.column"] if compressed else None,
     }
+    if compressed and settings["compress.calibration.split"] is not None:
+        evaluate["calibration_split"] = settings["compress.calibration.split"]
     evaluate |= _joined_scales(settings, facts)
     return (
         Step("fetch", {}, (), {}),
@@ -147,20 +150,26 @@ def _compress_parameters(settings: Settings) -> dict[str, Any]:
     parameters["trust_remote_code"] = settings["model.trust_remote_code"]
     if is_compressed(settings):
         parameters["device"] = _numerics(settings, "device")
-        calibration = ("column", "count", "length", "seed")
+        calibration = ("column", "split", "count", "length", "packing", "seed")
         parameters["calibration"] = {name: settings[f"compress.calibration.{name}"] for name in calibration}
+        if settings["compress.calibration.data"] == SELF:
+            parameters["calibration"]["data"] = SELF
     return parameters
 
 
 def _compress_files(settings: Settings) -> dict[str, str]:
-    data = settings["compress.calibration.data"] if is_compressed(settings) else None
-    return _files(data=data, tokenizer=settings["model.tokenizer"])
+    return _files(data=_calibration_data(settings), tokenizer=settings["model.tokenizer"])
 
 
 def _evaluate_files(settings: Settings) -> dict[str, str]:
     """Held-out text, and the calibration text that it must not be."""
-    calibration = settings["compress.calibration.data"] if is_compressed(settings) else None
-    return _files(data=settings["quality.data"], calibration=calibration)
+    return _files(data=settings["quality.data"], calibration=_calibration_data(settings))
+
+
+def _calibration_data(settings: Settings) -> str | None:
+    """The user's own calibration text, where there is some."""
+    data = settings["compress.calibration.data"] if is_compressed(settings) else None
+    return None if data == SELF else data
 
 
 def _adapter_files(settings: Settings) -> dict[str, str]:

@@ -24,6 +24,7 @@ LAYERS = [
         "checkpoint_files",
         "draft",
         "tokenizer_file",
+        "text_sets",
         "safetensors_header",
         "recipe",
         "recipe_fields",

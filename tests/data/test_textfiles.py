@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
-from trtbuild.compress.textfiles import Message, TextFile, read_rows
+from trtbuild.compress.chat import Chat
+from trtbuild.compress.textfiles import TextFile, read_rows
 from trtbuild.errors import RecipeError
 
 Write = Callable[[str, str | bytes], Path]
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
 
 
-def values(path: Path, column: str | None = None) -> list[str | list[Message]]:
-    return [row.value for row in read_rows(TextFile(path, column))]
+def values(path: Path, column: str | None = None) -> list[Any]:
+    found = [row.value for row in read_rows(TextFile(path, column))]
+    return [list(value.messages) if isinstance(value, Chat) else value for value in found]
 
 
 def refusal(path: Path, column: str | None = None) -> tuple[str, str]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from trtbuild.compress.blocks import is_finite
+from trtbuild.compress.overflow import first_overflow, overflow_error
 from trtbuild.compress.request import Meter
 from trtbuild.compress.skeleton import Call
 from trtbuild.compress.states import States
-from trtbuild.errors import ToolError
 
 
 @dataclass(slots=True)
@@ -27,7 +25,7 @@ class LayerLoop:
     Args:
         layer: The decoder layer.
         name: Its name in the model.
-        call: What it is called with beside the state.
+        calls: What it is called with beside the state, by the sample's length.
         states: For each call the states before the layer, and where those behind it go (None behind the last layer);
             the last pair for all further calls.
         count: Number of samples.
@@ -39,7 +37,7 @@ class LayerLoop:
 
     layer: nn.Module
     name: str
-    call: Call
+    calls: Mapping[int, Call]
     states: Sequence[tuple[States, States | None]]
     count: int
     device: torch.device
@@ -68,42 +66,16 @@ class LayerLoop:
 
     def _run(self, index: int, state: torch.Tensor) -> torch.Tensor:
         try:
-            hidden = self.call.run(self.layer, state)
+            hidden = self.calls[state.shape[1]].run(self.layer, state)
         except AssertionError as error:  # ModelOpt's answer to a range that is not finite
             culprit = self._first_overflow(state)
             if culprit is None:
                 raise
-            raise _overflow(index, culprit, state.dtype) from error
+            raise overflow_error(index, culprit, state.dtype) from error
         if not is_finite(hidden):
-            raise _overflow(index, self._first_overflow(state) or f"the output of {self.name}", hidden.dtype)
+            raise overflow_error(index, self._first_overflow(state) or f"the output of {self.name}", hidden.dtype)
         return hidden
 
     def _first_overflow(self, state: torch.Tensor) -> str | None:
         """The first module inside the layer that takes or gives what is not finite."""
-        found: list[str] = []
-
-        def watch(what: str, name: str) -> Any:
-            def hook(module: nn.Module, *values: Any) -> None:  # noqa: ARG001  the signature of both kinds of hook
-                value = values[-1][0] if isinstance(values[-1], tuple) and values[-1] else values[-1]
-                if isinstance(value, torch.Tensor) and not is_finite(value):
-                    found.append(f"the {what} of {self.name}.{name}")
-
-            return hook
-
-        handles = []
-        for name, module in self.layer.named_modules():
-            if name:
-                handles.append(module.register_forward_pre_hook(watch("input", name)))
-                handles.append(module.register_forward_hook(watch("output", name)))
-        with suppress(AssertionError):
-            self.call.run(self.layer, state)
-        for handle in handles:
-            handle.remove()
-        return found[0] if found else None
-
-
-def _overflow(index: int, culprit: str, kind: torch.dtype) -> ToolError:
-    return ToolError(
-        f"calibration sample {index + 1}: {culprit} is not finite in {kind}",
-        "the model does not compute with these weights and this text; check both",
-    )
+        return first_overflow(self.layer, self.name, lambda: self.calls[state.shape[1]].run(self.layer, state))

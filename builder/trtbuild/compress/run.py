@@ -12,9 +12,11 @@ from typing import Any
 
 from trtbuild.compress.checks import Checked, check_export
 from trtbuild.compress.copying import copy_checkpoint
+from trtbuild.compress.coverage import expert_notes
 from trtbuild.compress.request import Meter, Request, parse_request
 from trtbuild.compress.selection import Selection, select
 from trtbuild.compress.source import check_source, pick_device, read_tensors
+from trtbuild.compress.textdata import CalibrationSpec, Samples, load_samples
 from trtbuild.compress.whole import SPARSEGPT_PASSES, compress_whole
 from trtbuild.compress_memory import Demand, show_bytes
 from trtbuild.errors import CompatibilityError, HostError, Problem, RecipeError
@@ -67,14 +69,14 @@ def _compress(
             copy_checkpoint(request, source, meter)
         selection = Selection({}, {})
         notes: list[str] = []
-        samples = None
+        calibration = None
     else:
-        samples, selection, notes = _change(request, facts, source, progress, clock)
+        calibration, selection, notes = _change(request, facts, source, progress, clock)
     _make_readable(request.output)
     with clock.phase("check"):
         checked = check_export(request, selection, source)
     progress(1, 1, "done")
-    return _result(request, checked, samples, clock, notes)
+    return _result(request, checked, calibration, clock, notes)
 
 
 def _make_readable(output: Path) -> None:
@@ -90,18 +92,22 @@ def _change(
     source: Mapping[str, TensorInfo],
     progress: Progress,
     clock: _Clock,
-) -> tuple[Any, Selection, list[str]]:
-    """Prune and quantize, one layer at a time where the model allows it; return samples, selection and notes."""
+) -> tuple[dict[str, Any] | None, Selection, list[str]]:
+    """Prune and quantize, one layer at a time where the model allows it.
+
+    Return what the evidence says of the calibration, the selection, and notes.
+    """
     import transformers
 
     from trtbuild.compress.skeleton import NotStreamableError
 
     transformers.utils.logging.disable_progress_bar()
     samples = _load_samples(request)
+    experts: dict[str, list[int]] = {}
     ids = samples.input_ids if samples is not None else ()
     meter = Meter(progress, _total_work(request, facts, len(ids)))
     try:
-        selection, notes = _change_by_layer(request, facts, source, ids, meter, clock)
+        selection, notes = _change_by_layer(request, facts, source, ids, meter, clock, experts)
     except NotStreamableError as reason:
         if request.max_memory is not None:
             raise CompatibilityError(
@@ -110,7 +116,7 @@ def _change(
             ) from reason
         selection, idle = compress_whole(request, source, ids, meter, clock.phase)
         notes = [f"the whole model was held in memory: {reason}", *_idle_notes(idle)]
-    return samples, selection, notes
+    return None if samples is None else _calibration(samples, experts), selection, notes
 
 
 def _change_by_layer(
@@ -120,7 +126,9 @@ def _change_by_layer(
     ids: Sequence[Sequence[int]],
     meter: Meter,
     clock: _Clock,
+    experts: dict[str, list[int]],
 ) -> tuple[Selection, list[str]]:
+    """Compress layer by layer; put into `experts` what each of them saw, by the name of their module."""
     from trtbuild.compress.identity import resume_key
     from trtbuild.compress.skeleton import open_skeleton
     from trtbuild.compress.stream import Stream
@@ -143,7 +151,8 @@ def _change_by_layer(
         stream.run()
     if request.work is None:
         shutil.rmtree(work)
-    notes = _idle_notes(stream.idle)
+    experts |= stream.experts
+    notes = expert_notes(experts)
     if request.max_memory is not None and peak_memory_bytes() > request.max_memory:
         seen, limit = show_bytes(peak_memory_bytes()), show_bytes(request.max_memory)
         notes.append(f"the peak of memory was {seen}, above compress.max_memory ({limit})")
@@ -160,7 +169,7 @@ def _demand(request: Request, facts: ModelFacts, ids: Sequence[Sequence[int]]) -
         kv_cache=request.kv_cache,
         sparsity_method=request.sparsity_method if request.sparse else None,
         samples=len(ids),
-        length=len(ids[0]) if ids else 0,
+        length=max(map(len, ids), default=0),
     )
 
 
@@ -169,11 +178,9 @@ def _idle_notes(idle: Sequence[str]) -> list[str]:
     return [f"{len(names)} experts saw no calibration token: {', '.join(names[:5])}"] if names else []
 
 
-def _load_samples(request: Request) -> Any:
+def _load_samples(request: Request) -> Samples | None:
     if not request.calibrated:
         return None
-    from trtbuild.compress.textdata import CalibrationSpec, load_samples
-
     settings = dict(request.calibration)
     data = settings.pop("data", None)
     spec = CalibrationSpec(data=None if data is None else Path(data), **settings)
@@ -229,7 +236,9 @@ def _disk_full(request: Request, needed: int, state: str) -> HostError:
     )
 
 
-def _result(request: Request, checked: Checked, samples: Any, clock: _Clock, notes: list[str]) -> dict[str, Any]:
+def _result(
+    request: Request, checked: Checked, calibration: dict[str, Any] | None, clock: _Clock, notes: list[str]
+) -> dict[str, Any]:
     share = checked.conforming / checked.groups if checked.groups else 0.0
     sparsity = {"groups": checked.groups, "conforming": checked.conforming, "share": share}
     return {
@@ -237,7 +246,7 @@ def _result(request: Request, checked: Checked, samples: Any, clock: _Clock, not
         "quantized_projections": checked.quantized_projections,
         "excluded_modules": list(checked.excluded_modules),
         "sparsity": sparsity if request.sparse else None,
-        "calibration": None if samples is None else _calibration(samples),
+        "calibration": calibration,
         "tensors": checked.tensors,
         "bytes": checked.bytes,
         "seconds": clock.seconds,
@@ -245,10 +254,15 @@ def _result(request: Request, checked: Checked, samples: Any, clock: _Clock, not
     }
 
 
-def _calibration(samples: Any) -> dict[str, Any]:
+def _calibration(samples: Samples, experts: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    if samples.coverage is None:
+        raise RuntimeError("calibration samples have their coverage")
     return {
         "tokens": samples.tokens,
         "samples": len(samples.input_ids),
         "digest": samples.digest,
         "source": samples.source,
+        "summary": samples.coverage.sentence(),
+        "coverage": samples.coverage.to_json(),
+        "tokens_per_expert": {name: list(seen) for name, seen in experts.items()},
     }

@@ -120,10 +120,12 @@ class Skeleton:
         if outside:
             raise NotStreamableError(f"{outside[0]} lies outside the decoder layers")
 
-    def probe(self, samples: Sequence[Sequence[int]], take: Callable[[int, torch.Tensor], None]) -> Probed | None:
+    def probe(
+        self, samples: Sequence[Sequence[int]], take: Callable[[int, torch.Tensor], None]
+    ) -> dict[int, tuple[Call, ...]]:
         """Find what the layers are called with; `take` gets each sample's hidden state before the first layer.
 
-        Returns what was found with the first sample, None without samples.
+        Returns the layers' calls for every length of the samples.
 
         Raises:
             NotStreamableError: The model does more between its layers than handing the hidden state on.
@@ -131,11 +133,12 @@ class Skeleton:
         self._put_layers(nn.ModuleList())
         self._fill_outer({token for sample in samples for token in sample} | set(_DUMMY))
         self._dummy = self._calls(_DUMMY)
-        found = None
+        found: dict[int, tuple[Call, ...]] = {}
         for index, sample in enumerate(samples):
-            if found is None:
-                found = self._calls(sample)
-                take(index, found.hidden)
+            if len(sample) not in found:
+                probed = self._calls(sample)
+                found[len(sample)] = probed.calls
+                take(index, probed.hidden)
             else:
                 take(index, self._run_probes(sample, 1)[0][0])
         self._put_layers(nn.ModuleList())

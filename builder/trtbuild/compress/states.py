@@ -15,24 +15,26 @@ import torch
 
 @dataclass(slots=True)
 class States:
-    """One hidden state for each sample, all of one shape and type, in the order of the samples.
+    """One hidden state for each sample, all of one type, in the order of the samples.
 
     Args:
         path: The file.
-        shape: Of one sample's state.
+        shape: Of the longest sample's state, [1, T, H].
         kind: Type of its elements.
         keep: Hold the states in memory too.
+        lengths: The T of each sample; empty where all are equal. In the file each has the room of the longest.
     """
 
     path: Path
     shape: Sequence[int]
     kind: torch.dtype
     keep: bool
+    lengths: Sequence[int] = ()
     _held: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def sample_bytes(self) -> int:
-        """Size of one sample's state."""
+        """Room of one sample's state."""
         return torch.Size(self.shape).numel() * self.kind.itemsize
 
     def put(self, index: int, state: torch.Tensor) -> None:
@@ -48,7 +50,8 @@ class States:
         """The state of sample `index`."""
         if index in self._held:
             return self._held[index]
-        state = torch.empty(tuple(self.shape), dtype=self.kind)
+        length = self.lengths[index] if self.lengths else self.shape[1]
+        state = torch.empty((1, length, *self.shape[2:]), dtype=self.kind)
         view = memoryview(state.reshape(-1).view(torch.uint8).numpy())
         with self.path.open("rb") as file:
             file.seek(index * self.sample_bytes)

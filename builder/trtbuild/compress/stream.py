@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from trtbuild.compress.blocks import rounded_type
+from trtbuild.compress.calibrate import tally_experts
 from trtbuild.compress.journal import Journal
 from trtbuild.compress.metadata import write_metadata
 from trtbuild.compress.passes import LayerLoop
@@ -61,8 +62,9 @@ class Stream:
     meter: Meter
     keep_states: bool = True  # hold the hidden states in memory too
     idle: list[str] = field(default_factory=list)
+    experts: dict[str, list[int]] = field(default_factory=dict)  # calibration tokens, by the name of the experts module
     resumed: int = 0  # decoder layers that an earlier run had finished
-    _calls: tuple[Call, ...] = ()
+    _calls: Mapping[int, Sequence[Call]] = field(default_factory=dict)
     _shape: tuple[int, ...] = ()
     _journal: Journal | None = None
     _known: dict[Path, States] = field(default_factory=dict)
@@ -77,20 +79,20 @@ class Stream:
         self.work.mkdir(parents=True, exist_ok=True)
         self._journal = self._open_journal()
         first = not self._journal.parts
-        samples = self.samples if first else self.samples[:1]
+        longest = max(map(len, self.samples), default=0)
+        one_of_each = list({len(sample): sample for sample in self.samples}.values())
 
         def take(index: int, hidden: torch.Tensor) -> None:
-            self._shape = tuple(hidden.shape)
+            self._shape = (1, longest, hidden.shape[2])
             if first:
                 for stream in self._streams():
                     self._states(stream, 0).put(index, hidden)
 
         try:
-            probed = self.skeleton.probe(samples, take)
+            self._calls = self.skeleton.probe(self.samples if first else one_of_each, take)
         except NotStreamableError:
             shutil.rmtree(self.work)
             raise
-        self._calls = probed.calls if probed is not None else ()
 
     def run(self) -> None:
         """Compress every layer that is not finished, and put the checkpoint in place.
@@ -117,6 +119,7 @@ class Stream:
                 files = writer.seal()
             place_files(self.request.output, files, writer.written)
             self.idle += [name for part in journal.parts for name in part.get("idle", [])]
+            self.experts |= {name: seen for part in journal.parts for name, seen in part.get("experts", {}).items()}
             self._configure(journal)
 
     def _open_journal(self) -> Journal:
@@ -172,7 +175,8 @@ class Stream:
         path = self._states_path(stream, index)
         if path not in self._known:
             kind = torch.float32 if self.skeleton.device.type == "cpu" else torch.bfloat16
-            self._known[path] = States(path, self._shape, kind, self.keep_states)
+            lengths = [len(sample) for sample in self.samples]
+            self._known[path] = States(path, self._shape, kind, self.keep_states, lengths)
         return self._known[path]
 
     def _states_path(self, stream: str, index: int) -> Path:
@@ -192,13 +196,15 @@ class Stream:
         frame, layer = self.skeleton.frame(index)
         selection = self.selection.within(self.skeleton.prefix, index)
         idle: list[str] = []
-        if self.request.sparse:
-            idle += self._sparsify(index, frame, layer, selection)
         found: dict[str, object] = {}
+        with tally_experts(layer, name, sum(map(len, self.samples))) as seen:
+            if self.request.sparse:
+                idle += self._sparsify(index, frame, layer, selection)
+            if self.request.quantized:
+                idle += self._quantize(index, frame, layer, selection)
         if self.request.quantized:
             from trtbuild.compress.export import export_frame
 
-            idle += self._quantize(index, frame, layer, selection)
             self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
             with torch.no_grad():
                 exported = export_frame(frame, name, self.request)
@@ -208,7 +214,7 @@ class Stream:
             self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
             tensors = self._plain(name, layer)
         writer.append_all(tensors)
-        self._finish(journal, writer, done, found | {"idle": idle})
+        self._finish(journal, writer, done, found | {"idle": idle, "experts": seen})
         for stream in self._streams():
             self._states(stream, index).discard()
             del self._known[self._states_path(stream, index)]
@@ -241,7 +247,7 @@ class Stream:
         return LayerLoop(
             layer=layer,
             name=self.skeleton.name_of(index),
-            call=self._calls[index],
+            calls={length: calls[index] for length, calls in self._calls.items()},
             states=[
                 (self._states(stream, index), None if last else self._states(stream, index + 1)) for stream in streams
             ],
