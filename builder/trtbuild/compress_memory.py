@@ -17,6 +17,7 @@ _FLOAT = 4
 _PLAIN_SCRATCH = 12  # a matrix that is pruned, and its mask
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _KEPT_UNASKED = 2 << 30
+SELF_GROUP = 16  # documents of calibration text that the model writes at the same time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,11 @@ class Demand:
     def peak(self, limit: int | None) -> int:
         """The peak to expect."""
         return self.smallest + self.kept_bytes(limit)
+
+
+def sampling_bytes(parameters: int, kv_elements_per_token: int, length: int) -> int:
+    """The peak while the embedded engine writes calibration text in float32: the whole model, and its KV cache."""
+    return _IMPORTED + _FLOAT * (parameters + kv_elements_per_token * SELF_GROUP * (length + 64))
 
 
 def parse_bytes(text: str) -> int | None:

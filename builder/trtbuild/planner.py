@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trtbuild import trtllm_deploy, trtllm_engine_settings, trtllm_settings
 from trtbuild.comparison import compare
-from trtbuild.compress_memory import Demand, parse_bytes, show_bytes
 from trtbuild.compress_settings import is_compressed
 from trtbuild.draft import Draft
 from trtbuild.embedded_settings import embedded_files, take_embedded
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
+from trtbuild.memory_settings import memory_mistakes, peak_bytes
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_fields import SELF
@@ -69,7 +69,7 @@ def make_plan(
     plan = _draft(settings, facts, source, tools)
     mistakes = [
         *settings.problems,
-        *_memory_mistakes(settings, facts),
+        *memory_mistakes(settings, facts),
         *(_MISTAKES[kind](settings) if kind in _MISTAKES else ()),
         *check(plan),
     ]
@@ -263,34 +263,6 @@ def _deploy_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     }
 
 
-def _demand(settings: Settings, facts: ModelFacts) -> Demand:
-    """What the compress step needs of the host's memory."""
-    sparse = settings["compress.sparsity"] != "none"
-    return Demand(
-        layer=facts.largest_layer,
-        hidden_size=facts.hidden_size,
-        format=settings["compress.format"],
-        kv_cache=settings["compress.kv_cache"],
-        sparsity_method=settings["compress.sparsity_method"] if sparse else None,
-        samples=settings["compress.calibration.count"],
-        length=settings["compress.calibration.length"],
-    )
-
-
-def _memory_mistakes(settings: Settings, facts: ModelFacts) -> Iterator[Problem]:
-    path, given, limit = "compress.max_memory", settings["compress.max_memory"], _memory_limit(settings)
-    if given is not None and limit is None:
-        yield Problem(path, f"{given!r} is no size", "write it like 8GiB or 500MB")
-    elif limit is not None and limit < _demand(settings, facts).smallest:
-        smallest = show_bytes(_demand(settings, facts).smallest)
-        yield Problem(path, f"{given}: one decoder layer of this model takes {smallest}", f"use at least {smallest}")
-
-
-def _memory_limit(settings: Settings) -> int | None:
-    given = settings["compress.max_memory"]
-    return None if given is None else parse_bytes(given)
-
-
 def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
     """Sizes in bytes that follow from the facts: the checkpoint's file, the memory to make it, and the KV cache."""
     bits = _FORMAT_BITS[settings["compress.format"]]
@@ -301,7 +273,7 @@ def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
     per_token = facts.kv_bytes_per_token(1 if settings["compress.kv_cache"] == "fp8" else plain)
     estimates = {
         "checkpoint_bytes": int(facts.linear_parameters * bits / 8) + 2 * rest,
-        "compress_peak_memory_bytes": _demand(settings, facts).peak(_memory_limit(settings)),
+        "compress_peak_memory_bytes": peak_bytes(settings, facts),
         "kv_bytes_per_token": per_token,
     }
     if settings["runtime.kv_cache.max_tokens"] is not None:

@@ -3,8 +3,8 @@
 The plan, the step's key and the reader ask the same function, so that what is digested is what is read.
 
 Sources (huggingface/datasets @da892300af44): `save_to_disk` writes dataset_dict.json with the names of the splits, a
-directory for each, and in it state.json, whose `_data_files` names Arrow streams in order (src/datasets/dataset_dict.py,
-arrow_dataset.py). Splits in the names of files and directories, as on the hub: src/datasets/data_files.py.
+directory for each, and in it state.json, whose `_data_files` names Arrow streams in order (arrow_dataset.py and
+dataset_dict.py in src/datasets). Splits in the names of files and directories, as on the hub: data_files.py there.
 """
 
 from __future__ import annotations

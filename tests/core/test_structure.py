@@ -51,6 +51,7 @@ LAYERS = [
         "gates",
         "plan",
         "compress_memory",
+        "memory_settings",
         "setting_values",
         "compress_settings",
         "serving_settings",

@@ -95,7 +95,7 @@ def test_tools_reach_the_template(tokenizer_dir: Path, tmp_path: Path, write: Wr
     tools = [{"type": "function", "function": {"name": "now"}}]
     path = write("chat.jsonl", json.dumps({"messages": messages, "tools": tools}))
     (window,) = load_samples(spec(path, count=1), tmp_path / "tools").input_ids
-    assert tokenizer.decode(window).startswith("[now]system:be brief;user:what time is it")
+    assert tokenizer.decode(window).startswith("[now]system:be brief;user:what time is i")
 
 
 def test_documents_that_windows_hold_a_part_of(tokenizer_dir: Path, write: Write) -> None:

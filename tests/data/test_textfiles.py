@@ -115,7 +115,7 @@ def test_bad_file_is_refused(write: Write, name: str, content: str | bytes, sent
 
 def test_missing_file_and_directory_are_refused(tmp_path: Path) -> None:
     assert "none.txt does not exist; give the path" in refusal(tmp_path / "none.txt")[1]
-    assert "is not a file" in refusal(tmp_path)[1]
+    assert "holds no file of text" in refusal(tmp_path)[1]
 
 
 def test_unreadable_file_is_refused(tmp_path: Path) -> None:

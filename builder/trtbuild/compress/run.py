@@ -21,6 +21,7 @@ from trtbuild.compress.whole import SPARSEGPT_PASSES, compress_whole
 from trtbuild.compress_memory import Demand, show_bytes
 from trtbuild.errors import CompatibilityError, HostError, Problem, RecipeError
 from trtbuild.model import ModelFacts
+from trtbuild.recipe_fields import SELF
 from trtbuild.safetensors_header import TensorInfo
 from trtbuild.weight_formats import WEIGHT_FORMATS
 from trtbuild.worker import Progress, peak_memory_bytes
@@ -102,7 +103,7 @@ def _change(
     from trtbuild.compress.skeleton import NotStreamableError
 
     transformers.utils.logging.disable_progress_bar()
-    samples = _load_samples(request)
+    samples = _load_samples(request, facts, source, progress)
     experts: dict[str, list[int]] = {}
     ids = samples.input_ids if samples is not None else ()
     meter = Meter(progress, _total_work(request, facts, len(ids)))
@@ -143,14 +144,16 @@ def _change_by_layer(
         meter.advance(0, "load the model")
         skeleton = open_skeleton(request, source, device)
         selection = select(skeleton.model, source, request)
-        work = request.work or request.output.with_name(f"{request.output.name}.unfinished")
+        work = _work(request)
+        if request.calibration.get("data") == SELF:
+            work /= "layers"  # beside the text that the model has written
         stream = Stream(request, skeleton, selection, ids, work, resume_key(request, source, ids, device), meter)
         stream.keep_states = demand.kept_bytes(request.max_memory) > 0
         stream.prepare()
     with clock.phase("layers"):
         stream.run()
     if request.work is None:
-        shutil.rmtree(work)
+        shutil.rmtree(_work(request))
     experts |= stream.experts
     notes = expert_notes(experts)
     if request.max_memory is not None and peak_memory_bytes() > request.max_memory:
@@ -178,12 +181,26 @@ def _idle_notes(idle: Sequence[str]) -> list[str]:
     return [f"{len(names)} experts saw no calibration token: {', '.join(names[:5])}"] if names else []
 
 
-def _load_samples(request: Request) -> Samples | None:
+def _work(request: Request) -> Path:
+    """Where unfinished files lie."""
+    return request.work or request.output.with_name(f"{request.output.name}.unfinished")
+
+
+def _load_samples(
+    request: Request, facts: ModelFacts, source: Mapping[str, TensorInfo], progress: Progress
+) -> Samples | None:
     if not request.calibrated:
         return None
     settings = dict(request.calibration)
     data = settings.pop("data", None)
-    spec = CalibrationSpec(data=None if data is None else Path(data), **settings)
+    spec = CalibrationSpec(data=None if data in {None, SELF} else Path(data), **settings)
+    if data == SELF:
+        from trtbuild.compress.identity import resume_key
+        from trtbuild.compress.selftext import self_samples
+
+        told = [[spec.seed, spec.count, spec.length, int(spec.packing == "padded")]]
+        key = resume_key(request, source, told, pick_device(request.device))
+        return self_samples(request, facts, spec, _work(request) / "samples", key, progress)
     return load_samples(spec, request.tokenizer, trust_remote_code=request.trust_remote_code)
 
 
