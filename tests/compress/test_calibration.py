@@ -1,4 +1,4 @@
-"""Calibration as a whole: samples of several lengths, text that the model writes, and what the evidence says of both."""
+"""Calibration as a whole: samples of several lengths, text that the model writes, and what the evidence says."""
 
 from __future__ import annotations
 
