@@ -50,11 +50,13 @@ def measure(model: Path, name: str, text: str, arguments: argparse.Namespace) ->
     }  # fmt: skip
     quality = child("trtbuild.evaluate", request, arguments.work / "evaluate.json")
     ratio, kl, top = quality["perplexity"], quality["kl_divergence"], quality["top1_agreement"]
-    print(
-        f"| {name} | {text} | {ratio['engine']:.3f} | {ratio['ratio']:.4f} ± {ratio['ratio_standard_error']:.4f} | "
-        f"{kl['mean']:.4f} ± {kl['standard_error']:.4f} | {top['share']:.3f} | {compressed['calibration']['summary']} |",
-        flush=True,
-    )
+    numbers = [
+        f"{ratio['engine']:.3f}",
+        f"{ratio['ratio']:.4f} ± {ratio['ratio_standard_error']:.4f}",
+        f"{kl['mean']:.4f} ± {kl['standard_error']:.4f}",
+        f"{top['share']:.3f}",
+    ]
+    print("|", " | ".join([name, text, *numbers, compressed["calibration"]["summary"]]), "|", flush=True)
 
 
 def main() -> None:

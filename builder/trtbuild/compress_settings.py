@@ -87,9 +87,12 @@ def _group_size(settings: Settings, facts: ModelFacts, compress_format: str) -> 
         settings.problem(
             path, f"no group of {GROUP_SIZES} divides every input size ({sizes})", "use another format, such as fp8"
         )
-    misfits = [inputs for inputs in facts.linear_input_sizes if given is not None and inputs % given]
-    if misfits:
-        hint = f"use {fitting[0]}" if fitting else "use another format, such as fp8"
-        settings.problem(path, f"{given} does not divide the input size {misfits[0]} of a linear layer", hint)
+    if given is not None:
+        layers = zip(facts.linear_input_sizes, facts.linear_input_examples, strict=True)
+        misfits = [f"{inputs} of {name.removesuffix('.weight')}" for inputs, name in layers if inputs % given]
+        if misfits:
+            nearest = min(fitting, key=lambda size: (abs(size - given), -size), default=None)
+            hint = f"use {nearest}" if nearest else "use another format, such as fp8"
+            settings.problem(path, f"{given} does not divide the input size {misfits[0]}", hint)
     origin = "default" if fitting[:1] == [128] else "model: the largest that divides every input size"
     settings.take(path, fitting[0] if fitting else None, origin)
