@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trtbuild.compress import textdata
 from trtbuild.compress.checks import Checked, check_export
 from trtbuild.compress.copying import copy_checkpoint
 from trtbuild.compress.coverage import expert_notes
 from trtbuild.compress.request import Meter, Request, parse_request
 from trtbuild.compress.selection import Selection, select
 from trtbuild.compress.source import check_source, pick_device, read_tensors
-from trtbuild.compress.textdata import CalibrationSpec, Samples, load_samples
+from trtbuild.compress.textdata import CalibrationSpec, Samples
 from trtbuild.compress.whole import SPARSEGPT_PASSES, compress_whole
 from trtbuild.compress_memory import Demand, show_bytes
 from trtbuild.errors import CompatibilityError, HostError, Problem, RecipeError
@@ -117,6 +118,8 @@ def _change(
             ) from reason
         selection, idle = compress_whole(request, source, ids, meter, clock.phase)
         notes = [f"the whole model was held in memory: {reason}", *_idle_notes(idle)]
+    if request.work is None:
+        shutil.rmtree(_work(request), ignore_errors=True)
     return None if samples is None else _calibration(samples, experts), selection, notes
 
 
@@ -152,8 +155,6 @@ def _change_by_layer(
         stream.prepare()
     with clock.phase("layers"):
         stream.run()
-    if request.work is None:
-        shutil.rmtree(_work(request))
     experts |= stream.experts
     notes = expert_notes(experts)
     if request.max_memory is not None and peak_memory_bytes() > request.max_memory:
@@ -201,7 +202,7 @@ def _load_samples(
         told = [[spec.seed, spec.count, spec.length, int(spec.packing == "padded")]]
         key = resume_key(request, source, told, pick_device(request.device))
         return self_samples(request, facts, spec, _work(request) / "samples", key, progress)
-    return load_samples(spec, request.tokenizer, trust_remote_code=request.trust_remote_code)
+    return textdata.load_samples(spec, request.tokenizer, trust_remote_code=request.trust_remote_code)
 
 
 def _total_work(request: Request, facts: ModelFacts, samples: int) -> int:
