@@ -27,7 +27,7 @@ SELF = {**CALIBRATION, "data": "self", "count": 6, "length": 48}
 @pytest.fixture
 def documents(tmp_path: Path) -> Path:
     path = tmp_path / "documents.jsonl"
-    texts = ["the quick brown fox " * repeat for repeat in (4, 6, 12, 20, 9)]
+    texts = ["the quick brown fox " * repeat for repeat in (2, 3, 12, 20, 5)]
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     return path
 

@@ -15,7 +15,7 @@ from typing import Any
 
 # An expert with less than this share of an even one, or with fewer tokens, is named.
 _EVEN_SHARE = 0.1
-_LEAST_TOKENS = 16
+_LEAST_TOKENS = 8
 _RARE = 0.001
 _OTHER = "other"
 _SHOWN = 5
@@ -94,7 +94,7 @@ def _script(letter: str) -> str | None:
 def starved_experts(tokens: Mapping[str, Sequence[int]]) -> list[tuple[str, int, int]]:
     """The experts that saw too few tokens, the worst first: (experts module, number of the expert, its tokens).
 
-    Too few is less than a tenth of what an even distribution over the module's experts gives, or less than 16.
+    Too few is less than a tenth of what an even distribution over the module's experts gives, or less than 8.
 
     Args:
         tokens: By the name of the experts module, what each of its experts saw.
