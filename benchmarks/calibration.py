@@ -67,13 +67,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--texts", default=";".join(TEXTS), help="some of them, with semicolons between")
     parser.add_argument("--work", type=Path, default=Path("calibration-benchmark"))
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     print("| format | text | perplexity | ratio | KL, nats | top-1 | calibrated on |", flush=True)
     print("|---|---|---|---|---|---|---|", flush=True)
     for name in arguments.formats.split(","):
-        for text in TEXTS:
+        for text in arguments.texts.split(";"):
             measure(arguments.model.expanduser().resolve(), name, text, arguments)
     shutil.rmtree(arguments.work)
 

@@ -122,7 +122,7 @@ def test_experts_are_named_worst_first() -> None:
     tokens = {"layers.0.experts": [100, 100, 7, 100], "layers.1.experts": [0, 1000, 1000, 90]}
     (note,) = expert_notes(tokens)
     assert note.startswith(
-        "2 of 8 experts saw too few calibration tokens (an even share is 77): layers.1.experts.0 (0 to"
+        "2 of 8 experts saw too few calibration tokens (an even share is 76): layers.1.experts.0 (0 to"
     )
     assert "layers.0.experts.2 (7 tokens); raise compress.calibration.count" in note
     assert expert_notes({"layers.0.experts": [8, 100]}) == []
