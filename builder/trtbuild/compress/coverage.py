@@ -44,7 +44,8 @@ class Coverage:
     def sentence(self) -> str:
         """For the build's output."""
         lengths = f"{self.longest}" if self.shortest == self.longest else f"{self.shortest} to {self.longest}"
-        shares = ", ".join(f"{script} {share:.1%}" for script, share in list(self.scripts.items())[:_SHOWN])
+        seen = [(script, share) for script, share in self.scripts.items() if share >= _RARE][:_SHOWN]
+        shares = ", ".join(f"{script} {share:.1%}" for script, share in seen)
         return (
             f"{self.tokens:,} tokens of text in {self.samples} samples of {lengths}, from {self.documents} documents; "
             f"scripts: {shares or 'no letters'}"
