@@ -22,6 +22,7 @@ _PLAIN_SCRATCH = 12  # a matrix that is pruned, and its mask
 _FITTED = 20  # beside `_PLAIN_SCRATCH`: the original, residuals and directions of a least-squares fit
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _KEPT_UNASKED = 2 << 30
+SELF_GROUP = 16  # documents of calibration text that the model writes at the same time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,11 @@ class Demand:
     def peak(self, limit: int | None) -> int:
         """The peak to expect."""
         return self.smallest + self.kept_bytes(limit) + (self.ahead_bytes if self.reads_ahead(limit) else 0)
+
+
+def sampling_bytes(parameters: int, kv_elements_per_token: int, length: int) -> int:
+    """The peak while the embedded engine writes calibration text in float32: the whole model, and its KV cache."""
+    return _IMPORTED + _FLOAT * (parameters + kv_elements_per_token * SELF_GROUP * (length + 64))
 
 
 def parse_bytes(text: str) -> int | None:

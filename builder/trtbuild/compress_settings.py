@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trtbuild.mixed_settings import group_format, take_mixed
 from trtbuild.model import ModelFacts
+from trtbuild.recipe_fields import SELF
 from trtbuild.setting_values import Settings
 from trtbuild.weight_formats import WEIGHT_FORMATS, takes_group
 
@@ -63,17 +64,30 @@ def _calibration(settings: Settings, facts: ModelFacts) -> None:
     context = facts.context_length
     short = context < _CALIBRATION_LENGTH
     origin = f"default: {_CALIBRATION_LENGTH}, at most the model's {context}" if short else "default"
-    for name in ("data", "column", "count"):
+    for name in ("data", "column", "split", "count"):
         settings.take(f"compress.calibration.{name}")
     length = settings.take("compress.calibration.length", min(_CALIBRATION_LENGTH, context), origin)
-    settings.take("compress.calibration.seed")
+    for name in ("packing", "seed"):
+        settings.take(f"compress.calibration.{name}")
+    _data_fields(settings)
     if not is_compressed(settings):
-        for name in ("data", "column", "count", "length", "seed"):
+        for name in ("data", "column", "split", "count", "length", "packing", "seed"):
             if settings.given(f"compress.calibration.{name}"):
                 settings.problem(f"compress.calibration.{name}", *_NOTHING_COMPRESSED)
     elif length > context:
         message = f"{length} is more than the model's context of {context} tokens"
         settings.problem("compress.calibration.length", message, f"use at most {context}")
+
+
+def _data_fields(settings: Settings) -> None:
+    """Column and split are of the user's own data."""
+    data = settings["compress.calibration.data"]
+    if data is not None and data != SELF:
+        return
+    for name in ("column", "split"):
+        if settings[f"compress.calibration.{name}"] is not None:
+            what = "is set while compress.calibration.data names no data"
+            settings.problem(f"compress.calibration.{name}", what, "name the data, or remove it")
 
 
 def fitting_group_sizes(facts: ModelFacts) -> list[int]:
@@ -97,10 +111,13 @@ def _group_size(settings: Settings, facts: ModelFacts, compress_format: str) -> 
         settings.problem(
             path, f"no group of {GROUP_SIZES} divides every input size ({sizes})", "use another format, such as fp8"
         )
-    misfits = [inputs for inputs in facts.linear_input_sizes if given is not None and inputs % given]
-    if misfits:
-        hint = f"use {fitting[0]}" if fitting else "use another format, such as fp8"
-        settings.problem(path, f"{given} does not divide the input size {misfits[0]} of a linear layer", hint)
+    if given is not None:
+        layers = zip(facts.linear_input_sizes, facts.linear_input_examples, strict=True)
+        misfits = [f"{inputs} of {name.removesuffix('.weight')}" for inputs, name in layers if inputs % given]
+        if misfits:
+            nearest = min(fitting, key=lambda size: (abs(size - given), -size), default=None)
+            hint = f"use {nearest}" if nearest else "use another format, such as fp8"
+            settings.problem(path, f"{given} does not divide the input size {misfits[0]}", hint)
     origin = "default" if fitting[:1] == [128] else "model: the largest that divides every input size"
     settings.take(path, fitting[0] if fitting else None, origin)
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trtbuild import mixed_settings, trtllm_deploy, trtllm_engine_settings, trtllm_settings
 from trtbuild.comparison import compare
-from trtbuild.compress_memory import Demand, parse_bytes, show_bytes
 from trtbuild.compress_settings import is_compressed, sparsity_warnings
 from trtbuild.draft import Draft
 from trtbuild.embedded_settings import embedded_files, take_embedded
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.llm_speculation import llm_draft_files
+from trtbuild.memory_settings import memory_mistakes, peak_bytes
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
+from trtbuild.recipe_fields import SELF
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.refusals import model_refusals, recipe_refusals
 from trtbuild.setting_values import Settings
@@ -68,7 +69,7 @@ def make_plan(
     plan = _draft(settings, facts, source, tools)
     mistakes = [
         *settings.problems,
-        *_memory_mistakes(settings, facts),
+        *memory_mistakes(settings, facts),
         *mixed_settings.mixed_mistakes(settings, facts),
         *(_MISTAKES[kind](settings) if kind in _MISTAKES else ()),
         *check(plan),
@@ -113,6 +114,8 @@ def _steps(settings: Settings, facts: ModelFacts, tools: Mapping[str, Mapping[st
         "trust_remote_code": settings["model.trust_remote_code"],
         "calibration_column": settings["compress.calibration.column"] if compressed else None,
     }
+    if compressed and settings["compress.calibration.split"] is not None:
+        evaluate["calibration_split"] = settings["compress.calibration.split"]
     evaluate |= _joined_scales(settings, facts)
     return (
         Step("fetch", {}, (), {}),
@@ -152,20 +155,26 @@ def _compress_parameters(settings: Settings) -> dict[str, Any]:
     parameters |= mixed_settings.compress_parameters(settings)
     if is_compressed(settings):
         parameters["device"] = _numerics(settings, "device")
-        calibration = ("column", "count", "length", "seed")
+        calibration = ("column", "split", "count", "length", "packing", "seed")
         parameters["calibration"] = {name: settings[f"compress.calibration.{name}"] for name in calibration}
+        if settings["compress.calibration.data"] == SELF:
+            parameters["calibration"]["data"] = SELF
     return parameters
 
 
 def _compress_files(settings: Settings) -> dict[str, str]:
-    data = settings["compress.calibration.data"] if is_compressed(settings) else None
-    return _files(data=data, tokenizer=settings["model.tokenizer"])
+    return _files(data=_calibration_data(settings), tokenizer=settings["model.tokenizer"])
 
 
 def _evaluate_files(settings: Settings) -> dict[str, str]:
     """Held-out text, and the calibration text that it must not be."""
-    calibration = settings["compress.calibration.data"] if is_compressed(settings) else None
-    return _files(data=settings["quality.data"], calibration=calibration)
+    return _files(data=settings["quality.data"], calibration=_calibration_data(settings))
+
+
+def _calibration_data(settings: Settings) -> str | None:
+    """The user's own calibration text, where there is some."""
+    data = settings["compress.calibration.data"] if is_compressed(settings) else None
+    return None if data == SELF else data
 
 
 def _adapter_files(settings: Settings) -> dict[str, str]:
@@ -260,36 +269,6 @@ def _deploy_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     }
 
 
-def _demand(settings: Settings, facts: ModelFacts) -> Demand:
-    """What the compress step needs of the host's memory."""
-    sparse = settings["compress.sparsity"] != "none"
-    return Demand(
-        layer=facts.largest_layer,
-        hidden_size=facts.hidden_size,
-        format="none" if settings["compress.format"] == "auto" else settings["compress.format"],
-        more_formats=settings.recipe.compress.formats,
-        kv_cache=settings["compress.kv_cache"],
-        sparsity_method=settings["compress.sparsity_method"] if sparse else None,
-        samples=settings["compress.calibration.count"],
-        length=settings["compress.calibration.length"],
-        experts=facts.num_experts is not None,
-    )
-
-
-def _memory_mistakes(settings: Settings, facts: ModelFacts) -> Iterator[Problem]:
-    path, given, limit = "compress.max_memory", settings["compress.max_memory"], _memory_limit(settings)
-    if given is not None and limit is None:
-        yield Problem(path, f"{given!r} is no size", "write it like 8GiB or 500MB")
-    elif limit is not None and limit < _demand(settings, facts).smallest:
-        smallest = show_bytes(_demand(settings, facts).smallest)
-        yield Problem(path, f"{given}: one decoder layer of this model takes {smallest}", f"use at least {smallest}")
-
-
-def _memory_limit(settings: Settings) -> int | None:
-    given = settings["compress.max_memory"]
-    return None if given is None else parse_bytes(given)
-
-
 def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
     """Sizes in bytes that follow from the facts: the checkpoint's file, the memory to make it, and the KV cache."""
     bits = mixed_settings.planned_bits(settings)
@@ -298,9 +277,7 @@ def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
     per_token = int(facts.kv_bytes_per_token(1) * bits_in_cache / 8)
     estimates = {
         "checkpoint_bytes": int(facts.linear_parameters * bits / 8) + 2 * rest,
-        "compress_peak_memory_bytes": max(
-            _demand(settings, facts).peak(_memory_limit(settings)), mixed_settings.choice_bytes(settings, facts)
-        ),
+        "compress_peak_memory_bytes": peak_bytes(settings, facts),
         "kv_bytes_per_token": per_token,
     }
     if settings["runtime.kv_cache.max_tokens"] is not None:

@@ -25,13 +25,20 @@ class Calibration(Section):
     """The text that decides scales and sparsity masks."""
 
     data: NonEmpty | None = Field(
-        default=None, description="A .txt, .jsonl or .parquet file; by default the text that trtbuild ships."
+        default=None,
+        description="A .txt, .md, .jsonl or .parquet file, a directory of them, a data set on disk, or self: sampled "
+        "from the model; by default the text that trtbuild ships.",
     )
     column: NonEmpty | None = Field(
-        default=None, description="Column of the file: text, or chat messages for the chat template."
+        default=None, description="Column of the data: text, or chat messages for the chat template."
     )
+    split: NonEmpty | None = Field(default=None, description="Split of a data set on disk; train where it has one.")
     count: PositiveInt = Field(default=128, description="Number of samples.")
     length: Annotated[int, Field(ge=MIN_CALIBRATION_LENGTH)] = Field(default=512, description="Tokens per sample.")
+    packing: Literal["packed", "padded"] = Field(
+        default="packed",
+        description="packed: documents one after another, full samples. padded: a document in a sample.",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Which samples are drawn.")
 
 

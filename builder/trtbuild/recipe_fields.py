@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 MIN_CALIBRATION_LENGTH, MIN_EVALUATION_TOKENS = 16, 4096
 # Files that text is read from.
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+# `compress.calibration.data` for text that the model itself writes.
+SELF = "self"
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]

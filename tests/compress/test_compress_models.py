@@ -80,7 +80,9 @@ def test_experts_without_calibration_tokens(name: str, changes: dict[str, Any], 
     # Four tokens reach at most eight of sixteen experts in each of three layers.
     (note,) = result["notes"]
     assert int(note.split()[0]) >= 24
-    assert "experts saw no calibration token: model.layers." in note
+    assert "experts saw too few calibration tokens (an even share is 0): model.layers." in note
+    seen = result["calibration"]["tokens_per_expert"]
+    assert [sum(counts) for counts in seen.values()] == [8] * 3  # four tokens to two experts, once however many passes
     tensors = read_checkpoint(output)
     for stored, tensor in tensors.items():
         assert np.isfinite(tensor.values).all(), stored

@@ -74,10 +74,10 @@ def choose(
             f"compress.auto_formats: {', '.join(on_gpu)} is scored by running the model in it, which needs a GPU",
             "use fp8 and int4_awq, or name formats in compress.overrides",
         )
-    least = smallest_for_choice(facts, len(ids[0]))
+    least = smallest_for_choice(facts, max(map(len, ids)))
     if device.type == "cpu" and request.max_memory is not None and request.max_memory < least:
         raise RecipeError([too_small_for_choice(request.max_memory, least)])
-    key = resume_key(request, source, ids, device, 1)
+    key = resume_key(request, source, ids, device)
     kept = None if request.work is None else request.work / AUTO_FILE
     known = _kept(kept, key)
     if known is not None:

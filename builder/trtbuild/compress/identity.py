@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trtbuild.compress.batches import batch_tokens
 from trtbuild.compress.request import Request
 from trtbuild.manifest import digest_json
 from trtbuild.safetensors_header import TensorInfo
@@ -17,7 +18,7 @@ _LIBRARIES = ("torch", "transformers", "nvidia-modelopt", "safetensors")
 
 
 def resume_key(
-    request: Request, source: Mapping[str, TensorInfo], ids: Sequence[Sequence[int]], device: torch.device, batch: int
+    request: Request, source: Mapping[str, TensorInfo], ids: Sequence[Sequence[int]], device: torch.device
 ) -> str:
     """A digest of the request, its inputs, the libraries, and how this host computes.
 
@@ -28,7 +29,6 @@ def resume_key(
         source: The tensors of the source.
         ids: The calibration samples.
         device: Where layers run.
-        batch: How many samples run at once.
     """
     return digest_json(
         {
@@ -50,7 +50,7 @@ def resume_key(
             },
             "files": _files(request, source) if request.key is None else None,
             "samples": [list(sample) for sample in ids],
-            "batch": batch,
+            "batch_tokens": batch_tokens(device),
         }
     )
 

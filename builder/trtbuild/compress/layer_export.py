@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from trtbuild.compress import folding
+from trtbuild.compress.blocks import rounded_type
 from trtbuild.compress.compressed_tensors import to_compressed_tensors
 from trtbuild.compress.selection import Selection
+from trtbuild.compress.skeleton import Skeleton
+from trtbuild.errors import CompatibilityError
 
 
 def export_layer(
@@ -36,3 +39,21 @@ def export_layer(
         pairs = [(disk[name], disk[before]) for name, before in folds.items()]
         tensors = to_compressed_tensors(exported.tensors, selection.disk_formats, pairs)
     return tensors, found | {"unsmoothed": [disk[name] for name in undone]}
+
+
+def plain_tensors(skeleton: Skeleton, name: str, layer: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of the layer `name` that is not quantized, by names in files, in the types in which they are kept.
+
+    Raises:
+        CompatibilityError: The source holds its experts in one tensor.
+    """
+    tensors = {}
+    for leaf, value in layer.state_dict().items():
+        info = skeleton.parts[f"{name}.{leaf}"].info
+        if info.name in tensors or info.elements != value.numel():
+            raise CompatibilityError(
+                f"{info.name} holds all experts of a layer, which 2:4 without a format cannot write yet",
+                "choose a compress.format too",
+            )
+        tensors[info.name] = value.to(rounded_type(info))
+    return tensors

@@ -59,6 +59,11 @@ class Request:
     auto: AutoFormat | None = None
 
     @property
+    def unfinished(self) -> Path:
+        """Where unfinished files lie."""
+        return self.work or self.output.with_name(f"{self.output.name}.unfinished")
+
+    @property
     def formats(self) -> tuple[str, ...]:
         """The weight formats that layers may have, bf16 left out."""
         named = (self.format, *(name for _, name in self.overrides))

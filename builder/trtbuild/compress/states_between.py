@@ -14,12 +14,6 @@ from trtbuild.weight_formats import is_searched
 
 PRUNED, CACHED = "pruned", "cached"
 _ON_DEVICE_BYTES = 4 << 30  # hidden states before and behind a layer
-_BATCH_TOKENS = 8192
-
-
-def batch_size(device: torch.device, length: int) -> int:
-    """How many calibration samples run at once: on a GPU enough to keep it busy, on a CPU one."""
-    return max(_BATCH_TOKENS // length, 1) if device.type == "cuda" else 1
 
 
 @dataclass(slots=True)
@@ -28,15 +22,15 @@ class StatesBetween:
 
     Args:
         request: Says which are needed.
-        count: Number of samples; with none there are no states.
+        lengths: Tokens of each sample; without samples there are no states.
         device: Where layers run.
         work: Where files lie.
         keep: Hold the states in memory too.
-        shape: Of one sample's state, [1, T, H]; known once the model was probed.
+        shape: Of the longest sample's state, [1, T, H]; known once the model was probed.
     """
 
     request: Request
-    count: int
+    lengths: Sequence[int]
     device: torch.device
     work: Path
     keep: bool = True
@@ -51,7 +45,7 @@ class StatesBetween:
         the cache is calibrated apart from them.
         """
         request = self.request
-        if not self.count or not request.calibrated:
+        if not self.lengths or not request.calibrated:
             return ()
         twice = is_searched(request.single) and not request.solved and not request.mixed
         return (PRUNED, CACHED) if request.kv_cache != "none" and twice else (PRUNED,)
@@ -68,11 +62,11 @@ class StatesBetween:
         if path.name not in self._known:
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
             if self.recomputed:
-                size = 2 * self.count * torch.Size(self.shape).numel() * dtype.itemsize
+                size = 2 * len(self.lengths) * torch.Size(self.shape).numel() * dtype.itemsize
                 place = self.device if size <= _ON_DEVICE_BYTES else torch.device("cpu")
-                self._known[path.name] = States(None, self.shape, dtype, keep=True, device=place)
+                self._known[path.name] = States(None, self.shape, dtype, keep=True, device=place, lengths=self.lengths)
             else:
-                self._known[path.name] = States(path, self.shape, dtype, self.keep)
+                self._known[path.name] = States(path, self.shape, dtype, self.keep, lengths=self.lengths)
         return self._known[path.name]
 
     def all_before(self, index: int) -> list[States]:

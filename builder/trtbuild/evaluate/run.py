@@ -32,7 +32,7 @@ def run(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     Args:
         request: ``source`` and ``engine`` (directories), ``tokens`` (at least so many predictions), ``length`` (of them
             in a window), ``data`` (held-out file or None), ``device``, ``trust_remote_code``; optionally
-            ``calibration`` (``data`` and ``column`` of the calibration text), ``kv_cache_dtype``, ``compute_dtype`` and
+            ``calibration`` (``data``, ``column``, ``split`` of that text), ``kv_cache_dtype``, ``compute_dtype`` and
             ``weights`` to name the numerics instead of reading engine.json, and ``joined_scales`` (the fields of
             `JoinedScales`) where another engine will join projections.
         progress: called with (windows done, windows, what).
@@ -85,6 +85,7 @@ def _heldout_spec(request: Mapping[str, Any]) -> HeldoutSpec:
         length=request["length"],
         calibration=_path(calibration.get("data")),
         calibration_column=calibration.get("column"),
+        calibration_split=calibration.get("split"),
     )
 
 
