@@ -170,13 +170,19 @@ def _release(found: rules.Quantized, version: str) -> CheckpointCheck:
     release = find_release(version, allow_unknown=True)
     if isinstance(release, Problem):
         return CheckpointCheck("release", (f"TensorRT-LLM {version} is in no table",))
-    parts: tuple[tuple[Part, str | None], ...] = (("weights", found.algo), ("kv_cache", found.kv_algo))
+    parts: list[tuple[Part, str | None]] = [("kv_cache", found.kv_algo)]
+    parts = [("weights", algo) for algo in _algos(found)] + parts
     reasons = [
         f"{algo}: {why}"
         for part, algo in parts
         if algo is not None and (why := refused_flow(part, recipe_name(part, algo), "llm-api", release.line))
     ]
     return CheckpointCheck("release", tuple(reasons), f"TensorRT-LLM {version}")
+
+
+def _algos(found: rules.Quantized) -> list[str | None]:
+    """The formats of layers."""
+    return [*sorted({str(layer.algo) for layer in found.layers.values()})] or [found.algo]
 
 
 def _gpu(found: rules.Quantized, version: str, layout: Layout) -> CheckpointCheck:
@@ -186,8 +192,7 @@ def _gpu(found: rules.Quantized, version: str, layout: Layout) -> CheckpointChec
     release = find_release(version, allow_unknown=True)
     if sm is None or isinstance(release, Problem):
         return CheckpointCheck("GPU", (f"{layout.gpu} with TensorRT-LLM {version} is in no table",))
-    algos: list[str | None] = [*sorted({str(layer.algo) for layer in found.layers.values()})] or [found.algo]
-    wanted = algos + ([f"kv:{found.kv_algo}"] if found.kv_algo else [])
+    wanted = _algos(found) + ([f"kv:{found.kv_algo}"] if found.kv_algo else [])
     reasons = [reason for algo in wanted if (reason := refused_format(release.line, algo, sm)) is not None]
     return CheckpointCheck("GPU", tuple(reasons), f"{layout.gpu}, SM{sm}")
 
