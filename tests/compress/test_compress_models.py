@@ -20,7 +20,7 @@ from format_reference import read_checkpoint, reference_logits, weight_of
 from tiny import save_checkpoint, save_tokenizer
 from trtbuild.compress.calibrate import calibration_loop
 from trtbuild.compress.export import export
-from trtbuild.compress.quantize import passes, quantize
+from trtbuild.compress.quantize import format_passes, quantize
 from trtbuild.compress.request import Meter, parse_request
 from trtbuild.compress.run import run
 from trtbuild.compress.selection import select
@@ -199,7 +199,7 @@ def in_memory_and_exported(source: Path, output: Path, **changes: Any) -> tuple[
     selection = select(model, read_tensors(source), request)
     samples = load_samples(CalibrationSpec(**CALIBRATION), source)  # type: ignore[arg-type]
     meter = Meter(silent, 10_000)
-    quantize(model, selection, request, calibration_loop(samples.input_ids, meter, passes(request)), layers=3)
+    quantize(model, selection, request, calibration_loop(samples.input_ids, meter, format_passes(request.format, request.kv_cache)), layers=3)
     with torch.no_grad():
         weights = {}
         for name in selection.compressed:

@@ -16,8 +16,8 @@ from trtbuild.compress.compressed_tensors import pack_words
 from trtbuild.compress.run import run
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.runtime.checkpoint import load_model
+from trtbuild.runtime.codes import unpack_int4
 from trtbuild.runtime.compressed_tensors import to_row_pairs
-from trtbuild.runtime.linear import unpack_int4
 
 INT4 = {"format": "int4_awq", "group_size": 32}
 OTHER = {"checkpoint": "compressed-tensors"}
