@@ -199,7 +199,8 @@ def in_memory_and_exported(source: Path, output: Path, **changes: Any) -> tuple[
     selection = select(model, read_tensors(source), request)
     samples = load_samples(CalibrationSpec(**CALIBRATION), source)  # type: ignore[arg-type]
     meter = Meter(silent, 10_000)
-    quantize(model, selection, request, calibration_loop(samples.input_ids, meter, format_passes(request.format, request.kv_cache)), layers=3)
+    loop = calibration_loop(samples.input_ids, meter, format_passes(request.format, request.kv_cache))
+    quantize(model, selection, request, loop, layers=3)
     with torch.no_grad():
         weights = {}
         for name in selection.compressed:
