@@ -16,7 +16,7 @@ from trtbuild.weight_formats import file_bits, is_solved, takes_group
 NEEDS_GPU = frozenset({"nvfp4", "nvfp4_awq", "w4a16_nvfp4", "mxfp4", "mxfp8"})
 # What compressed-tensors has a form for here, and the groups of vLLM's kernels for INT4 (vllm-project/vllm,
 # vllm/model_executor/layers/quantization/utils/marlin_utils.py, MARLIN_SUPPORTED_GROUP_SIZES).
-COMPRESSED_FORMATS = ("int4_awq", "fp8")
+COMPRESSED_FORMATS = ("int4_awq", "int4_gptq", "fp8")
 _VLLM_GROUPS = (32, 64, 128)
 _AUTO = ("target_bits", "auto_formats", "auto_method")
 _DEFAULT_TARGET_BITS = 5.0
@@ -142,7 +142,7 @@ def _checkpoint(settings: Settings) -> Iterator[Problem]:
         yield Problem(at, "compressed-tensors is set while no weights are quantized", "set compress.format")
     unknown = [name for name in compress.formats if name not in COMPRESSED_FORMATS]
     if unknown:
-        known = " and ".join(COMPRESSED_FORMATS)
+        known = ", ".join(COMPRESSED_FORMATS)
         yield Problem(at, f"{', '.join(unknown)}: compressed-tensors is written for {known} only", "use modelopt")
     if compress.kv_cache != "none":
         yield Problem("compress.kv_cache", f"{compress.kv_cache}: compressed-tensors is written without KV scales",

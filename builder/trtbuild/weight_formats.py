@@ -90,6 +90,16 @@ def file_bits(weight_format: str, group_size: int | None) -> float:
     return 16.0 if weight_format == "none" else WEIGHT_FORMATS[weight_format].file_bits(group_size)
 
 
+def is_smoothed(weight_format: str) -> bool:
+    """Whether inputs of a layer may be scaled, which its stored form or the layer before must make good."""
+    return is_searched(weight_format) and not is_solved(weight_format)
+
+
+def is_packed_int4(weight_format: str) -> bool:
+    """Whether the weights are four-bit integers with scales of groups and nothing else but smoothing."""
+    return weight_format in ("int4_awq", "int4_gptq")
+
+
 def is_searched(weight_format: str) -> bool:
     """Whether the text goes through twice, the second time with a KV cache that is rounded."""
     return weight_format != "none" and WEIGHT_FORMATS[weight_format].searched

@@ -93,6 +93,16 @@ def test_experts(compress: Any) -> None:
     assert torch.isfinite(logits(directory)).all()
 
 
+def test_gptq_has_no_smoothing_to_lose(compress: Any) -> None:
+    gptq = INT4 | {"format": "int4_gptq"}
+    directory, result = compress("qwen2", **gptq, **OTHER)
+    assert result["notes"] == []
+    ours, theirs = load(directory), load(compress("qwen2", **gptq)[0])
+    name = "model.layers.1.mlp.down_proj"
+    assert torch.equal(unpack_int4(to_row_pairs(ours[f"{name}.weight_packed"])), unpack_int4(theirs[f"{name}.weight"]))
+    assert torch.equal(ours[f"{name}.weight_scale"], theirs[f"{name}.weight_scale"].to(torch.bfloat16))
+
+
 def test_pruned(sources: Any, tmp_path: Path) -> None:
     request = make_request(
         sources("qwen2"), tmp_path / "out", **INT4, **OTHER, sparsity="2:4", sparsity_method="magnitude"

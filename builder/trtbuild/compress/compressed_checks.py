@@ -11,6 +11,7 @@ from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.compress.source import read_tensors
 from trtbuild.safetensors_header import TensorInfo
+from trtbuild.weight_formats import is_packed_int4
 
 _Form = tuple[str, tuple[int, ...]]
 _LEAVES = ("weight_packed", "weight_shape", "weight_scale", "input_scale", "pre_quant_scale")
@@ -41,7 +42,7 @@ def check_compressed(request: Request, selection: Selection, source: Mapping[str
             refuse(f"{info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}", {name})
         elif name.endswith("_scale"):
             check_scale(name, values[name])
-    packed = {name for name, chosen in formats.items() if chosen == "int4_awq"}
+    packed = {name for name, chosen in formats.items() if is_packed_int4(chosen)}
     matrices = {name.removesuffix(".weight") for name, info in infos.items() if len(info.shape) >= 2} - set(expected)
     plain = {name for name in matrices if name not in formats}
     refuse("not quantized, although no exclude pattern names it", plain - selection.uncompressed)
@@ -71,7 +72,7 @@ def _shape(layer: str, infos: Mapping[str, TensorInfo], source: Mapping[str, Ten
 
 def _forms(name: str, shape: tuple[int, ...], request: Request) -> dict[str, _Form]:
     out, into = shape
-    if name == "int4_awq":
+    if is_packed_int4(name):
         return {
             "weight_packed": ("I32", (out, into // 8)),
             "weight_shape": ("I64", (2,)),
@@ -85,7 +86,7 @@ def _pattern(selection: Selection, values: Values) -> tuple[int, int]:
     groups = conforming = 0
     for layer in selection.compressed.values():
         found = fitting = 0
-        packed = selection.disk_formats.get(layer) == "int4_awq"
+        packed = is_packed_int4(selection.disk_formats.get(layer, "none"))
         for block in values.blocks(f"{layer}.weight_packed" if packed else f"{layer}.weight"):
             used = _used(block).reshape(-1, 4).sum(dim=1)
             found += used.numel()

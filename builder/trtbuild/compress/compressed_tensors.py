@@ -18,6 +18,7 @@ from trtbuild.compress.metadata import write_metadata
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.runtime.codes import unpack_int4
+from trtbuild.weight_formats import is_packed_int4, is_solved
 
 _CODES_IN_WORD = 8
 _INT4_ZERO = 8
@@ -37,7 +38,9 @@ def to_compressed_tensors(
     made = dict(tensors)
     fold(made, folds)
     for layer, chosen in formats.items():
-        if chosen == "int4_awq":
+        if is_packed_int4(chosen):
+            if is_solved(chosen):
+                made.pop(f"{layer}.pre_quant_scale", None)  # ones, for TensorRT-LLM alone
             packed = made.pop(f"{layer}.weight")
             made[f"{layer}.weight_packed"] = pack_words(unpack_int4(packed))
             made[f"{layer}.weight_shape"] = torch.tensor([packed.shape[0] * 2, packed.shape[1]])
@@ -80,7 +83,7 @@ def write_compressed_config(selection: Selection, request: Request) -> None:
 
 
 def _scheme(name: str, request: Request) -> dict[str, Any]:
-    if name == "int4_awq":
+    if is_packed_int4(name):
         weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": request.group_size}
         return {
             "format": "pack-quantized",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from trtbuild.compress.selection import Selection
-from trtbuild.weight_formats import is_searched
+from trtbuild.weight_formats import is_smoothed
 
 _BEFORE: Mapping[str, str] = {"down_proj": "up_proj", "o_proj": "v_proj"}
 _SHOWN = 5
@@ -31,7 +31,7 @@ def exact_folds(frame: nn.Module, selection: Selection) -> dict[str, str]:
         frame: A model with one decoder layer, not quantized yet, whose `forward` runs it on a few tokens.
         selection: Of this layer.
     """
-    smoothed = {name for name, chosen in selection.formats.items() if is_searched(chosen)}
+    smoothed = {name for name, chosen in selection.formats.items() if is_smoothed(chosen)}
     folds: dict[str, str] = {}
     for leaf, before in _BEFORE.items():
         pairs = {}
@@ -60,7 +60,7 @@ def unsmooth(frame: nn.Module, selection: Selection, folds: Mapping[str, str]) -
     undone = []
     for name, chosen in sorted(selection.formats.items()):
         layer: Any = frame.get_submodule(name)
-        if is_searched(chosen) and name not in folds and id(layer) not in behind_norm:
+        if is_smoothed(chosen) and name not in folds and id(layer) not in behind_norm:
             if layer.input_quantizer.pre_quant_scale is not None:
                 disable_pre_quant_scale_and_resmooth(layer, delete_pre_quant_scale=True)
             undone.append(name)

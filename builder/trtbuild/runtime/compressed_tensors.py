@@ -16,7 +16,7 @@ from trtbuild.errors import CompatibilityError
 
 METHOD = "compressed-tensors"
 _PACKED, _SHAPE = ".weight_packed", ".weight_shape"
-_HINT = "compress with checkpoint: compressed-tensors and format int4_awq or fp8, or serve it with vLLM"
+_HINT = "compress with checkpoint: compressed-tensors and format int4_awq, int4_gptq or fp8, or serve it with vLLM"
 
 
 def quantized_as(section: Mapping[str, Any], where: Path) -> tuple[str, int | None, dict[str, str]]:
