@@ -118,7 +118,7 @@ def by_groups(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return values * np.repeat(scale, values.shape[1] // scale.shape[1], axis=1)
 
 
-def weight_of(tensors: dict[str, Stored], layer: str, algo: str | None = None) -> np.ndarray:
+def weight_of(tensors: dict[str, Stored], layer: str, algo: str | None) -> np.ndarray:
     """The weight of `layer` [out, in] in float64, without its input's pre_quant_scale."""
     stored = tensors[f"{layer}.weight"]
     if f"{layer}.weight_scale" not in tensors:

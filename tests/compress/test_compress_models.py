@@ -235,9 +235,9 @@ def test_fp8_files_are_the_model_in_memory(sources: Any, tmp_path: Path) -> None
     tensors = read_checkpoint(tmp_path / "out")
     assert len(weights) == 21
     for layer, (_, quantized) in weights.items():
-        moved = np.abs(weight_of(tensors, layer) - quantized) > 1e-6 * np.abs(quantized)
+        moved = np.abs(weight_of(tensors, layer, "FP8") - quantized) > 1e-6 * np.abs(quantized)
         assert moved.mean() < 0.02
-        assert (np.abs(weight_of(tensors, layer) - quantized) <= 0.126 * np.abs(quantized))[moved].all()
+        assert (np.abs(weight_of(tensors, layer, "FP8") - quantized) <= 0.126 * np.abs(quantized))[moved].all()
     assert divergence(memory, files) < 0.25 * lost
 
 
@@ -263,6 +263,6 @@ def test_awq_files_are_rounded_again(sources: Any, tmp_path: Path) -> None:
         layer = f"model.layers.0.{leaf}"
         smoothed, _ = weights[layer]  # by ModelOpt, before its export
         scale = np.repeat(tensors[f"{layer}.weight_scale"].values, 32, axis=1)
-        steps[leaf] = np.abs(weight_of(tensors, layer) - smoothed) / scale
+        steps[leaf] = np.abs(weight_of(tensors, layer, "W4A16_AWQ") - smoothed) / scale
     assert steps["self_attn.o_proj"].max() <= 0.5 + 1e-3
     assert steps["self_attn.q_proj"].max() > 0.6
