@@ -139,7 +139,7 @@ def test_the_engine_computes_each_layer_in_its_format(compress: Any) -> None:
     )
     kinds = {type(loaded.model.get_submodule(f"model.layers.0.{name}")).__name__
              for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")}  # fmt: skip
-    assert kinds == {"Fp8Linear", "Int4Linear"}
+    assert kinds == {"Fp8Linear", "CodedLinear"}
     assert loaded.quantization.algorithm == "MIXED_PRECISION"
     # 21 projections, of 8 and of 4 + 32/32 bits, less than a tenth of a bit for smoothing and single numbers
     attention, mlp = 4 * 64 * 96, 3 * 64 * 128

@@ -22,6 +22,7 @@ from trtbuild.compress.run import run
 from trtbuild.compress.skeleton import NotStreamableError
 from trtbuild.compress.solve import Task, solve
 from trtbuild.errors import ToolError
+from trtbuild.format_support import needs_gpu
 from trtbuild.runtime.checkpoint import load_model
 from trtbuild.weight_formats import WEIGHT_FORMATS
 
@@ -232,7 +233,7 @@ def test_the_whole_model_gives_the_same(
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "magnitude"])
-@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+@pytest.mark.parametrize("name", [name for name in WEIGHT_FORMATS if not needs_gpu(name)])
 def test_no_format_breaks_the_pattern(name: str, method: str, wide: Path, tmp_path: Path) -> None:
     """Zero is a code of every format, scales are of groups or columns without zero points, and GPTQ holds zeros."""
     group = 32 if WEIGHT_FORMATS[name].searched else None
@@ -276,7 +277,9 @@ def test_experts_without_tokens_are_named_and_pruned_by_magnitude(tmp_path: Path
         result = run(make_request(source, output, sparsity="2:4", **changes), silent)
         assert result["sparsity"]["share"] == 1.0
         (note,) = result["notes"]
-        assert note.startswith(f"{6 * len(routers)} experts saw no calibration token: model.layers.0.mlp.experts.")
+        few, all_of_them = 6 * len(routers), 8 * len(routers)
+        assert note.startswith(f"{few} of {all_of_them} experts saw too few calibration tokens")
+        assert "model.layers.0.mlp.experts.0 (0 tokens)" in note
 
 
 def test_the_embedded_engine_computes_with_gptqs_weights(sources: Any, compress: Any) -> None:
