@@ -2,7 +2,8 @@
 
 Each takes only the arguments that it is to be given, notes them in FAKE_LOG, and runs what a container would run with
 ``/build`` and ``/checkpoint`` where the mounts say, over the packages in ``site/``. A container of docker or podman is
-no child of its client: it lives on until ``rm``, as the real ones do. FAKE_BROKEN names tools that do not work.
+no child of its client: it lives on until ``rm``, as the real ones do. FAKE_BROKEN names tools that do not work,
+FAKE_IMAGE the one image that there is.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 STATE = Path(os.environ["FAKE_LOG"]).parent
-IMAGE = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
+IMAGE = os.environ.get("FAKE_IMAGE", "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3")
 
 
 def main() -> int:
