@@ -145,11 +145,12 @@ def test_an_image_that_the_script_is_told(place: Place, tmp_path: Path) -> None:
     place.script.write_text(SCRIPT)
     assert place.run(host, "--image", "lab/one:1", FAKE_IMAGE="lab/one:1", FAKE_MODE="fails").returncode == 4
     (place.work / "timing.cache").write_text("of lab/one:1")
-    assert engine_is_right(place, place.run(host, "--image", "lab/two:1", FAKE_IMAGE="lab/two:1"))
+    other = "lab.example:5000/team/two:1"
+    assert engine_is_right(place, place.run(host, "--image", other, FAKE_IMAGE=other))
     imported = [call[3] for call in host.calls("enroot", "import")]
-    assert imported == ["docker://lab#one:1", "docker://lab#two:1"], "the file system of another image is not used"
+    assert imported == ["docker://lab/one:1", "docker://lab.example:5000#team/two:1"], "another image, another file"
     assert "of lab/one:1" not in (place.work / "timing.cache").read_text()
-    assert json.loads((place.engine / RECORD).read_text())["image"] == "lab/two:1"
+    assert json.loads((place.engine / RECORD).read_text())["image"] == other
 
 
 def test_enroot_imports_once_and_removes_what_it_created(place: Place, tmp_path: Path) -> None:
