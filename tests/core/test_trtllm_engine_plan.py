@@ -273,7 +273,10 @@ def test_what_engines_do_not_do(tiny_llama: Path, tmp_path: Path, overrides: lis
         (["serving.layout=tokens", "serving.model_name=chat"], "'chat': the model of layout tokens has a fixed name"),
         (["target.gpu=null"], "target.gpu: is missing, and an engine is built for one GPU architecture; name the GPU"),
         (["runtime.extra.gemm_plugins=auto"], "is no flag of trtllm-build 1.2; did you mean gemm_plugin?"),
-        (["runtime.extra.kv_cache_config={}"], "runtime.extra.kv_cache_config: is no flag of trtllm-build 1.2"),
+        (
+            ["runtime.extra.kv_cache_config={}"],
+            "runtime.extra.kv_cache_config: is an argument of the LLM API, not a flag of trtllm-build; remove it; ",
+        ),
         (
             ["runtime.extra.gemm_plugin=int4"],
             "runtime.extra.gemm_plugin: 'int4' is not allowed by trtllm-build 1.2; wr",

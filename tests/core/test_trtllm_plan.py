@@ -377,6 +377,10 @@ def test_what_the_llm_api_does_not_do(tiny_llama: Path, tmp_path: Path, override
             "runtime.extra.max_batch_size: the recipe says it in runtime.max_batch_size",
         ),
         (
+            ["runtime.extra.gemm_plugin=auto"],
+            "gemm_plugin: is not an argument of TensorRT-LLM 1.2.1 but a flag of trtllm-build; remove it; engines have",
+        ),
+        (
             ["runtime.extra.kv_cache_config.max_tokens=4"],
             "runtime.extra.kv_cache_config.max_tokens: the recipe says it in runtime.kv_cache.max_tokens; set it there",
         ),
