@@ -74,7 +74,7 @@ def test_memory_does_not_grow_with_depth(
     """Before each layer is loaded the process is as large as before: neither files, codes nor states stay behind."""
     from trtbuild.compress import skeleton
 
-    sides = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 128}
+    sides = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "head_dim": 128}
     source = save_checkpoint(tmp_path / "source", "qwen3", overrides=sides)
     codes = 4 * 512 * 512 * 3 // 4 + 3 * 512 * 2048  # bytes of one layer's weights in eight bits
     seen: list[int] = []
@@ -86,5 +86,7 @@ def test_memory_does_not_grow_with_depth(
 
     monkeypatch.setattr(skeleton.Skeleton, "frame", watched)
     run(make_request(source, tmp_path / "out", **changes), silent)
-    assert len(seen) == 8
-    assert seen[7] - seen[2] < 5 * codes / 2, [size - seen[0] for size in seen]
+    assert len(seen) == 16
+    # One layer is read ahead and one written behind, or not yet: the least of several layers is without them.
+    early, late = min(seen[2:8]), min(seen[10:16])
+    assert late - early < 8 * codes / 2, [size - seen[0] for size in seen]

@@ -107,6 +107,18 @@ def test_killed_runs_go_on(changes: dict[str, Any], sources: Any, compress: Any,
     assert [path.name for path in tmp_path.iterdir() if "unfinished" in path.name] == []
 
 
+def test_killed_solvers_go_on(sources: Any, compress: Any, tmp_path: Path) -> None:
+    changes = {"format": "int4_gptq", "group_size": 32, "kv_cache": "fp8", "sparsity": "2:4"}
+    expected, undisturbed = compress("mixtral", **changes)
+    request = make_request(sources("mixtral"), tmp_path / "out", **changes)
+    moments: list[str | int | None] = [
+        "measure activations for GPTQ: layer 2 of 3, sample 3", "run the changed layer: layer 2", None,
+    ]  # fmt: skip
+    result = json.loads(killed(request, moments, tmp_path).strip().splitlines()[-1])
+    assert digests(tmp_path / "out") == digests(expected)
+    assert result["output_error"] == undisturbed["output_error"]
+
+
 def test_another_request_starts_over(sources: Any, compress: Any, tmp_path: Path) -> None:
     expected, _ = compress("mixtral", format="fp8", exclude=["model.layers.1.*"])
     request = make_request(sources("mixtral"), tmp_path / "out", format="fp8")
