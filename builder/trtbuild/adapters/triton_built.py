@@ -33,10 +33,8 @@ def place(directory: Path) -> Path:
 
 def check_engine(model: Model, directory: Path) -> list[Problem]:
     """Faults between the model's parameters and the engine in `directory`, or what it will be, where that is said."""
-    if not directory.is_dir():
-        config, problems = _planned(directory.parent), []
-    else:
-        config, problems = _config(directory)
+    problems: list[Problem] = []
+    config = _config(directory, problems) if directory.is_dir() else _planned(directory.parent)
     if config is None:
         return problems
     build, world = config.get("build_config", {}), world_size(config)
@@ -51,11 +49,9 @@ def check_engine(model: Model, directory: Path) -> list[Problem]:
 
 def check_limits(model: Model, limits: Mapping[str, int], directory: Path) -> list[Problem]:
     """What preprocessing lets in must fit into the engine, where one lies beside the tokenizer."""
+    problems: list[Problem] = []
     built = place(directory)
-    if (built / "config.json").is_file():
-        config, problems = _config(built)
-    else:
-        config, problems = _planned(directory), []
+    config = _config(built, problems) if (built / "config.json").is_file() else _planned(directory)
     if config is None or "build_config" not in config:
         return problems  # a checkpoint with the tokenizer, not an engine
     build = config["build_config"]
@@ -84,15 +80,17 @@ def world_size(config: Mapping[str, Any]) -> int:
     return int(ranks)
 
 
-def _config(directory: Path) -> tuple[dict[str, Any] | None, list[Problem]]:
-    path = directory / "config.json"
+def _config(directory: Path, problems: list[Problem]) -> dict[str, Any] | None:
+    """The engine's own description; what is wrong with the file goes to `problems`."""
+    path, why = directory / "config.json", "does not hold a JSON object"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict):
+            return data
     except (OSError, ValueError) as error:
-        return None, [Problem("engine/config.json", f"cannot be read ({error})", "build the engine again")]
-    if not isinstance(data, dict):
-        return None, [Problem("engine/config.json", "does not hold a JSON object", "build the engine again")]
-    return data, []
+        why = f"cannot be read ({error})"
+    problems.append(Problem("engine/config.json", why, "build the engine again"))
+    return None
 
 
 def _sizes(model: Model, build: Mapping[str, Any]) -> list[Problem]:
