@@ -345,7 +345,11 @@ def test_what_the_conversion_would_refuse_is_refused_before_anything_is_compress
     recipe.write_text(f"schema_version: 1\nmodel: {{path: {checkpoint}}}\n{RUNTIME}")
     assert prepare(recipe).plan.value("runtime.kind") == "trtllm-engine"
     edit_config(checkpoint, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0})
-    with pytest.raises(CompatibilityError, match="dynamic"):
+    assert prepare(recipe).plan.value("runtime.max_seq_len") == 512, "where the scaling begins"
+    with pytest.raises(RecipeError, match="1024 is more than the 512 positions the model knows"):
+        prepare(recipe, ["runtime.max_seq_len=1024"])
+    edit_config(checkpoint, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False})
+    with pytest.raises(CompatibilityError, match="truncate: false: TensorRT-LLM rounds"):
         prepare(recipe)
     assert prepare(recipe, ["runtime.kind=trtllm"]).plan.value("runtime.kind") == "trtllm"
 
