@@ -19,6 +19,7 @@ from trtbuild.recipe import Recipe
 from trtbuild.recipe_fields import Format, KvCacheFormat
 from trtbuild.recipe_speculative import Speculative
 from trtbuild.releases import Release, containers, find_release, known_versions, lines, newest, newest_of_all
+from trtbuild.schema_changes import changes
 from trtbuild.setting_values import recipe_value
 from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version, speculative_method
 
@@ -195,6 +196,21 @@ def test_known_differences_between_the_schemas() -> None:
     )
     assert (old.has("model_kwargs"), new.has("model_kwargs")) == (False, True)
     assert (old.has("enable_sleep"), new.has("enable_sleep"), new.has("sleep_config")) == (True, False, True)
+
+
+def test_what_became_of_arguments() -> None:
+    found = dict(changes(load_schema("1.1.0"), load_schema("1.2.1")))
+    assert "build_config" in found["TorchLlmArgs"].partition("removed ")[2].partition(";")[0]
+    assert "speculative_model_dir is now speculative_model" in found["AutoDecodingConfig"]
+    assert "added max_total_draft_tokens, draft_len_schedule" in found["AutoDecodingConfig"], "but no new name"
+    assert found["KvCacheConfig"] == "free_gpu_memory_fraction defaults to 0.9 instead of None"
+    newest = dict(changes(load_schema("1.3rc"), load_schema("newest")))
+    assert newest["KVEventsConfig"].startswith("new: enable_kv_cache_events, publisher")
+    assert newest["MedusaDecodingConfig"] == "removed"
+    assert "no more Medusa" in newest["SpeculativeConfig"]
+    assert "onboard_blocks" in dict(changes(load_schema("1.2.1"), load_schema("newest")))["KvCacheConfig"]
+    for name in schema_names():
+        assert changes(load_schema(name), load_schema(name)) == []
 
 
 def test_recipe_fields_and_arguments_exist() -> None:
