@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +67,41 @@ def test_rows_have_a_source_and_a_date(name: str) -> None:
     covered = {path.removeprefix(f"{name}.").partition("[")[0].partition(".")[0] for path, _ in named}
     loose = {key for key, value in table.items() if isinstance(value, (dict, list))} - covered
     assert not loose or "source" in table, loose
+
+
+def unsourced(value: Any, path: str = "", *, sourced: bool = False, dated: bool = False) -> Iterator[str]:
+    """Every value that neither has a source and a date nor stands in a table, or a row, that has them."""
+    if isinstance(value, dict):
+        sourced |= "source" in value or {"repo", "path", "commit", "proof"} <= set(value)
+        dated |= isinstance(value.get("date"), dt.date)
+        for key, inner in value.items():
+            if key != "date" and (path, key) != ("", "schema_version"):
+                yield from unsourced(inner, f"{path}.{key}", sourced=sourced, dated=dated)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from unsourced(inner, f"{path}[{index}]", sourced=sourced, dated=dated)
+    elif not (sourced and dated):
+        yield path
+
+
+@pytest.mark.parametrize(
+    "path", [DATA.with_name("compat.toml"), *sorted(DATA.rglob("*.toml"))], ids=lambda path: path.stem
+)
+def test_no_value_is_without_a_source(path: Path) -> None:
+    assert list(unsourced(tomllib.loads(path.read_text(encoding="utf-8")))) == []
+
+
+def test_a_value_without_a_source_is_found() -> None:
+    """One row among others, a table among others, a date that is missing."""
+    for name, rows in (("lines", "line"), ("lines", "renamed"), ("speculative", "method"), ("gpus", "support")):
+        table = dict(facts(name))
+        first, *others = table[rows]
+        table[rows] = [{key: value for key, value in first.items() if key != "source"}, *others]
+        assert f".{rows}[0].{next(key for key in first if key != 'source')}" in list(unsourced(table)), name
+        assert f".{rows}[0].source" not in list(unsourced(facts(name)))
+    assert list(unsourced({"a": {"source": "x", "value": 1}})) == [".a.source", ".a.value"], "no date"
+    dated = {"date": dt.date(2026, 1, 1), "a": {"source": "x", "b": {"c": 1}}, "d": 1}
+    assert list(unsourced(dated)) == [".d"], "a date alone is no source"
 
 
 def test_rows_have_no_unknown_keys() -> None:
