@@ -264,17 +264,23 @@ def _log_beside(package: Path, verb: str) -> Path:
 @click.option("--model", metavar="MODEL", help="The original checkpoint, where SOURCE does not say it.")
 @click.option("--gpu", metavar="GPU", help="The GPU that will serve, for example H100.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("recipe.yaml"), show_default=True)
+@click.option(
+    "--repository", metavar="DIR", type=click.Path(path_type=Path), help="Write the new model repository here as well."
+)
 @_JSON
-def migrate(source: str, output: Path, *, as_json: bool, **wanted: Any) -> None:
+def migrate(source: str, output: Path, repository: Path | None, *, as_json: bool, **wanted: Any) -> None:
     """Write a recipe for an older deployment of TensorRT-LLM, and say what becomes of each of its settings.
 
     SOURCE is a Triton model repository, an engine directory, a model.yaml, or a text (- reads one) with the arguments
     of fill_template or trtllm-build.
     """
     from trtbuild.console import migration_text
+    from trtbuild.migrate.new_repository import refuse_place, write_repository
     from trtbuild.migrate.run import migrate as run
-    from trtbuild.migrate.run import next_command, remaining_problems, write_recipe
+    from trtbuild.migrate.run import next_command, open_fields, remaining_problems, write_recipe
 
+    if repository is not None:
+        refuse_place(repository)
     done = run(source, **wanted)
     write_recipe(done, output)
     if as_json:
@@ -286,6 +292,9 @@ def migrate(source: str, output: Path, *, as_json: bool, **wanted: Any) -> None:
     for problem in remaining_problems(done, output):
         click.echo(f"to mend in {output}: {problem}", err=True)
     click.echo(f"{output}: {done.summary()}", err=True)
+    if repository is not None:
+        write_repository(output, repository, open_fields(done))
+        click.echo(f"{repository}: the new model repository; its engine comes with the build", err=True)
     click.echo(f"next: {next_command(done, output)}", err=True)
 
 

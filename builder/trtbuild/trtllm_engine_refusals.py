@@ -12,7 +12,7 @@ from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.model_classes import version_with
 from trtbuild.recipe import Recipe
-from trtbuild.setting_values import Settings
+from trtbuild.setting_values import Settings, recipe_value
 from trtbuild.support import QUANT_ALGO, refused_architecture, refused_in_line
 from trtbuild.trtllm_build import choose
 from trtbuild.trtllm_build_extra import extra_problems
@@ -160,7 +160,7 @@ def _fields(settings: Settings) -> Iterable[Problem]:
             continue
         if path not in known:
             yield Problem(path, "TensorRT engines have no counterpart of it", "remove it, or use runtime.kind: trtllm")
-        elif path in NOT_WRITTEN:
+        elif path in NOT_WRITTEN and recipe_value(settings.recipe, path) != 1:
             yield Problem(path, NOT_WRITTEN[path], "remove it, or use runtime.kind: trtllm")
 
 

@@ -307,6 +307,12 @@ def test_mistakes(tiny_llama: Path, tmp_path: Path, overrides: list[str], senten
     assert len(caught.value.problems) == 1, "one mistake, one sentence"
 
 
+def test_one_rank_of_a_kind_is_no_demand(tiny_llama: Path, tmp_path: Path) -> None:
+    """A migrated recipe may say so."""
+    one = plan_for(tiny_llama, tmp_path, "runtime.context_parallel_size=1")
+    assert one.step("engine").parameters == plan_for(tiny_llama, tmp_path).step("engine").parameters
+
+
 def test_versions_that_no_table_has(tiny_llama: Path, tmp_path: Path) -> None:
     allowed = "runtime.allow_unknown_version=true"
     plan = plan_for(tiny_llama, tmp_path, "runtime.version=1.2.9", allowed)
