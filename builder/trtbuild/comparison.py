@@ -1,4 +1,4 @@
-"""What one recipe gets from the engines and the LLM API of its TensorRT-LLM release, and from the newest LLM API."""
+"""What one recipe gets from engines and LLM API of its TensorRT-LLM release, and from the newest LLM API."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from trtbuild import trtllm_engine_settings, trtllm_settings
 from trtbuild.compat import facts as table
+from trtbuild.format_support import Part, refused
 from trtbuild.llm_keys import LLM_ARGUMENT, leaves
 from trtbuild.llm_speculation import LLM_FIELDS, argument, members
 from trtbuild.llm_validate import validate
@@ -14,13 +15,12 @@ from trtbuild.model import ModelFacts
 from trtbuild.model_classes import class_list, refused_class
 from trtbuild.plan import Cell, Comparison, Row
 from trtbuild.recipe import Recipe
-from trtbuild.releases import Flow, Release, newest_of_all
+from trtbuild.releases import Flow, Release, newest, newest_of_all
 from trtbuild.setting_values import Settings
 from trtbuild.support import (
     QUANT_ALGO,
     group_sizes,
     refused_architecture,
-    refused_format,
     sm_version,
     speculative_method,
 )
@@ -43,18 +43,21 @@ def compare(settings: Settings, facts: ModelFacts) -> Comparison:
     recipe = settings.recipe
     for_engine = recipe.runtime.kind == trtllm_engine_settings.KIND
     release = (trtllm_engine_settings if for_engine else trtllm_settings).planned_release(recipe)
-    columns = [_Column(release, "engine"), _Column(release, "llm-api")]
-    newest = newest_of_all()
-    if newest.version != release.version:
-        columns.append(_Column(newest, "llm-api"))
-    asks: list[tuple[str, Callable[[_Column], Cell]]] = [
-        ("runtime", _runtime),
-        (f"model {facts.architecture}", lambda column: _model(facts.architecture, column)),
-        (f"format {recipe.compress.format}", lambda column: _format(settings, column)),
+    # Where the release has a flow no more or not yet, the newest in a container that has it: there is a choice to show.
+    has_api = "llm-api" in release.line.flows and release.version != newest_of_all().version
+    columns = [
+        _Column(release if "engine" in release.line.flows else newest("engine"), "engine"),
+        _Column(release if has_api else newest("llm-api"), "llm-api"),
+        _Column(newest_of_all(), "llm-api"),
     ]
+    asks: list[tuple[str, Callable[[_Column], Cell]]] = [
+        ("runtime", lambda column: _runtime(column, release)),
+        (f"model {facts.architecture}", lambda column: _model(facts.architecture, column)),
+    ]
+    asks += [(f"format {name}", _format(settings, name)) for name in recipe.compress.formats or ("none",)]
     if recipe.compress.kv_cache != "none":
-        algo = f"kv:{recipe.compress.kv_cache.upper()}"
-        asks.append((f"KV cache {recipe.compress.kv_cache}", lambda column: _on_gpu(recipe, column, algo)))
+        cache = recipe.compress.kv_cache
+        asks.append((f"KV cache {cache}", lambda column: _on_gpu(recipe, column, "kv_cache", cache)))
     if recipe.compress.sparsity != "none":
         asks.append((f"sparsity {recipe.compress.sparsity}", _sparsity))
     if recipe.speculative.method != "none":
@@ -71,22 +74,16 @@ def compare(settings: Settings, facts: ModelFacts) -> Comparison:
     asks += [(f"runtime.extra.{flag}", _flag) for flag in flags]
     return Comparison(
         columns=tuple(column.title for column in columns),
-        rows=tuple(Row(what, tuple(_cell(column, look) for column in columns)) for what, look in asks),
+        rows=tuple(Row(what, tuple(look(column) for column in columns)) for what, look in asks),
     )
 
 
-def _cell(column: _Column, look: Callable[[_Column], Cell]) -> Cell:
-    """A runtime that the release does not have has nothing else either."""
-    if column.flow in column.release.line.flows or look is _runtime:
-        return look(column)
-    return Cell("not available")
-
-
-def _runtime(column: _Column) -> Cell:
-    if column.flow not in column.release.line.flows:
-        return Cell("not available", "engines ended with 1.3.0rc20" if column.flow == "engine" else "no LLM API")
+def _runtime(column: _Column, planned: Release) -> Cell:
     container = column.release.container
-    return Cell("available", f"container {container.tag}" if container else "no Triton container")
+    where = f"container {container.tag}" if container else "no Triton container"
+    if column.flow in planned.line.flows:
+        return Cell("available", where)
+    return Cell("available", f"{where}; {planned.version} has no {'engines' if column.flow == 'engine' else 'LLM API'}")
 
 
 def _refusable(reason: str | None) -> Cell:
@@ -101,19 +98,23 @@ def _model(architecture: str, column: _Column) -> Cell:
     return Cell("available", note) if reason is None else Cell("not available", reason)
 
 
-def _format(settings: Settings, column: _Column) -> Cell:
-    algo, group = QUANT_ALGO[settings["compress.format"]], settings["compress.group_size"]
-    allowed = group_sizes(algo or "")
-    if allowed and group is not None and group not in allowed:
-        return Cell("not available", f"groups of {' or '.join(map(str, allowed))} only, not {group}")
-    return _on_gpu(settings.recipe, column, algo)
+def _format(settings: Settings, name: str) -> Callable[[_Column], Cell]:
+    group, allowed = settings["compress.group_size"], group_sizes(QUANT_ALGO[name] or "")
+
+    def look(column: _Column) -> Cell:
+        if allowed and group is not None and group not in allowed:
+            return Cell("not available", f"groups of {' or '.join(map(str, allowed))} only, not {group}")
+        return _on_gpu(settings.recipe, column, "weights", name)
+
+    return look
 
 
-def _on_gpu(recipe: Recipe, column: _Column, algo: str | None) -> Cell:
+def _on_gpu(recipe: Recipe, column: _Column, part: Part, name: str) -> Cell:
     sm = sm_version(recipe.target.gpu) if recipe.target.gpu else None
-    if sm is None:
+    reason = refused(part, name, column.flow, column.release.line, sm)
+    if reason is None and sm is None:
         return Cell("available", "no GPU named")
-    return _refusable(refused_format(column.release.line, algo, sm))
+    return _refusable(reason)
 
 
 def _sparsity(column: _Column) -> Cell:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from trtbuild import compat
 from trtbuild.embedded_speculation import speculation_refusals
 from trtbuild.errors import Problem
+from trtbuild.format_support import needs_gpu, refused_embedded
 from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.setting_values import Settings, recipe_value
-from trtbuild.trtllm_engine_refusals import engine_refusals
+from trtbuild.trtllm_engine_refusals import NOT_WRITTEN, engine_refusals
 from trtbuild.trtllm_refusals import trtllm_refusals
 
 _NOT_HERE = "cannot be done by this version of trtbuild"
 _ONE_DEVICE = "the embedded runtime runs on one device"
 _ENGINES = "only TensorRT engines are served without text"
 _TRTLLM_ONLY = "only the trtllm runtime has it"
+_VENDOR_ONLY = "only the runtimes trtllm and trtllm-engine have it"
 # Fields that not every runtime has.
 _ONLY = {
     "runtime.build_in": ("trtllm-engine",),
@@ -74,12 +78,13 @@ def _embedded(settings: Settings, facts: ModelFacts) -> list[Problem]:
         ("runtime.extra", dict(runtime.extra), {}, "the embedded runtime has no further keys"),
         ("model.adapters", recipe.model.adapters, (), _NOT_HERE),
         ("serving.layout", "llm" if recipe.serving.layout == "ensemble" else recipe.serving.layout, "llm", _ENGINES),
+        ("runtime.allow_unknown_version", runtime.allow_unknown_version, False, _VENDOR_ONLY),
         ("target.count", recipe.target.count if (recipe.target.count or 0) > 1 else 1, 1, _ONE_DEVICE),
     ]
     silent = Recipe.model_validate({"schema_version": 1, "model": {"path": "."}, "runtime": {"kind": "embedded"}})
     demands += [
-        (path, recipe_value(recipe, path), recipe_value(silent, path), _TRTLLM_ONLY)
-        for path in ("runtime.allow_unknown_version", *LLM_ARGUMENT)
+        (path, recipe_value(recipe, path), recipe_value(silent, path), _whose(path))
+        for path in LLM_ARGUMENT
         if path not in _OWN
     ]
     refused = [
@@ -87,7 +92,26 @@ def _embedded(settings: Settings, facts: ModelFacts) -> list[Problem]:
         for path, value, only, why in demands
         if value != only
     ]
-    return [*refused, *speculation_refusals(settings, facts)]
+    return [*refused, *_formats(recipe), *speculation_refusals(settings, facts)]
+
+
+def _formats(recipe: Recipe) -> Iterable[Problem]:
+    """The embedded engine computes every format of weights, and KV caches that hold them."""
+    compress = recipe.compress
+    why = refused_embedded(compress.kv_cache)
+    if why is not None:
+        yield Problem("compress.kv_cache", f"{compress.kv_cache}: {why}", "use fp8")
+    searched = [name for name in compress.formats if needs_gpu(name)]
+    if searched and recipe.runtime.device == "cpu":
+        message = f"{searched[0]}: ModelOpt searches it on NVIDIA GPUs alone, and runtime.device is cpu"
+        yield Problem("compress.format", message, "use nvfp4, or another device")
+
+
+def _whose(path: str) -> str:
+    """Which runtimes have a field that this one has not."""
+    names = compat.facts("engine_names")
+    engines_too = path not in NOT_WRITTEN and any(path in names[part] for part in ("build", "checkpoint", "triton"))
+    return _VENDOR_ONLY if engines_too else _TRTLLM_ONLY
 
 
 def _show(value: object) -> str:

@@ -80,7 +80,7 @@ def run_step(work: Work) -> dict[str, Any]:
 def _compress(work: Work) -> dict[str, Any]:
     parameters = dict(work.step.parameters)
     calibration = dict(parameters.pop("calibration", {"column": None, "count": 1, "length": 16, "seed": 0}))
-    calibration["data"] = _optional(work.files.get("data"))
+    calibration.setdefault("data", _optional(work.files.get("data")))
     parameters.setdefault("device", "cpu")
     request = parameters | {
         "source": str(work.source),
@@ -92,7 +92,11 @@ def _compress(work: Work) -> dict[str, Any]:
         "sparsity_method": parameters["sparsity_method"] or "sparsegpt",
         "calibration": calibration,
     }
-    return _in_child("trtbuild.compress", request, work)
+    record = _in_child("trtbuild.compress", request, work)
+    found = record["result"]["calibration"]
+    if found is not None:
+        work.reporter.note(f"compress: calibrated on {found['summary']}")
+    return record
 
 
 def _memory_limit(plan: Plan) -> int | None:
@@ -179,14 +183,18 @@ def _converted_engine(work: Work) -> dict[str, Any]:
     return record
 
 
-def _repository(work: Work) -> dict[str, Any]:
-    parameters = dict(work.step.parameters)
+def repository_spec(step: Step) -> triton.RepositorySpec:
+    """What the step `repository` renders."""
+    parameters = dict(step.parameters)
     if "engine" in parameters:
         parameters |= {name: _server_parameters(parameters[name]) for name in ("engine", "draft") if name in parameters}
     if "llm_args" in parameters:
         parameters["llm_args"] = trtllm.llm_arguments(parameters["llm_args"])
-    spec = triton.RepositorySpec(**parameters)
-    triton.render_repository(spec, work.staging.content)
+    return triton.RepositorySpec(**parameters)
+
+
+def _repository(work: Work) -> dict[str, Any]:
+    triton.render_repository(repository_spec(work.step), work.staging.content)
     return {}
 
 
@@ -250,7 +258,11 @@ def _launch_text(launch: Mapping[str, Any] | None) -> str:
 
 def _evaluate(work: Work) -> dict[str, Any]:
     parameters = dict(work.step.parameters)
-    calibration = {"data": _optional(work.files.get("calibration")), "column": parameters.pop("calibration_column")}
+    calibration = {
+        "data": _optional(work.files.get("calibration")),
+        "column": parameters.pop("calibration_column"),
+        "split": parameters.pop("calibration_split", None),
+    }
     request = parameters | {
         "source": str(work.source),
         "engine": str(work.inputs["compress"].content),

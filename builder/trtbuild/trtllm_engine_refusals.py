@@ -12,7 +12,7 @@ from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.model_classes import version_with
 from trtbuild.recipe import Recipe
-from trtbuild.setting_values import Settings
+from trtbuild.setting_values import Settings, recipe_value
 from trtbuild.support import QUANT_ALGO, refused_architecture, refused_in_line
 from trtbuild.trtllm_build import choose
 from trtbuild.trtllm_build_extra import extra_problems
@@ -20,10 +20,12 @@ from trtbuild.trtllm_common import (
     block_refusals,
     embedded_only,
     excluded_in_part,
+    expert_refusals,
     gpu_refusals,
     group_refusals,
     unread_speculative,
 )
+from trtbuild.trtllm_deploy import deploy_refusals
 from trtbuild.trtllm_engine_drafts import draft_spec, speculative_refusals, speculative_warnings
 from trtbuild.trtllm_engine_lora import lora_refusals, lora_warnings
 from trtbuild.trtllm_engine_settings import (
@@ -97,22 +99,36 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += group_refusals(settings, facts)
     problems += block_refusals(settings)
     problems += excluded_in_part(settings["compress.exclude"], facts)
-    problems += gpu_refusals(recipe, planned_release(recipe).line, ranks(recipe))
+    problems += gpu_refusals(recipe, FLOW, planned_release(recipe).line, ranks(recipe))
     problems += parallel_refusals(settings, facts)
+    problems += expert_refusals(recipe, FLOW, facts)
+    problems += _int8_cache(settings)
     problems += _pipeline(recipe, facts)
     problems += _stages(settings, facts)
     problems += lora_refusals(settings, facts)
     problems += unread_speculative(recipe)
     problems += speculative_refusals(settings, facts)
+    problems += deploy_refusals(settings)
     return problems if problems or engine_mistakes(settings) else _arguments(settings, facts)
 
 
 def engine_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
     """What is allowed and may still surprise."""
-    version = planned_release(settings.recipe).version
-    flags, line = flag_table(version), planned_release(settings.recipe).line
+    release = planned_release(settings.recipe)
+    version, line, flags = release.version, release.line, flag_table(release.version)
     warnings = idle_gpus(settings.recipe, ranks(settings.recipe))
-    warnings += [] if version in flags.releases else [flags.note(version)]
+    if not release.known:
+        warnings.append(
+            f"TensorRT-LLM {version} is in no table of trtbuild; {flags.note(version)}; classes, formats and the "
+            f"backend's parameters are those of {line.name}"
+        )
+    elif version not in flags.releases:
+        warnings.append(flags.note(version))
+    if release.container is None:
+        warnings.append(
+            f"no Triton container with TensorRT-LLM {version} is known: engine/build.sh must be told one (--image), "
+            "and there are no deployment files"
+        )
     if line.unread is not None:
         warnings.append(f"TensorRT-LLM {version}: {line.unread}")
     if short_window(settings, facts) and not settings.has("runtime.kv_cache.max_attention_window"):
@@ -144,7 +160,7 @@ def _fields(settings: Settings) -> Iterable[Problem]:
             continue
         if path not in known:
             yield Problem(path, "TensorRT engines have no counterpart of it", "remove it, or use runtime.kind: trtllm")
-        elif path in NOT_WRITTEN:
+        elif path in NOT_WRITTEN and recipe_value(settings.recipe, path) != 1:
             yield Problem(path, NOT_WRITTEN[path], "remove it, or use runtime.kind: trtllm")
 
 
@@ -165,10 +181,11 @@ def _model(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
         others = "embedded" if version_with(facts.architecture) is None else "trtllm or embedded"
         yield Problem("model.path", reason, f"use runtime.kind: {others}, or another model")
         return
-    line, algo = planned_release(settings.recipe).line, QUANT_ALGO[settings["compress.format"]]
-    refused = refused_in_line(line, facts.architecture, algo)
-    if refused is not None:
-        yield Problem("model.path", *refused)
+    line, formats = planned_release(settings.recipe).line, settings.recipe.compress.formats
+    for name in formats or ("none",):
+        refused = refused_in_line(line, facts.architecture, QUANT_ALGO[name])
+        if refused is not None:
+            yield Problem("model.path", *refused)
 
 
 def _pipeline(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
@@ -178,6 +195,16 @@ def _pipeline(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
     if facts.architecture in table("architectures")[FLOW]["one_stage"]:
         message = f"{size}: TensorRT-LLM cannot split {facts.architecture} over pipeline stages"
         yield Problem(at, message, "use 1, and tensor_parallel_size")
+
+
+def _int8_cache(settings: Settings) -> Iterable[Problem]:
+    """What attention over a paged context does, which does not work with an INT8 cache (`trtllm_build`)."""
+    if settings["compress.kv_cache"] != "int8":
+        return
+    for path in ("runtime.kv_cache.enable_block_reuse", "runtime.enable_chunked_prefill"):
+        if settings[path]:
+            message = "true: attention over a paged context, which it needs, does not work with an INT8 KV cache"
+            yield Problem(path, message, "set it to false, or use compress.kv_cache: fp8")
 
 
 def _stages(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:

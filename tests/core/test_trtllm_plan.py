@@ -273,7 +273,7 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
         (["target.gpu=H1000"], "target.gpu: 'H1000' is no known GPU; did you mean H100"),
         (
             ["target.gpu=V100"],
-            "none does not run on V100 (SM70): TensorRT-LLM runs bf16 from SM80 on; use another format",
+            "none does not run on V100 (SM70): TensorRT-LLM runs bf16 from SM80 on; use another GPU",
         ),
         (
             ["target.gpu=A100", "compress.format=fp8"],
@@ -377,6 +377,10 @@ def test_what_the_llm_api_does_not_do(tiny_llama: Path, tmp_path: Path, override
             "runtime.extra.max_batch_size: the recipe says it in runtime.max_batch_size",
         ),
         (
+            ["runtime.extra.gemm_plugin=auto"],
+            "gemm_plugin: is not an argument of TensorRT-LLM 1.2.1 but a flag of trtllm-build; remove it; engines have",
+        ),
+        (
             ["runtime.extra.kv_cache_config.max_tokens=4"],
             "runtime.extra.kv_cache_config.max_tokens: the recipe says it in runtime.kv_cache.max_tokens; set it there",
         ),
@@ -462,7 +466,8 @@ def test_what_runs_where(tiny_llama: Path, tmp_path: Path) -> None:
     rows = {row["what"]: [(cell["status"], cell["detail"]) for cell in row["cells"]] for row in found["rows"]}
     assert rows["runtime"][0] == ("available", "container 26.07")
     assert rows["runtime"][2] == ("available", "no Triton container")
-    assert [status for status, _ in rows["format int4_awq"]] == ["available", "available", "not available"]
+    assert [status for status, _ in rows["format int4_awq"]] == ["not available", "available", "not available"]
+    assert "trtllm-build refuses INT4" in rows["format int4_awq"][0][1]
     assert rows["model LlamaForCausalLM"] == [
         ("available", ""),
         ("available", ""),
@@ -488,21 +493,31 @@ def test_what_runs_where(tiny_llama: Path, tmp_path: Path) -> None:
 def test_a_release_without_engines(tiny_llama: Path, tmp_path: Path) -> None:
     plan = plan_for(tiny_llama, tmp_path, "runtime.version=1.4.0rc1", "runtime.max_batch_size=2")
     found = plan.to_json()["comparison"]
-    assert found["columns"] == ("1.4.0rc1 engine", "1.4.0rc1 LLM API")
-    assert {row["cells"][0]["status"] for row in found["rows"]} == {"not available"}
-    assert found["rows"][0]["cells"][0]["detail"] == "engines ended with 1.3.0rc20"
+    assert found["columns"] == ("1.2.1 engine", "1.2.1 LLM API", "1.4.0rc1 LLM API"), "there is still the choice"
+    assert found["rows"][0]["cells"][0]["detail"] == "container 26.07; 1.4.0rc1 has no engines"
+    earlier = plan_for(tiny_llama, tmp_path, "runtime.version=1.3.0rc22").to_json()["comparison"]["columns"]
+    assert earlier == ("1.2.1 engine", "1.3.0rc22 LLM API", "1.4.0rc1 LLM API")
+
+
+def test_a_release_without_the_llm_api(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "runtime.kind=trtllm-engine", "target.gpu=H100", "runtime.version=0.21.0")
+    found = plan.to_json()["comparison"]
+    assert found["columns"] == ("0.21.0 engine", "1.2.1 LLM API", "1.4.0rc1 LLM API")
+    assert found["rows"][0]["cells"][1]["detail"] == "container 26.07; 0.21.0 has no LLM API"
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
         ("mixtral", "int4_awq: TensorRT-LLM's experts with weights of 4 bits have inputs in FP8"),
-        ("phi3", "int4_awq: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output"),
+        ("phi3", "int4_gptq: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output"),
     ],
 )
 def test_weights_of_4_bits_that_would_not_load(name: str, sentence: str, tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / name, name)
     with pytest.raises(CompatibilityError) as caught:
-        plan_for(checkpoint, tmp_path, "compress.format=int4_awq", "compress.group_size=64")
+        plan_for(
+            checkpoint, tmp_path, f"compress.format={sentence.split(':', maxsplit=1)[0]}", "compress.group_size=64"
+        )
     assert sentence in str(caught.value)
     plan_for(checkpoint, tmp_path, "compress.format=fp8")

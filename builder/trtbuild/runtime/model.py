@@ -46,7 +46,7 @@ class ModelRunner:
         self._takes_rows = "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
         self._context = [Step()]
         layers = self._examine()
-        self.kv_is_fp8 = config.kv_cache.dtype == "fp8"
+        self.kv_form = None if config.kv_cache.dtype == "auto" else config.kv_cache.dtype
         self.calls = [call for _, call in layers]
         weights = self._fuse(config)
         self.num_blocks = self._allocate(layers, config, loaded.kv_scales, set_aside)
@@ -164,7 +164,7 @@ class ModelRunner:
 
     def _fuse(self, config: EngineConfig) -> Weights | None:
         """The weights of the fast path if it takes this model; `path` says so."""
-        reason = why_general(self.model, self.calls, device=self.device, dtype=self.dtype, fp8_cache=self.kv_is_fp8)
+        reason = why_general(self.model, self.calls, device=self.device, dtype=self.dtype, cache=self.kv_form)
         if reason is None and config.speculative is not None:
             reason = "it verifies no drafts"
         self.path = "fast" if reason is None else f"general: {reason}"
@@ -205,13 +205,13 @@ class ModelRunner:
         set_aside: int,
     ) -> int:
         """Make the pools and return their number of blocks."""
-        if self.kv_is_fp8 and not scales:
-            self.notes.append("kv_cache.dtype is fp8 and the checkpoint has no k_scale and v_scale: 1.0 is used")
-        if scales and not self.kv_is_fp8:
-            self.notes.append("the checkpoint's k_scale and v_scale are not used: kv_cache.dtype is auto, not fp8")
+        form = self.kv_form
+        if form and not scales:
+            self.notes.append(f"kv_cache.dtype is {form} and the checkpoint has no k_scale and v_scale: 1.0 is used")
+        if scales and not form:
+            self.notes.append("the checkpoint's k_scale and v_scale are not used: kv_cache.dtype is auto")
         shapes = [(call.key_shape, call.value_shape) for _, call in layers]
-        itemsize = 1 if self.kv_is_fp8 else self.dtype.itemsize
-        slot = bytes_per_slot(shapes, itemsize)
+        slot = bytes_per_slot(shapes, self.dtype, form)
         tokens = config.kv_cache.max_tokens or self._tokens_in_free_memory(slot, config, set_aside)
         num_blocks = tokens // self.block_size
         slots = num_blocks * self.block_size
@@ -227,7 +227,8 @@ class ModelRunner:
                 (call.value_shape[0], slots, call.value_shape[1]),
                 dtype=self.dtype,
                 device=self.device,
-                scales=pair if self.kv_is_fp8 else None,
+                form=form,
+                scales=pair,
             )
         return num_blocks
 
