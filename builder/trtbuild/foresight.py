@@ -7,6 +7,7 @@ from pathlib import Path
 from trtbuild.adapters import trtllm, trtllm_checkpoint, trtllm_draft, trtllm_tokenizer
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.draft import DRAFT_ROLE, HEADS, HEADS_ROLE, Draft, other_tokens, read_draft
+from trtbuild.embedded_draft import read_embedded_draft
 from trtbuild.embedded_speculation import TAKES_DRAFT as EMBEDDED_DRAFTS
 from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.llm_speculation import TAKES_DRAFT
@@ -24,9 +25,11 @@ def draft_of(loaded: LoadedRecipe) -> Draft | None:
     """
     speculative = loaded.recipe.speculative
     methods = {"trtllm-engine": (DRAFT_TARGET, *HEADS), "trtllm": TAKES_DRAFT, "embedded": EMBEDDED_DRAFTS}
-    if speculative.draft is None or speculative.method not in methods[loaded.recipe.runtime.kind]:
+    kind = loaded.recipe.runtime.kind
+    if speculative.draft is None or speculative.method not in methods[kind]:
         return None
-    return read_draft(local_path(loaded, speculative.draft, at="speculative.draft"), speculative.method)
+    read = read_embedded_draft if kind == "embedded" else read_draft
+    return read(local_path(loaded, speculative.draft, at="speculative.draft"), speculative.method)
 
 
 def refuse_unconvertible(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) -> None:

@@ -20,12 +20,13 @@ class Speculative(Section):
 
     method: SpeculativeMethod = Field(
         default="none",
-        description="How tokens are drafted; ngram: embedded and trtllm; draft_target: all; eagle3 and mtp: trtllm "
-        "only; medusa, eagle, lookahead and redrafter: trtllm-engine only.",
+        description="How tokens are drafted; draft_target: all runtimes; ngram and eagle3: embedded and trtllm; medusa: "
+        "embedded and trtllm-engine; mtp: trtllm only; eagle, lookahead and redrafter: trtllm-engine only.",
     )
     draft: NonEmpty | None = Field(
         default=None,
-        description="Checkpoint of the draft model; of medusa, eagle and redrafter TensorRT-LLM's own, with the heads.",
+        description="Checkpoint of the draft model; of medusa, eagle and redrafter TensorRT-LLM's own, with the heads; "
+        "for embedded, Medusa heads alone or ModelOpt's export.",
     )
     max_draft_len: PositiveInt | None = Field(
         default=None,

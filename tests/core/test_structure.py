@@ -27,6 +27,8 @@ LAYERS = [
         "adapter_file",
         "draft",
         "eagle3_draft",
+        "embedded_draft",
+        "medusa_draft",
         "tokenizer_file",
         "text_sets",
         "safetensors_header",
