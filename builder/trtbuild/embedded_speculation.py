@@ -47,12 +47,20 @@ def take_speculation(settings: Settings, facts: ModelFacts) -> None:
     for name in EMBEDDED_FIELDS[method]:
         path = f"speculative.{name}"
         if name == "max_draft_len":
-            heads = settings.draft.medusa if settings.draft else None
-            settings.take(path, heads.num_heads if heads else _USUAL_LENGTH[method], "draft" if heads else "default")
+            settings.take(path, *_length(settings))
         elif name == "draft_kv_cache_share":
             settings.take(path, _share(settings, facts), "by bytes a token")
         else:
             settings.take(path, _DEFAULTS.get(name))
+
+
+def _length(settings: Settings) -> tuple[int, str]:
+    """How many tokens are drafted at a time where the recipe is silent, and who says so."""
+    section = settings.recipe.speculative
+    heads = settings.draft.medusa if settings.draft else None
+    if section.method == "medusa" and section.choices:
+        return len(section.choices), "speculative.choices"
+    return (heads.num_heads, "draft") if heads else (_USUAL_LENGTH[section.method], "default")
 
 
 def _share(settings: Settings, facts: ModelFacts) -> float | None:

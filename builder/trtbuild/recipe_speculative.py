@@ -20,8 +20,8 @@ class Speculative(Section):
 
     method: SpeculativeMethod = Field(
         default="none",
-        description="How tokens are drafted; draft_target: all runtimes; ngram and eagle3: embedded and trtllm; medusa: "
-        "embedded and trtllm-engine; mtp: trtllm only; eagle, lookahead and redrafter: trtllm-engine only.",
+        description="How tokens are drafted; draft_target: all runtimes; ngram and eagle3: embedded and trtllm; "
+        "medusa: embedded and trtllm-engine; mtp: trtllm only; eagle, lookahead and redrafter: trtllm-engine only.",
     )
     draft: NonEmpty | None = Field(
         default=None,

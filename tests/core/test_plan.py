@@ -274,7 +274,7 @@ def test_layout_ensemble_has_fixed_names_and_a_batch_size(tiny_llama: Path, tmp_
         ("model.adapters=[x]", "model.adapters: x: cannot be done"),
         (
             "speculative.method=lookahead",
-            "speculative.method: lookahead: the embedded engine has no such method; use ngram, draft_target, medusa, eagle3 or none",
+            "speculative.method: lookahead: the embedded engine has no such method; use ngram, draft_target, medu",
         ),
         ("target.count=2", "target.count: 2: the embedded runtime runs on one device; use 1"),
     ],
