@@ -48,8 +48,11 @@ def _config(files: CheckpointFiles) -> dict[str, Any]:
 def _exported(files: CheckpointFiles, config: dict[str, Any]) -> MedusaHeads:
     """The heads of a model that ModelOpt exported with them."""
     said = config.get("medusa")
-    counts = [said.get(f"num_medusa_{name}") for name in ("heads", "layers")] if isinstance(said, dict) else []
-    if len(counts) != 2 or not all(type(count) is int and count > 0 for count in counts):
+    counts: list[int] = []
+    if isinstance(said, dict):
+        named = (said.get(f"num_medusa_{name}") for name in ("heads", "layers"))
+        counts = [count for count in named if type(count) is int and count > 0]
+    if len(counts) != 2:
         raise ArtifactError(f"{files.where}: config.json does not say how many Medusa heads there are", _HINT)
     tensors = {tensor.name.removeprefix(_PREFIX): tensor for tensor in read_tensors(files) if _PREFIX in tensor.name}
     last = tensors.get(f"0.{counts[1]}.weight")

@@ -56,5 +56,5 @@ def with_oracle(engine: Engine, texts: list[list[int]], accuracy: float = 0.7, *
     """Have `engine`, which speculates not, draft with an oracle."""
     oracle = Oracle(texts, accuracy)
     config = SpeculativeConfig("ngram", **({"max_draft_len": 5} | section))
-    engine._speculation = Speculation(config, oracle, engine._scheduler._config.max_num_tokens)
+    engine._speculation = Speculation(config, oracle, engine._scheduler._config)
     return oracle
