@@ -79,7 +79,17 @@ def test_late_drafts_are_those_of_a_text_that_begins_there(
     used, fresh = (engine(path=path, speculative=SECTION, tokens_per_block=4) for _ in range(2))
     prompt = make_prompts(2)[0]
     text = prompt + list(run(used, [prompt])[0].token_ids)
+    tables = used._speculation._drafter._tables
+    publish = tables.publish
+
+    def watched(state: Any, tokens: int) -> None:
+        assert state.token_ids[:tokens] == text[:tokens], "drafted tokens are offered for reuse"
+        publish(state, tokens)
+
+    tables.publish = watched
     late = own_drafts(used, prompt, 20, text)
+    tables.publish = publish
+    assert used._speculation._drafter is not None
     assert used.stats().accepted_draft_tokens > 8
     for length in list(late)[1:5]:
         assert own_drafts(fresh, text[: length - 1], 6)[length] == late[length]

@@ -186,12 +186,13 @@ def test_drafts_pre_empt_nobody_and_leave_room_for_prompts(engine: Load) -> None
 
 
 def test_a_draft_takes_no_block_that_another_request_needs(engine: Load) -> None:
-    """Three requests whose answers fill the cache to the last block while each of them drafts."""
-    prompts, params = [[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13, 14]], SamplingParams(max_tokens=9, ignore_eos=True)
+    """Two answers end when they and a third, longer one have filled the cache to the last block; all of them draft."""
+    prompts = [[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13, 14]]
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (33, 9, 9)]
     limits = {"tokens_per_block": 4, "max_tokens": 36, "capacity_scheduler_policy": "MAX_UTILIZATION"}
     plain, drafting = engine(**limits), engine(**limits)
     expected = run(plain, prompts, params)
-    with_oracle(drafting, [], 0.0)
+    with_oracle(drafting, [], 0.0, max_draft_len=20)
     assert [one.token_ids for one in run(drafting, prompts, params)] == [one.token_ids for one in expected]
     assert plain.stats().preemptions == drafting.stats().preemptions == 0
 
