@@ -7,11 +7,13 @@ embedded engine, against Transformers in float32. "ModelOpt in memory" is ModelO
 on the same calibration text, measured on the same windows through its fake quantization, before any export, where it
 can compute that on a CPU. Formats that the model's shape or a CPU does not allow are named. One process for each case;
 a finished one is kept as DIR/CASE.json, so that a run which was ended goes on there, and one with all cases only draws.
+The original model's logits are computed once and kept under DIR/reference (0.8 GB for SmolLM2).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -93,10 +95,11 @@ def main() -> None:
 
 def measure(model: Path, output: Path, case: Case) -> dict[str, Any]:
     """One row: compress, evaluate the files, and evaluate ModelOpt's model in memory."""
+    import trtbuild.evaluate.run as evaluation
     from trtbuild.compress.run import run as compress
     from trtbuild.errors import TrtbuildError
-    from trtbuild.evaluate.run import run as evaluate
 
+    evaluation.Reference = lambda source, **_: KeptReference(source, output.parent / "reference")  # type: ignore[misc]
     row: dict[str, Any] = {"case": case.name, "kv_cache": case.kv_cache}
     shutil.rmtree(output, ignore_errors=True)
     started = time.monotonic()
@@ -105,7 +108,7 @@ def measure(model: Path, output: Path, case: Case) -> dict[str, Any]:
     except TrtbuildError as error:
         return row | {"refused": str(error)}
     row |= {"compress_seconds": round(time.monotonic() - started), "bits": made["bits_per_weight"] or 16.0}
-    quality = evaluate(
+    quality = evaluation.run(
         {
             "source": str(model), "engine": str(output), "tokens": TOKENS, "length": LENGTH, "device": "cpu",
             "kv_cache_dtype": "auto" if case.kv_cache == "none" else case.kv_cache, "trust_remote_code": False,
@@ -121,7 +124,9 @@ def measure(model: Path, output: Path, case: Case) -> dict[str, Any]:
         "top1": quality["top1_agreement"]["share"],
         "file_bytes": quality["bytes"]["engine"],
     }
-    return row | ({"no_peer": case.no_peer} if case.no_peer else {"modelopt": in_memory(model, case)})
+    return row | (
+        {"no_peer": case.no_peer} if case.no_peer else {"modelopt": in_memory(model, output.parent / "reference", case)}
+    )
 
 
 def request(model: Path, output: Path, case: Case) -> dict[str, Any]:
@@ -136,20 +141,40 @@ def request(model: Path, output: Path, case: Case) -> dict[str, Any]:
     } | case.changes  # fmt: skip
 
 
-def in_memory(model: Path, case: Case) -> dict[str, float]:
+class KeptReference:
+    """The original model as the evaluation has it, whose logits are kept in a directory."""
+
+    def __init__(self, source: Path, kept: Path) -> None:
+        self._source, self._kept, self._model = source, kept, None
+        kept.mkdir(exist_ok=True)
+
+    def logits(self, token_ids: tuple[int, ...]) -> Any:
+        """The logits after each of `token_ids`, [tokens, vocabulary]."""
+        import torch
+
+        from trtbuild.evaluate.reference import Reference
+
+        path = self._kept / f"{hashlib.sha256(json.dumps(list(token_ids)).encode()).hexdigest()[:16]}.pt"
+        if not path.exists():
+            self._model = self._model or Reference(self._source, device="cpu", trust_remote_code=False)
+            torch.save(self._model.logits(token_ids).clone(), path.with_suffix(".unfinished"))
+            path.with_suffix(".unfinished").replace(path)
+        return torch.load(path, mmap=True)
+
+
+def in_memory(model: Path, kept: Path, case: Case) -> dict[str, float]:
     """ModelOpt's own compression of the whole model, computed by its fake quantization."""
     import torch
 
     from trtbuild.compress.quantize import format_config, kv_config
     from trtbuild.compress.textdata import CalibrationSpec, HeldoutSpec, heldout_windows, load_samples
     from trtbuild.evaluate.metrics import score_window, summarize
-    from trtbuild.evaluate.reference import Reference
 
     import modelopt.torch.quantization as mtq  # isort: skip
     import modelopt.torch.sparsity as mts
     from transformers import AutoModelForCausalLM
 
-    reference = Reference(model, device="cpu", trust_remote_code=False)
+    reference = KeptReference(model, kept)
     changed = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     samples = load_samples(CalibrationSpec(**CALIBRATION), model)  # type: ignore[arg-type]
 
