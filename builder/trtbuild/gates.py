@@ -18,10 +18,10 @@ _MAX_PERPLEXITY_RATIO = {
     "int4_awq": 1.35,
     "int4_gptq": 1.45,
     "w4a8_awq": 1.4,
-    "nvfp4": 1.5,
-    "nvfp4_awq": 1.5,
+    "nvfp4": 1.7,
+    "nvfp4_awq": 1.7,
     "w4a16_nvfp4": 1.4,
-    "mxfp4": 2.0,
+    "mxfp4": 4.0,
     "mxfp8": 1.05,
 }
 # What 2:4 multiplies that by; pruning by magnitude, which ruins small models, misses it.
