@@ -9,6 +9,8 @@ from typing import Any
 from trtbuild.adapters import trtllm, trtllm_checkpoint, trtllm_draft, trtllm_tokenizer
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.draft import DRAFT_ROLE, HEADS, HEADS_ROLE, Draft, other_tokens, read_draft
+from trtbuild.embedded_draft import read_embedded_draft
+from trtbuild.embedded_speculation import TAKES_DRAFT as EMBEDDED_DRAFTS
 from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.llm_speculation import TAKES_DRAFT
 from trtbuild.plan import Plan
@@ -26,10 +28,12 @@ def draft_of(loaded: LoadedRecipe) -> Draft | None:
         RecipeError, ArtifactError, CompatibilityError: see `read_draft`.
     """
     speculative = loaded.recipe.speculative
-    methods = {"trtllm-engine": (DRAFT_TARGET, *HEADS), "trtllm": TAKES_DRAFT}.get(loaded.recipe.runtime.kind, ())
-    if speculative.draft is None or speculative.method not in methods:
+    methods = {"trtllm-engine": (DRAFT_TARGET, *HEADS), "trtllm": TAKES_DRAFT, "embedded": EMBEDDED_DRAFTS}
+    kind = loaded.recipe.runtime.kind
+    if speculative.draft is None or speculative.method not in methods[kind]:
         return None
-    return read_draft(local_path(loaded, speculative.draft, at="speculative.draft"), speculative.method)
+    read = read_embedded_draft if kind == "embedded" else read_draft
+    return read(local_path(loaded, speculative.draft, at="speculative.draft"), speculative.method)
 
 
 def refuse_unconvertible(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) -> None:
@@ -39,7 +43,7 @@ def refuse_unconvertible(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) 
         CompatibilityError: the conversion's own sentence.
     """
     engine = plan.step("engine").parameters
-    if engine["runtime"] == "trtllm":
+    if engine["runtime"] in ("trtllm", "embedded"):
         _refuse_draft(plan, loaded, draft)
     if engine["runtime"] != "trtllm-engine":
         return
@@ -70,7 +74,7 @@ def refuse_scaling(version: str, config: Mapping[str, Any]) -> None:
 
 
 def _refuse_draft(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) -> None:
-    """Refuse a draft for the LLM API that the engine step would refuse too: its tokens, and how it is stored."""
+    """Refuse a draft that the engine step would refuse too: its tokens, and for the LLM API how it is stored."""
     if draft is None:
         return
     engine = plan.step("engine").parameters
@@ -79,7 +83,7 @@ def _refuse_draft(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) -> None
     problem = None if tokenizer is None else other_tokens(tokenizer, directory)
     if problem is not None:
         raise CompatibilityError(str(problem))
-    if draft.facts is not None:
+    if draft.facts is not None and engine["runtime"] == "trtllm":
         layout = trtllm_checkpoint.Layout.of(engine["values"], gpu=plan.value("target.gpu"))
         checks = trtllm_checkpoint.check(LocalFiles(directory), engine["version"], layout)
         trtllm_draft.refuse(directory, checks, engine["version"])

@@ -111,7 +111,14 @@ def _engine(work: Work) -> dict[str, Any]:
         return _trtllm_engine(work)
     if work.step.parameters["runtime"] == "trtllm-engine":
         return _converted_engine(work)
-    place_tree(work.inputs["compress"].content, work.staging.content)
+    checkpoint, draft = work.inputs["compress"].content, work.files.get(DRAFT_ROLE)
+    place_tree(checkpoint, work.staging.content)
+    if draft is not None:
+        speculation = work.step.parameters["speculative"]
+        problem = other_tokens(checkpoint, draft)
+        if problem is not None:
+            raise CompatibilityError(str(problem))
+        trtllm_draft.place(draft, work.staging.content / speculation["draft"], speculation["method"])
     write_atomic(work.staging.content / ENGINE_FILE, canonical_json(dict(work.step.parameters)))
     return {}
 
