@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trtbuild.adapters import trtllm, trtllm_checkpoint, trtllm_draft, trtllm_tokenizer
 from trtbuild.checkpoint_files import LocalFiles
@@ -13,7 +15,9 @@ from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.llm_speculation import TAKES_DRAFT
 from trtbuild.plan import Plan
 from trtbuild.recipe_file import LoadedRecipe
+from trtbuild.releases import lines
 from trtbuild.source import local_path
+from trtbuild.support import refused_scaling
 from trtbuild.trtllm_engine_drafts import DRAFT_TARGET
 
 
@@ -48,17 +52,25 @@ def refuse_unconvertible(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) 
     spec = engine["spec"]
     sizes = {"tp_size": spec["tp_size"], "pp_size": spec["pp_size"]}
     if plan.source.repo_id is None and "heads" not in engine:
-        refuse_source(Path(plan.source.path), **sizes)
+        refuse_scaling(spec["version"], refuse_source(Path(plan.source.path), **sizes))
     tokenizer = _tokenizer(plan, loaded)
     if "tokenizer_info" in engine and tokenizer is not None:
         trtllm_tokenizer.tokenizer_info(tokenizer)
     if draft is None or draft.facts is None:
         return
     directory = local_path(loaded, loaded.recipe.speculative.draft or "", at="speculative.draft")
-    refuse_source(directory, **sizes)
+    refuse_scaling(spec["version"], refuse_source(directory, **sizes))
     problem = None if tokenizer is None else other_tokens(tokenizer, directory)
     if problem is not None:
         raise CompatibilityError(str(problem))
+
+
+def refuse_scaling(version: str, config: Mapping[str, Any]) -> None:
+    """Refuse a rotary embedding that engines of a release do not compute."""
+    line = next(line for line in lines() if line.has(version))
+    problem = refused_scaling(line, (config.get("rotary_scaling") or {}).get("type"))
+    if problem is not None:
+        raise CompatibilityError(problem, "use a later runtime.version, or runtime.kind: trtllm")
 
 
 def _refuse_draft(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) -> None:

@@ -254,6 +254,7 @@ def _repository_parameters(settings: Settings, facts: ModelFacts) -> dict[str, A
     if _kind(settings) == _ENGINE:
         parameters["engine"] = trtllm_engine_settings.server_parameters(settings, facts)
         parameters |= trtllm_engine_settings.draft_server_parameters(settings, facts)
+        parameters |= trtllm_engine_settings.older_line(settings)
         parameters |= {"lora_adapters_dir": ADAPTERS} if settings.recipe.model.adapters else {}
     if settings["serving.layout"] != "llm":
         parameters["max_batch_size"] = settings["runtime.max_batch_size"]

@@ -28,8 +28,9 @@ from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.compress_memory import parse_bytes
 from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE, other_tokens
 from trtbuild.errors import CompatibilityError, ToolError
+from trtbuild.foresight import refuse_scaling
 from trtbuild.linking import place_tree
-from trtbuild.manifest import canonical_json, write_atomic
+from trtbuild.manifest import canonical_json, read_json, write_atomic
 from trtbuild.plan import Plan, Step
 from trtbuild.process import run_worker
 from trtbuild.report import Reporter
@@ -157,6 +158,8 @@ def _converted_engine(work: Work) -> dict[str, Any]:
         record = trtllm_engine.copy_checkpoint(parameters, work.files[HEADS_ROLE], work.staging.content)
     else:
         record = _in_child("trtbuild.convert", request, work)
+        # Where the model came from a hub, the plan was made without its rotary embedding.
+        refuse_scaling(parameters["version"], read_json(Path(request["output"]) / "config.json"))
     revision = str(work.step.tools["revision"])
     key = trtllm_engine.build_key(parameters, checkpoint_digest, revision)
     trtllm_engine.write_engine(parameters, checkpoint, work.staging.content, key)
