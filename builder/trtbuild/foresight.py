@@ -6,22 +6,28 @@ from pathlib import Path
 
 from trtbuild.adapters import trtllm, trtllm_checkpoint, trtllm_draft, trtllm_tokenizer
 from trtbuild.checkpoint_files import LocalFiles
-from trtbuild.draft import DRAFT_ROLE, HEADS, HEADS_ROLE, Draft, other_tokens, read_draft
+from trtbuild.draft import DRAFT_ROLES, HEADS, Draft, other_tokens, read_draft
+from trtbuild.draft_checks import refuse_other_sizes
 from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.llm_speculation import TAKES_DRAFT
+from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan
+from trtbuild.planned_draft import planned_draft
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.source import local_path
 from trtbuild.trtllm_engine_drafts import DRAFT_TARGET
 
 
-def draft_of(loaded: LoadedRecipe) -> Draft | None:
-    """What the files of ``speculative.draft`` say, for a runtime that takes them.
+def draft_of(loaded: LoadedRecipe, facts: ModelFacts) -> Draft | None:
+    """What the files of ``speculative.draft`` say, for a runtime that takes them, or what is to be trained.
 
     Raises:
         RecipeError, ArtifactError, CompatibilityError: see `read_draft`.
     """
     speculative = loaded.recipe.speculative
+    planned = planned_draft(speculative, facts)
+    if planned is not None:
+        return planned
     methods = {"trtllm-engine": (DRAFT_TARGET, *HEADS), "trtllm": TAKES_DRAFT}.get(loaded.recipe.runtime.kind, ())
     if speculative.draft is None or speculative.method not in methods:
         return None
@@ -32,9 +38,10 @@ def refuse_unconvertible(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) 
     """Refuse a local checkpoint that the engine step could not convert; one on a hub is judged once it is here.
 
     Raises:
-        CompatibilityError: the conversion's own sentence.
+        CompatibilityError: the conversion's own sentence, or what speaks against a draft.
     """
     engine = plan.step("engine").parameters
+    refuse_other_sizes(plan, loaded, _tokenizer(plan, loaded))
     if engine["runtime"] == "trtllm":
         _refuse_draft(plan, loaded, draft)
     if engine["runtime"] != "trtllm-engine":
@@ -59,7 +66,7 @@ def refuse_unconvertible(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) 
 
 def _refuse_draft(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) -> None:
     """Refuse a draft for the LLM API that the engine step would refuse too: its tokens, and how it is stored."""
-    if draft is None:
+    if draft is None or loaded.recipe.speculative.draft is None:
         return
     engine = plan.step("engine").parameters
     directory = local_path(loaded, loaded.recipe.speculative.draft or "", at="speculative.draft")
@@ -84,7 +91,7 @@ def _tokenizer(plan: Plan, loaded: LoadedRecipe) -> Path | None:
 def adapter_problems(loaded: LoadedRecipe, plan: Plan) -> list[Problem]:
     """What is wrong with the LoRA adapters of a recipe, before anything is compressed."""
     engine = plan.step("engine")
-    adapters = {role: path for role, path in engine.files.items() if role not in (DRAFT_ROLE, HEADS_ROLE)}
+    adapters = {role: path for role, path in engine.files.items() if role not in DRAFT_ROLES}
     places = {name: local_path(loaded, path, at="model.adapters") for name, path in adapters.items()}
     if "lora" in engine.parameters:
         from trtbuild.convert.lora.adapter import Limits, read_adapter

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtbuild.checkpoint_files import CheckpointFiles, open_directory
-from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE
+from trtbuild.draft import DRAFT_ROLES
 from trtbuild.errors import ArtifactError, Problem, RecipeError
 from trtbuild.manifest import DigestCache, FileEntry
 from trtbuild.model import ModelFacts
@@ -85,8 +85,10 @@ def missing_files(loaded: LoadedRecipe, steps: Iterable[Step]) -> list[Problem]:
 
 def recipe_path(kind: str, role: str) -> str:
     """Where the recipe names the file that a kind of step reads in this role."""
+    if kind == "draft":
+        return "speculative.train.prompts"
     if kind == "engine":
-        return "speculative.draft" if role in (DRAFT_ROLE, HEADS_ROLE) else "model.adapters"
+        return "speculative.draft" if role in DRAFT_ROLES else "model.adapters"
     if role == "tokenizer":
         return "model.tokenizer"
     return "quality.data" if (kind, role) == ("evaluate", "data") else "compress.calibration.data"

@@ -29,11 +29,13 @@ from trtbuild.compress_memory import parse_bytes
 from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE, other_tokens
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.linking import place_tree
-from trtbuild.manifest import canonical_json, write_atomic
+from trtbuild.manifest import FileEntry, canonical_json, write_atomic
 from trtbuild.plan import Plan, Step
 from trtbuild.process import run_worker
 from trtbuild.report import Reporter
 from trtbuild.store import Artifact, Staging
+from trtbuild.trained_for import weights_digest
+from trtbuild.training_settings import PROMPTS_ROLE
 from trtbuild.trtllm_build import BUILT, DRAFT
 from trtbuild.trtllm_engine_lora import ADAPTERS
 
@@ -49,6 +51,7 @@ class Work:
         plan: the whole plan.
         step: the step itself.
         source: the original checkpoint.
+        source_files: its files with their digests.
         inputs: every finished artifact, by kind.
         files: the user's files of this step, by role.
         file_digests: the digest of each of them.
@@ -58,6 +61,7 @@ class Work:
     plan: Plan
     step: Step
     source: Path
+    source_files: Sequence[FileEntry]
     inputs: Mapping[str, Artifact]
     files: Mapping[str, Path]
     file_digests: Mapping[str, str]
@@ -69,6 +73,7 @@ def run_step(work: Work) -> dict[str, Any]:
     """Do the work of one step; returns its record."""
     actions = {
         "compress": _compress,
+        "draft": _draft,
         "engine": _engine,
         "repository": _repository,
         "deploy": _deploy,
@@ -101,6 +106,25 @@ def _memory_limit(plan: Plan) -> int | None:
     return None if given is None else parse_bytes(given)
 
 
+def _draft(work: Work) -> dict[str, Any]:
+    """Heads or a draft, trained for the checkpoint as it will be served."""
+    request = dict(work.step.parameters) | {
+        "checkpoint": str(work.inputs["compress"].content),
+        "prompts": str(work.files[PROMPTS_ROLE]),
+        "weights": weights_digest(work.source_files),
+        "output": str(work.staging.content),
+        "work": str(work.staging.unfinished),
+        "key": work.staging.path.name,
+    }
+    return _in_child("trtbuild.training", request, work)
+
+
+def _draft_directory(work: Work, role: str) -> Path | None:
+    """The draft that goes into the package: the one that was trained, else the user's."""
+    trained = work.inputs.get("draft")
+    return work.files.get(role) if trained is None else trained.content
+
+
 def _engine(work: Work) -> dict[str, Any]:
     if work.step.parameters["runtime"] == "trtllm":
         return _trtllm_engine(work)
@@ -122,7 +146,7 @@ def _trtllm_engine(work: Work) -> dict[str, Any]:
             f"TensorRT-LLM {parameters['version']} would not take the checkpoint {checkpoint}:\n" + "\n".join(wrong)
         )
     adapters = {name: path for name, path in work.files.items() if name != DRAFT_ROLE}
-    draft = work.files.get(DRAFT_ROLE)
+    draft = _draft_directory(work, DRAFT_ROLE)
     if "speculation" in parameters:
         found = trtllm_draft.check(draft, checkpoint, parameters["speculation"], parameters["version"], layout)
         trtllm_draft.refuse(draft, found, parameters["version"])

@@ -16,7 +16,15 @@ from trtbuild.doctor import REQUIRED
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "builder" / "trtbuild"
 
-RECIPE = {"recipe", "recipe_fields", "recipe_compress", "recipe_speculative", "recipe_runtime", "recipe_file"}
+RECIPE = {
+    "recipe",
+    "recipe_fields",
+    "recipe_compress",
+    "recipe_speculative",
+    "recipe_training",
+    "recipe_runtime",
+    "recipe_file",
+}
 
 # A module may import from its own row and from the rows below it.
 LAYERS = [
@@ -27,6 +35,9 @@ LAYERS = [
         "adapter_file",
         "draft",
         "eagle3_draft",
+        "medusa_draft",
+        "planned_draft",
+        "trained_for",
         "tokenizer_file",
         "safetensors_header",
         *RECIPE,
@@ -54,6 +65,7 @@ LAYERS = [
         "compress_settings",
         "serving_settings",
         "settings",
+        "training_settings",
         "llm_speculation",
         "llm_speculation_conflicts",
         "llm_speculation_refusals",
@@ -79,14 +91,16 @@ LAYERS = [
         "worker",
         "toolchain",
     },
-    {"adapters", "compress", "convert", "evaluate", "runtime", "serving"},
+    {"adapters", "compress", "convert", "evaluate", "runtime", "serving", "training"},
     {
         "source",
         "steps",
         "package",
         "engine_build",
         "foresight",
+        "draft_checks",
         "evidence",
+        "evidence_picture",
         "pipeline",
         "init_recipe",
         "inspection",
@@ -101,10 +115,10 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {"torch", "transformers", "modelopt", "accelerate"}
-MAY_BE_HEAVY = {"compress", "evaluate", "runtime", "serving/reference.py"}
+MAY_BE_HEAVY = {"compress", "evaluate", "runtime", "training", "serving/reference.py"}
 ONLY_IN = {
     "click": {"cli"},
-    "jinja2": {"render", "compress"},  # compress: the errors of a chat template
+    "jinja2": {"render", "compress", "training"},  # the last two: the errors of a chat template
     "huggingface_hub": {"adapters"},
     "pydantic": RECIPE | {"migrate"},
     "tritonclient": {"adapters", "serving"},
