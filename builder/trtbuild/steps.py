@@ -26,10 +26,10 @@ from trtbuild.adapters import (
 )
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.compress_memory import parse_bytes
-from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE, other_tokens
+from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE, MEDUSA_ROLE, other_tokens
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.linking import place_tree
-from trtbuild.manifest import FileEntry, canonical_json, write_atomic
+from trtbuild.manifest import FileEntry, canonical_json, digest_json, write_atomic
 from trtbuild.plan import Plan, Step
 from trtbuild.process import run_worker
 from trtbuild.report import Reporter
@@ -125,6 +125,20 @@ def _draft_directory(work: Work, role: str) -> Path | None:
     return work.files.get(role) if trained is None else trained.content
 
 
+def _draft_digest(work: Work, role: str) -> str:
+    """What names the bytes of that draft."""
+    trained = work.inputs.get("draft")
+    return work.file_digests[role] if trained is None else trained.digest
+
+
+def _medusa(work: Work) -> dict[str, Any]:
+    """What the conversion is asked besides, where heads come with the model."""
+    planned = work.step.parameters.get("medusa")
+    if planned is None:
+        return {}
+    return {"medusa": str(_draft_directory(work, MEDUSA_ROLE)), "max_draft_len": planned["max_draft_len"]}
+
+
 def _engine(work: Work) -> dict[str, Any]:
     if work.step.parameters["runtime"] == "trtllm":
         return _trtllm_engine(work)
@@ -169,7 +183,9 @@ def _converted_engine(work: Work) -> dict[str, Any]:
     if HEADS_ROLE in work.files:
         record = trtllm_engine.copy_checkpoint(parameters, work.files[HEADS_ROLE], work.staging.content)
     else:
-        record = _in_child("trtbuild.convert", request, work)
+        record = _in_child("trtbuild.convert", request | _medusa(work), work)
+    if "medusa" in parameters:
+        checkpoint_digest = digest_json([checkpoint_digest, _draft_digest(work, MEDUSA_ROLE)])
     revision = str(work.step.tools["revision"])
     key = trtllm_engine.build_key(parameters, checkpoint_digest, revision)
     trtllm_engine.write_engine(parameters, checkpoint, work.staging.content, key)

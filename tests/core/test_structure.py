@@ -79,6 +79,7 @@ LAYERS = [
         "trtllm_build_extra",
         "trtllm_engine_drafts",
         "trtllm_engine_lora",
+        "trtllm_medusa",
         "trtllm_engine_settings",
         "trtllm_engine_refusals",
         "refusals",
