@@ -6,7 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-WORDS = ["model", "answers", "question", "stream", "tokens", "recipe", "checkpoint", "deployment", "quick", "brown", "fox", "lazy", "dog", "proven", "work"]
+WORDS = (
+    *(
+        "model",
+        "answers",
+        "question",
+        "stream",
+        "tokens",
+        "recipe",
+        "checkpoint",
+        "deployment",
+        "quick",
+        "brown",
+        "fox",
+    ),
+    *("lazy", "dog", "proven", "work"),
+)
 
 
 def save_prompts(path: Path, count: int = 24) -> Path:
