@@ -27,6 +27,7 @@ from trtbuild.adapters import (
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.compress_memory import parse_bytes
 from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE, MEDUSA_ROLE, other_tokens
+from trtbuild.draft_inputs import conversion_request, draft_digest, draft_directory, training_request
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.linking import place_tree
 from trtbuild.manifest import FileEntry, canonical_json, digest_json, write_atomic
@@ -108,35 +109,8 @@ def _memory_limit(plan: Plan) -> int | None:
 
 def _draft(work: Work) -> dict[str, Any]:
     """Heads or a draft, trained for the checkpoint as it will be served."""
-    request = dict(work.step.parameters) | {
-        "checkpoint": str(work.inputs["compress"].content),
-        "prompts": str(work.files[PROMPTS_ROLE]),
-        "weights": weights_digest(work.source_files),
-        "output": str(work.staging.content),
-        "work": str(work.staging.unfinished),
-        "key": work.staging.path.name,
-    }
-    return _in_child("trtbuild.training", request, work)
-
-
-def _draft_directory(work: Work, role: str) -> Path | None:
-    """The draft that goes into the package: the one that was trained, else the user's."""
-    trained = work.inputs.get("draft")
-    return work.files.get(role) if trained is None else trained.content
-
-
-def _draft_digest(work: Work, role: str) -> str:
-    """What names the bytes of that draft."""
-    trained = work.inputs.get("draft")
-    return work.file_digests[role] if trained is None else trained.digest
-
-
-def _medusa(work: Work) -> dict[str, Any]:
-    """What the conversion is asked besides, where heads come with the model."""
-    planned = work.step.parameters.get("medusa")
-    if planned is None:
-        return {}
-    return {"medusa": str(_draft_directory(work, MEDUSA_ROLE)), "max_draft_len": planned["max_draft_len"]}
+    request = training_request(work.step.parameters, work.files[PROMPTS_ROLE], work.inputs, work.staging)
+    return _in_child("trtbuild.training", request | {"weights": weights_digest(work.source_files)}, work)
 
 
 def _engine(work: Work) -> dict[str, Any]:
@@ -160,7 +134,7 @@ def _trtllm_engine(work: Work) -> dict[str, Any]:
             f"TensorRT-LLM {parameters['version']} would not take the checkpoint {checkpoint}:\n" + "\n".join(wrong)
         )
     adapters = {name: path for name, path in work.files.items() if name != DRAFT_ROLE}
-    draft = _draft_directory(work, DRAFT_ROLE)
+    draft = draft_directory(work.inputs, work.files, DRAFT_ROLE)
     if "speculation" in parameters:
         found = trtllm_draft.check(draft, checkpoint, parameters["speculation"], parameters["version"], layout)
         trtllm_draft.refuse(draft, found, parameters["version"])
@@ -183,9 +157,10 @@ def _converted_engine(work: Work) -> dict[str, Any]:
     if HEADS_ROLE in work.files:
         record = trtllm_engine.copy_checkpoint(parameters, work.files[HEADS_ROLE], work.staging.content)
     else:
-        record = _in_child("trtbuild.convert", request | _medusa(work), work)
+        record = _in_child("trtbuild.convert", request | conversion_request(parameters, work.inputs, work.files), work)
     if "medusa" in parameters:
-        checkpoint_digest = digest_json([checkpoint_digest, _draft_digest(work, MEDUSA_ROLE)])
+        heads = draft_digest(work.inputs, work.file_digests, MEDUSA_ROLE)
+        checkpoint_digest = digest_json([checkpoint_digest, heads])
     revision = str(work.step.tools["revision"])
     key = trtllm_engine.build_key(parameters, checkpoint_digest, revision)
     trtllm_engine.write_engine(parameters, checkpoint, work.staging.content, key)

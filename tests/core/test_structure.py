@@ -100,6 +100,7 @@ LAYERS = [
         "engine_build",
         "foresight",
         "draft_checks",
+        "draft_inputs",
         "evidence",
         "evidence_picture",
         "pipeline",
