@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -68,7 +68,7 @@ def test_the_evidence_has_the_curve_and_the_acceptance(eagle3_package: Path) -> 
     assert len(training["loss"]) == training["steps"] == 6
     assert {name: len(part["match"]) for name, part in training["acceptance"].items()} == {"held_out": 3, "learned": 3}
     assert training["usage"]["seconds"] > 0
-    picture = ElementTree.parse(eagle3_package / "evidence" / "training.svg").getroot()
+    picture = ET.parse(eagle3_package / "evidence" / "training.svg").getroot()
     space = "{http://www.w3.org/2000/svg}"
     line = picture.find(f"{space}polyline")
     assert line is not None

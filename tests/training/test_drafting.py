@@ -16,6 +16,7 @@ from training_requests import make_request
 from trtbuild.training import run as step
 from trtbuild.training.answers import Answered
 from trtbuild.training.drafting import EagleDraft, Seen, eagle_logits, look, medusa_logits
+from trtbuild.training.export import served_names
 from trtbuild.training.measure import eagle_draft, measure
 from trtbuild.training.request import Request, parse_request
 from trtbuild.training.target import convert, load_target
@@ -33,7 +34,7 @@ def shaken(learning: torch.nn.Module) -> dict[str, Tensor]:
     with torch.no_grad():
         for parameter in learning.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3 if parameter.dim() == 1 else 0.05)
-    return {name: tensor.detach() for name, tensor in learning.state_dict().items()}
+    return served_names({name: tensor.detach() for name, tensor in learning.state_dict().items()})
 
 
 @contextmanager

@@ -67,6 +67,14 @@ def test_an_eagle3_draft_is_what_its_loader_asks_for(eagle3: Trained, tiny_llama
     assert 0 <= int(tokens.min()) <= int(tokens.max()) < 320
 
 
+def test_a_draft_of_two_layers(tiny_llama: Path, tmp_path: Path) -> None:
+    run(make_request(tiny_llama, tmp_path, "eagle3", num_layers=2, epochs=1, samples=6), silent)
+    draft = read_eagle3(LocalFiles(tmp_path / "draft"))
+    assert draft.num_layers == 2
+    assert "midlayer.1.hidden_norm.weight" in draft.shapes
+    assert misfits(draft, read_facts(LocalFiles(tiny_llama)), captured=2) == []
+
+
 def test_both_record_their_target(medusa: Trained, eagle3: Trained, tiny_llama: Path) -> None:
     tokens = vocabulary(json.loads((tiny_llama / "tokenizer.json").read_text()))
     expected = TrainedFor(

@@ -128,7 +128,7 @@ def _layer(
             (draft.norm(f"{name}input_layernorm", embeds), draft.norm(f"{name}hidden_norm", state)), dim=-1
         )
     else:
-        read = draft.norm(f"{name}input_layernorm", state)
+        read = draft.norm(f"{name}hidden_norm", state)
     state = state + draft.linear(f"{name}self_attn.o_proj", _attend(draft, name, read, positions, kept))
     read = draft.norm(f"{name}post_attention_layernorm", state)
     gated = functional.silu(draft.linear(f"{name}mlp.gate_proj", read)) * draft.linear(f"{name}mlp.up_proj", read)

@@ -1,10 +1,13 @@
 """Write what was trained in the formats that are loaded: TensorRT-LLM's of Medusa heads and of EAGLE-3 drafts.
 
-Sources: `medusa_draft` and `eagle3_draft`. Decoder layers are called `layers.N`, as ModelOpt and vLLM do.
+Sources: `medusa_draft` and `eagle3_draft`. Decoder layers are called `layers.N`, as ModelOpt and vLLM do. The norm in
+front of a later layer's attention is `hidden_norm` to TensorRT-LLM, and `input_layernorm` to the class that is trained.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,13 @@ from trtbuild.trained_for import RECORD, TrainedFor, record_json, tokenizer_dige
 from trtbuild.training.request import Request
 
 EAGLE_FILE = "model.safetensors"
+_LATER_NORM = re.compile(r"^(layers\.[1-9]\d*\.)input_layernorm")
 _READABLE = 0o644
+
+
+def served_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What learned, under the names that are loaded."""
+    return {_LATER_NORM.sub(r"\1hidden_norm", name): tensor for name, tensor in tensors.items()}
 
 
 def exported(learning: nn.Module) -> dict[str, Tensor]:
@@ -32,7 +41,7 @@ def exported(learning: nn.Module) -> dict[str, Tensor]:
     """
     tensors = {
         name: tensor.detach().to(torch.bfloat16) if tensor.is_floating_point() else tensor.detach()
-        for name, tensor in learning.state_dict().items()
+        for name, tensor in served_names(learning.state_dict()).items()
     }
     damaged = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if damaged:
