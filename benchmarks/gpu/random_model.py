@@ -14,8 +14,9 @@ from trtbuild.runtime.checkpoint import LoadedModel
 from trtbuild.runtime.checkpoint_files import QuantizationFacts
 from trtbuild.runtime.checkpoint_fill import restore_buffers
 from trtbuild.runtime.intake import Intake
-from trtbuild.runtime.linear import Fp8Linear, Int4Linear, share_inputs
+from trtbuild.runtime.linear import CodedLinear, Fp8Linear, share_inputs
 from trtbuild.runtime.model import ModelRunner
+from trtbuild.runtime.numerics import NUMERICS
 
 FORMATS = ("bf16", "fp8", "int4")
 SHAPE = {
@@ -62,10 +63,11 @@ def _fp8(module: nn.Linear, device: torch.device) -> nn.Module:
 
 def _int4(module: nn.Linear, device: torch.device) -> nn.Module:
     outputs, inputs = module.weight.shape
-    return Int4Linear(
-        weight=torch.randint(0, 256, (outputs // 2, inputs), dtype=torch.uint8, device=device),
-        weight_scale=torch.empty((outputs, inputs // GROUP), dtype=torch.bfloat16, device=device).uniform_(2e-3, 6e-3),
-        pre_quant_scale=None,
+    scales = torch.empty((outputs, inputs // GROUP), dtype=torch.bfloat16, device=device).uniform_(2e-3, 6e-3)
+    weight = torch.randint(0, 256, (outputs // 2, inputs), dtype=torch.uint8, device=device)
+    return CodedLinear(
+        numerics=NUMERICS["W4A16_AWQ"],
+        stored={"weight": weight, "weight_scale": scales},
         bias=None,
         dtype=torch.bfloat16,
         form="packed",

@@ -15,6 +15,7 @@ import click
 
 from trtbuild import __version__
 from trtbuild.errors import TrtbuildError
+from trtbuild.weight_formats import WEIGHT_FORMATS
 
 _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 _SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Change one value of the recipe.")
@@ -66,9 +67,7 @@ def main() -> None:
 @main.command()
 @click.argument("model", metavar="MODEL_DIR", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("recipe.yaml"), show_default=True)
-@click.option(
-    "--format", "weight_format", type=click.Choice(["none", "fp8", "int4_awq"]), default="fp8", show_default=True
-)
+@click.option("--format", "weight_format", type=click.Choice(["none", *WEIGHT_FORMATS]), default="fp8")
 @click.option(
     "--runtime", type=click.Choice(["embedded", "trtllm", "trtllm-engine"]), default="embedded", show_default=True
 )

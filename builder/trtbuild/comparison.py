@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from trtbuild import trtllm_engine_settings, trtllm_settings
 from trtbuild.compat import facts as table
+from trtbuild.format_support import Part, refused
 from trtbuild.llm_keys import LLM_ARGUMENT, leaves
 from trtbuild.llm_speculation import LLM_FIELDS, argument, members
 from trtbuild.llm_validate import validate
@@ -20,7 +21,6 @@ from trtbuild.support import (
     QUANT_ALGO,
     group_sizes,
     refused_architecture,
-    refused_format,
     sm_version,
     speculative_method,
 )
@@ -50,11 +50,11 @@ def compare(settings: Settings, facts: ModelFacts) -> Comparison:
     asks: list[tuple[str, Callable[[_Column], Cell]]] = [
         ("runtime", _runtime),
         (f"model {facts.architecture}", lambda column: _model(facts.architecture, column)),
-        (f"format {recipe.compress.format}", lambda column: _format(settings, column)),
     ]
+    asks += [(f"format {name}", _format(settings, name)) for name in recipe.compress.formats or ("none",)]
     if recipe.compress.kv_cache != "none":
-        algo = f"kv:{recipe.compress.kv_cache.upper()}"
-        asks.append((f"KV cache {recipe.compress.kv_cache}", lambda column: _on_gpu(recipe, column, algo)))
+        cache = recipe.compress.kv_cache
+        asks.append((f"KV cache {cache}", lambda column: _on_gpu(recipe, column, "kv_cache", cache)))
     if recipe.compress.sparsity != "none":
         asks.append((f"sparsity {recipe.compress.sparsity}", _sparsity))
     if recipe.speculative.method != "none":
@@ -101,19 +101,23 @@ def _model(architecture: str, column: _Column) -> Cell:
     return Cell("available", note) if reason is None else Cell("not available", reason)
 
 
-def _format(settings: Settings, column: _Column) -> Cell:
-    algo, group = QUANT_ALGO[settings["compress.format"]], settings["compress.group_size"]
-    allowed = group_sizes(algo or "")
-    if allowed and group is not None and group not in allowed:
-        return Cell("not available", f"groups of {' or '.join(map(str, allowed))} only, not {group}")
-    return _on_gpu(settings.recipe, column, algo)
+def _format(settings: Settings, name: str) -> Callable[[_Column], Cell]:
+    group, allowed = settings["compress.group_size"], group_sizes(QUANT_ALGO[name] or "")
+
+    def look(column: _Column) -> Cell:
+        if allowed and group is not None and group not in allowed:
+            return Cell("not available", f"groups of {' or '.join(map(str, allowed))} only, not {group}")
+        return _on_gpu(settings.recipe, column, "weights", name)
+
+    return look
 
 
-def _on_gpu(recipe: Recipe, column: _Column, algo: str | None) -> Cell:
+def _on_gpu(recipe: Recipe, column: _Column, part: Part, name: str) -> Cell:
     sm = sm_version(recipe.target.gpu) if recipe.target.gpu else None
-    if sm is None:
+    reason = refused(part, name, column.flow, column.release.line, sm)
+    if reason is None and sm is None:
         return Cell("available", "no GPU named")
-    return _refusable(refused_format(column.release.line, algo, sm))
+    return _refusable(reason)
 
 
 def _sparsity(column: _Column) -> Cell:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from trtbuild.layer_size import LayerSize
-from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, needs_text
+from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, is_solved, needs_text
 
 _IMPORTED = 700_000_000  # Python with torch, transformers and ModelOpt, and a tokenizer
 _COPYING = 450_000_000  # with torch alone
@@ -19,8 +19,10 @@ STRAIGHT_FORMATS = ("fp8_per_channel_per_token", "fp8_block", "int8_weight_only"
 _FLOAT = 4
 _SOURCE = 2
 _PLAIN_SCRATCH = 12  # a matrix that is pruned, and its mask
+_FITTED = 20  # beside `_PLAIN_SCRATCH`: the original, residuals and directions of a least-squares fit
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _KEPT_UNASKED = 2 << 30
+SELF_GROUP = 16  # documents of calibration text that the model writes at the same time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,28 +39,32 @@ class Demand:
     sparsity_method: str | None
     samples: int
     length: int
+    more_formats: tuple[str, ...] = ()  # that some layers have instead of `format`
     experts: bool = False
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The weight formats, bf16 left out."""
+        return tuple(name for name in (self.format, *self.more_formats) if name != "none")
 
     @property
     def compressed(self) -> bool:
         """Whether a layer is loaded at all."""
-        return self.format != "none" or self.kv_cache != "none" or self.sparsity_method is not None
+        return bool(self.formats) or self.kv_cache != "none" or self.sparsity_method is not None
 
     @property
     def straight(self) -> bool:
         """Whether weights are coded from file to file, and no layer is ever loaded."""
         plain = self.kv_cache == "none" and self.sparsity_method is None and not self.experts
-        return plain and self.format in STRAIGHT_FORMATS
+        return plain and self.format in STRAIGHT_FORMATS and len(set(self.formats)) == 1
 
     @property
     def streams(self) -> int:
         """How many kinds of hidden states go from layer to layer."""
-        quantized = needs_text(self.format, self.kv_cache)
-        return (
-            int(self.sparsity_method == "sparsegpt")
-            + quantized
-            + (is_searched(self.format) and self.kv_cache != "none")
-        )
+        quantized = any(needs_text(name, self.kv_cache) for name in self.formats or ("none",))
+        single = self.formats[0] if len(set(self.formats)) == 1 else "none"
+        twice = is_searched(single) and not is_solved(single) and self.kv_cache != "none"
+        return int(self.sparsity_method == "sparsegpt" or quantized) + twice
 
     @property
     def state_bytes(self) -> int:
@@ -73,11 +79,13 @@ class Demand:
         if self.straight:
             return _STRAIGHT
         layer = self.layer
-        coded, scratch = (1, WEIGHT_FORMATS[self.format].scratch) if self.format != "none" else (2, _PLAIN_SCRATCH)
+        scratch = max((WEIGHT_FORMATS[name].scratch for name in self.formats), default=_PLAIN_SCRATCH)
+        coded = 1 if self.formats else 2
         # The layer, its coded or bf16 form and that of the one before, which is yet to be written, and what is computed
         # with the largest matrix at once.
         weights = (_FLOAT + 2 * coded) * layer.parameters + scratch * layer.matrix
-        hessians = 2 * _FLOAT * layer.squared_inputs if self.sparsity_method == "sparsegpt" else 0
+        solved = self.sparsity_method == "sparsegpt" or is_solved(self.format)
+        hessians = self._solving if solved else 0
         widest = max(layer.matrix // max(self.hidden_size, 1), self.hidden_size)
         running = _FLOAT * self.length * (8 * self.hidden_size + 4 * widest)
         return _IMPORTED + weights + hessians + running
@@ -86,6 +94,12 @@ class Demand:
     def ahead_bytes(self) -> int:
         """The next layer, in the source's own type."""
         return _SOURCE * self.layer.parameters if self.compressed and not self.straight else 0
+
+    @property
+    def _solving(self) -> int:
+        """The Hessians of all inputs, two matrices while one is inverted, and the weights that are fitted to it."""
+        fitted = _FITTED * self.layer.matrix if self.sparsity_method == "sparsegpt" else 0
+        return _FLOAT * (self.layer.squared_inputs + 2 * self.layer.inputs**2) + fitted
 
     def kept_bytes(self, limit: int | None) -> int:
         """The hidden states that stay in memory under a limit on everything: all or none."""
@@ -99,6 +113,11 @@ class Demand:
     def peak(self, limit: int | None) -> int:
         """The peak to expect."""
         return self.smallest + self.kept_bytes(limit) + (self.ahead_bytes if self.reads_ahead(limit) else 0)
+
+
+def sampling_bytes(parameters: int, kv_elements_per_token: int, length: int) -> int:
+    """The peak while the embedded engine writes calibration text in float32: the whole model, and its KV cache."""
+    return _IMPORTED + _FLOAT * (parameters + kv_elements_per_token * SELF_GROUP * (length + 64))
 
 
 def parse_bytes(text: str) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from trtbuild.choice_picture import draw
 from trtbuild.evidence_picture import training_picture
 from trtbuild.gates import check_gates
 from trtbuild.manifest import canonical_json
@@ -17,6 +18,18 @@ def quality(record: Mapping[str, Any], gates: Mapping[str, float | None]) -> dic
     """``quality.json``: the evaluation's result, what it used, and every gate."""
     result = dict(record["result"])
     return result | {"usage": dict(record["usage"]), "gates": [asdict(gate) for gate in check_gates(result, gates)]}
+
+
+def choice(record: Mapping[str, Any]) -> dict[str, str]:
+    """The table of layers, formats and sensitivities with its picture, where formats were chosen by measurement."""
+    result = record.get("result", {})
+    if "choice" not in result:
+        return {}
+    table, bits = result["choice"], result.get("bits_per_weight")
+    return {
+        "evidence/sensitivity.json": canonical_json(dict(table) | {"bits_per_weight": bits}),
+        "evidence/sensitivity.svg": draw(table, bits),
+    }
 
 
 def build(artifacts: Mapping[str, Artifact], plan: Plan) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from trtbuild.releases import Release
 from trtbuild.render import render
 from trtbuild.support import QUANT_ALGO, group_sizes
 from trtbuild.toolchain import tool_versions
+from trtbuild.weight_formats import needs_text, takes_group
 
 # Enough for FP8 scales and an AWQ search, and a few minutes of calibration on a CPU for a model of 1B parameters.
 _COUNT, _LENGTH = 32, 512
@@ -70,9 +71,9 @@ def _text(model: Path, out: Path, facts: ModelFacts, choices: Choices) -> str:
         "file_name": out.name,
         "path": model.resolve(),
         "format": weight_format,
-        "group_size": _group_size(facts, choices.runtime) if weight_format == "int4_awq" else None,
+        "group_size": _group_size(facts, choices) if takes_group(weight_format) else None,
         "input_sizes": ", ".join(str(size) for size in facts.linear_input_sizes),
-        "calibrated": weight_format != "none",
+        "calibrated": needs_text(weight_format, "none"),
         "count": _COUNT,
         "length": min(_LENGTH, facts.context_length),
         "runtime": choices.runtime,
@@ -99,13 +100,14 @@ def _release(choices: Choices) -> Release | None:
     return choose_target(choices.runtime, choices.version, choices.gpu, option="--runtime").release
 
 
-def _group_size(facts: ModelFacts, runtime: RuntimeKind) -> int:
-    taken = GROUP_SIZES if runtime == "embedded" else group_sizes(QUANT_ALGO["int4_awq"] or "")
+def _group_size(facts: ModelFacts, choices: Choices) -> int:
+    name = choices.weight_format
+    taken = GROUP_SIZES if choices.runtime == "embedded" else group_sizes(QUANT_ALGO[name] or "")
     fitting = [size for size in fitting_group_sizes(facts) if size in taken]
     if fitting:
         return fitting[0]
     sizes = ", ".join(str(size) for size in facts.linear_input_sizes)
-    message = f"int4_awq: no group of {', '.join(map(str, taken))} divides every input size ({sizes})"
+    message = f"{name}: no group of {', '.join(map(str, taken))} divides every input size ({sizes})"
     raise RecipeError([Problem("--format", message, "use fp8")])
 
 

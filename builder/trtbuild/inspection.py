@@ -11,6 +11,7 @@ from trtbuild.manifest import MANIFEST, read_json
 from trtbuild.model import read_facts
 from trtbuild.package import LOCK, is_for_engines, read_manifest
 from trtbuild.steps import ENGINE_FILE
+from trtbuild.weight_formats import KV_CACHE_BITS
 
 
 def inspect_directory(directory: Path) -> dict[str, Any]:
@@ -64,7 +65,10 @@ def _checkpoint(directory: Path) -> dict[str, Any]:
     described["files"] = len(facts.files)
     # The other sizes are terms of compression's memory.
     described["largest_layer"] = {"parameters": facts.largest_layer.parameters}
-    described["kv_bytes_per_token"] = {"bf16": facts.kv_bytes_per_token(2), "fp8": facts.kv_bytes_per_token(1)}
+    whole = facts.kv_bytes_per_token(1)
+    described["kv_bytes_per_token"] = {"bf16": 2 * whole} | {
+        name: int(whole * bits / 8) for name, bits in KV_CACHE_BITS.items()
+    }
     described["dtype"] = facts.dtype
     described["bytes_per_parameter"] = round(facts.weight_bytes / max(facts.parameters, 1), 3)
     return described

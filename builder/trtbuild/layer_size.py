@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from trtbuild.safetensors_header import TensorInfo
 
+_SHARING = ("k_proj", "v_proj", "up_proj", "w3")  # have the input of another weight
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -16,13 +17,15 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 class LayerSize:
     """The largest decoder layer, in elements.
 
-    `matrix` is its largest weight (one expert of a stack), `squared_inputs` the sum over its weights of the squared
-    number of inputs: the Hessians that SparseGPT collects.
+    `matrix` is its largest weight (one expert of a stack), `inputs` the largest number of inputs of a weight, and
+    `squared_inputs` the sum over its weights of the squared number of inputs, weights with the same input counted once:
+    the Hessians that SparseGPT and GPTQ collect.
     """
 
     parameters: int
     matrix: int
     squared_inputs: int
+    inputs: int = 0
 
 
 def largest_layer(tensors: Iterable[TensorInfo]) -> LayerSize:
@@ -42,5 +45,10 @@ def _size(tensors: list[TensorInfo]) -> LayerSize:
     return LayerSize(
         parameters=sum(tensor.elements for tensor in tensors),
         matrix=max((tensor.elements // max(n, 1) for tensor, n in zip(matrices, stacks, strict=True)), default=0),
-        squared_inputs=sum(n * tensor.shape[-1] ** 2 for tensor, n in zip(matrices, stacks, strict=True)),
+        squared_inputs=sum(
+            n * tensor.shape[-1] ** 2
+            for tensor, n in zip(matrices, stacks, strict=True)
+            if tensor.name.removesuffix(".weight").rpartition(".")[2] not in _SHARING
+        ),
+        inputs=max((tensor.shape[-1] for tensor in matrices), default=0),
     )

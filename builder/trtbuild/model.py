@@ -62,6 +62,7 @@ class ModelFacts:
     quantization: Quantization | None
     linear_parameters: int
     linear_input_sizes: tuple[int, ...]
+    linear_input_examples: tuple[str, ...]  # for each of these sizes a matrix that has it
     largest_layer: LayerSize
     files: tuple[SourceFile, ...]
 
@@ -99,6 +100,7 @@ def read_facts(files: CheckpointFiles) -> ModelFacts:
         raise ArtifactError(
             f"{files.where}: " + "; ".join(wrong), "the config and the weights are of different models: download both"
         )
+    inputs = {tensor.shape[-1]: tensor.name for tensor in reversed(tensors) if _is_linear(tensor)}
     dtypes: dict[str, int] = {}
     for tensor in tensors:
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.bytes
@@ -115,7 +117,8 @@ def read_facts(files: CheckpointFiles) -> ModelFacts:
         remote_code="auto_map" in config,
         quantization=_quantization(files, sizes, config, tensors),
         linear_parameters=sum(_parameters(tensor) for tensor in tensors if _is_linear(tensor)),
-        linear_input_sizes=tuple(sorted({tensor.shape[-1] for tensor in tensors if _is_linear(tensor)})),
+        linear_input_sizes=tuple(sorted(inputs)),
+        linear_input_examples=tuple(inputs[size] for size in sorted(inputs)),
         largest_layer=largest_layer(tensors),
         files=tuple(_identities(files, sizes, headers)),
         **numbers,

@@ -24,7 +24,16 @@ from trtbuild.plan import STEP_KINDS, Plan, Step, step_key, until
 from trtbuild.planner import make_plan
 from trtbuild.recipe_file import LoadedRecipe, load_recipe
 from trtbuild.report import Reporter
-from trtbuild.source import Fetched, digest_paths, fetch, local_path, locate, missing_files, recipe_path
+from trtbuild.source import (
+    Fetched,
+    calibration_split,
+    digest_paths,
+    fetch,
+    local_path,
+    locate,
+    missing_files,
+    recipe_path,
+)
 from trtbuild.steps import Work, check_repository, deploy_spec, run_step
 from trtbuild.store import Artifact, Store, remove_tree
 from trtbuild.toolchain import require, tool_versions
@@ -176,7 +185,7 @@ def _have(run: _Run, step: Step) -> Artifact:
     }
     inputs = {kind: artifact.digest for kind, artifact in run.artifacts.items()}
     inputs["fetch"] = digest_entries(run.fetched.files)
-    file_digests = digest_paths(step.kind, files, run.store.digests)
+    file_digests = digest_paths(step.kind, files, run.store.digests, calibration_split(step))
     run.files[step.kind] = {role: {"path": str(path), "digest": file_digests[role]} for role, path in files.items()}
     key = step_key(step, inputs, file_digests)
     started = time.monotonic()
@@ -243,7 +252,9 @@ def _package(run: _Run, out: Path) -> str:
         package.LOCK: canonical_json(_lock(run)),
         "evidence/quality.json": canonical_json(evidence.quality(run.artifacts["evaluate"].record, plan.gates)),
         "evidence/build.json": canonical_json(evidence.build(steps, plan)),
-    } | evidence.training(run.artifacts.get("draft"))
+        **evidence.choice(run.artifacts["compress"].record),
+        **evidence.training(run.artifacts.get("draft")),
+    }
     artifacts = {name: run.artifacts[kind] for name, kind in trees.items()} | run.built
     parts = package.Parts(artifacts, texts)
     started = time.monotonic()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trtbuild import trtllm_deploy, trtllm_engine_settings, trtllm_settings
+from trtbuild import mixed_settings, trtllm_deploy, trtllm_engine_settings, trtllm_settings
 from trtbuild.comparison import compare
-from trtbuild.compress_memory import Demand, parse_bytes, show_bytes
-from trtbuild.compress_settings import is_compressed
+from trtbuild.compress_settings import is_compressed, sparsity_warnings
 from trtbuild.draft import Draft
 from trtbuild.embedded_settings import embedded_files, take_embedded
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.llm_speculation import llm_draft_files
+from trtbuild.memory_settings import memory_mistakes, peak_bytes
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan, Source, Step
+from trtbuild.recipe_fields import SELF
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.refusals import model_refusals, recipe_refusals
 from trtbuild.setting_values import Settings
@@ -26,9 +27,8 @@ from trtbuild.trtllm_engine_lora import ADAPTERS
 from trtbuild.trtllm_engine_refusals import engine_mistakes, engine_warnings
 from trtbuild.trtllm_refusals import trtllm_mistakes, trtllm_warnings
 from trtbuild.trtllm_settings import take_trtllm
+from trtbuild.weight_formats import KV_CACHE_BITS
 
-_FORMAT_BITS = {"none": 16.0, "fp8": 8.0, "int4_awq": 4.0}
-_SCALE_BITS = 16
 _EVALUATION_LENGTH = 512
 _KV_BYTES = {"embedded": 4, "trtllm": 2, "trtllm-engine": 2}  # the embedded engine computes in float32 on a CPU
 _EMBEDDED, _TRTLLM, _ENGINE = "embedded", "trtllm", "trtllm-engine"
@@ -70,7 +70,8 @@ def make_plan(
     plan = _draft(settings, facts, source, tools)
     mistakes = [
         *settings.problems,
-        *_memory_mistakes(settings, facts),
+        *memory_mistakes(settings, facts),
+        *mixed_settings.mixed_mistakes(settings, facts),
         *(_MISTAKES[kind](settings) if kind in _MISTAKES else ()),
         *check(plan),
     ]
@@ -114,6 +115,8 @@ def _steps(settings: Settings, facts: ModelFacts, tools: Mapping[str, Mapping[st
         "trust_remote_code": settings["model.trust_remote_code"],
         "calibration_column": settings["compress.calibration.column"] if compressed else None,
     }
+    if compressed and settings["compress.calibration.split"] is not None:
+        evaluate["calibration_split"] = settings["compress.calibration.split"]
     evaluate |= _joined_scales(settings, facts)
     drafts = draft_steps(settings, facts, tools, _numerics(settings, "device"))
     inputs, convert = ("compress", *(step.kind for step in drafts)), _kind(settings) == _ENGINE
@@ -135,8 +138,11 @@ def _joined_scales(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     TensorRT engines leave gate and up apart where `use_fused_mlp` is off, and where the activation is Gemma's
     (NVIDIA/TensorRT-LLM, tensorrt_llm/models/modeling_utils.py @34a267279384, fuse_gate_mlp: silu and gelu alone).
     """
-    kind = _kind(settings)
-    if settings["compress.format"] != "fp8" or kind == _EMBEDDED:
+    kind, cache = _kind(settings), settings["compress.kv_cache"] != "none"
+    fp8 = "fp8" in settings.recipe.compress.formats
+    if kind == _ENGINE and not fp8 and cache:
+        return {"joined_scales": {"layers": False, "gate_up": False, "kv_cache": True, "intermediate": "float32"}}
+    if not fp8 or kind == _EMBEDDED:
         return {}
     if kind == _TRTLLM:
         return {"joined_scales": {"gate_up": True, "kv_cache": False, "intermediate": "bfloat16"}}
@@ -150,22 +156,29 @@ def _compress_parameters(settings: Settings) -> dict[str, Any]:
     parameters = {name: settings[f"compress.{name}"] for name in names}
     parameters["exclude"] = list(parameters["exclude"])
     parameters["trust_remote_code"] = settings["model.trust_remote_code"]
+    parameters |= mixed_settings.compress_parameters(settings)
     if is_compressed(settings):
         parameters["device"] = _numerics(settings, "device")
-        calibration = ("column", "count", "length", "seed")
+        calibration = ("column", "split", "count", "length", "packing", "seed")
         parameters["calibration"] = {name: settings[f"compress.calibration.{name}"] for name in calibration}
+        if settings["compress.calibration.data"] == SELF:
+            parameters["calibration"]["data"] = SELF
     return parameters
 
 
 def _compress_files(settings: Settings) -> dict[str, str]:
-    data = settings["compress.calibration.data"] if is_compressed(settings) else None
-    return _files(data=data, tokenizer=settings["model.tokenizer"])
+    return _files(data=_calibration_data(settings), tokenizer=settings["model.tokenizer"])
 
 
 def _evaluate_files(settings: Settings) -> dict[str, str]:
     """Held-out text, and the calibration text that it must not be."""
-    calibration = settings["compress.calibration.data"] if is_compressed(settings) else None
-    return _files(data=settings["quality.data"], calibration=calibration)
+    return _files(data=settings["quality.data"], calibration=_calibration_data(settings))
+
+
+def _calibration_data(settings: Settings) -> str | None:
+    """The user's own calibration text, where there is some."""
+    data = settings["compress.calibration.data"] if is_compressed(settings) else None
+    return None if data == SELF else data
 
 
 def _adapter_files(settings: Settings) -> dict[str, str]:
@@ -189,7 +202,7 @@ def _numerics(settings: Settings, name: str) -> str:
 
 
 def _kv_cache_dtype(settings: Settings) -> str:
-    return "fp8" if settings["compress.kv_cache"] == "fp8" else "auto"
+    return "auto" if settings["compress.kv_cache"] == "none" else str(settings["compress.kv_cache"])
 
 
 def _evaluation_length(settings: Settings) -> int:
@@ -256,46 +269,15 @@ def _deploy_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     }
 
 
-def _demand(settings: Settings, facts: ModelFacts) -> Demand:
-    """What the compress step needs of the host's memory."""
-    sparse = settings["compress.sparsity"] != "none"
-    return Demand(
-        layer=facts.largest_layer,
-        hidden_size=facts.hidden_size,
-        format=settings["compress.format"],
-        kv_cache=settings["compress.kv_cache"],
-        sparsity_method=settings["compress.sparsity_method"] if sparse else None,
-        samples=settings["compress.calibration.count"],
-        length=settings["compress.calibration.length"],
-        experts=facts.num_experts is not None,
-    )
-
-
-def _memory_mistakes(settings: Settings, facts: ModelFacts) -> Iterator[Problem]:
-    path, given, limit = "compress.max_memory", settings["compress.max_memory"], _memory_limit(settings)
-    if given is not None and limit is None:
-        yield Problem(path, f"{given!r} is no size", "write it like 8GiB or 500MB")
-    elif limit is not None and limit < _demand(settings, facts).smallest:
-        smallest = show_bytes(_demand(settings, facts).smallest)
-        yield Problem(path, f"{given}: one decoder layer of this model takes {smallest}", f"use at least {smallest}")
-
-
-def _memory_limit(settings: Settings) -> int | None:
-    given = settings["compress.max_memory"]
-    return None if given is None else parse_bytes(given)
-
-
 def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
     """Sizes in bytes that follow from the facts: the checkpoint's file, the memory to make it, and the KV cache."""
-    bits = _FORMAT_BITS[settings["compress.format"]]
-    if settings["compress.group_size"] is not None:
-        bits += _SCALE_BITS * 2 / settings["compress.group_size"]  # one float32 scale a group
+    bits = mixed_settings.planned_bits(settings)
     rest = facts.parameters - facts.linear_parameters
-    plain = _KV_BYTES[_kind(settings)]
-    per_token = facts.kv_bytes_per_token(1 if settings["compress.kv_cache"] == "fp8" else plain)
+    bits_in_cache = KV_CACHE_BITS.get(settings["compress.kv_cache"], 8 * _KV_BYTES[_kind(settings)])
+    per_token = int(facts.kv_bytes_per_token(1) * bits_in_cache / 8)
     estimates = {
         "checkpoint_bytes": int(facts.linear_parameters * bits / 8) + 2 * rest,
-        "compress_peak_memory_bytes": _demand(settings, facts).peak(_memory_limit(settings)),
+        "compress_peak_memory_bytes": peak_bytes(settings, facts),
         "kv_bytes_per_token": per_token,
     }
     if settings["runtime.kv_cache.max_tokens"] is not None:
@@ -304,11 +286,7 @@ def _estimates(settings: Settings, facts: ModelFacts) -> dict[str, int]:
 
 
 def _warnings(settings: Settings, facts: ModelFacts) -> tuple[str, ...]:
-    warnings = []
-    if settings["compress.sparsity"] == "2:4":
-        warnings.append(
-            "2:4 without fine-tuning costs quality, most in small models: see the perplexity ratio measured"
-        )
+    warnings = [*mixed_settings.warnings(settings), *sparsity_warnings(settings)]
     if not facts.has_chat_template:
         warnings.append("the checkpoint has no chat template: requests with `messages` will be refused")
     if _kind(settings) == _TRTLLM:

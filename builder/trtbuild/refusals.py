@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from trtbuild import compat
 from trtbuild.errors import Problem
+from trtbuild.format_support import needs_gpu, refused_embedded
 from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
@@ -90,7 +93,19 @@ def _embedded(recipe: Recipe) -> list[Problem]:
         for path, value, only, why in demands
         if value != only
     ]
-    return [*refused, *unread_speculative(recipe)]
+    return [*refused, *_formats(recipe), *unread_speculative(recipe)]
+
+
+def _formats(recipe: Recipe) -> Iterable[Problem]:
+    """The embedded engine computes every format of weights, and KV caches that hold them."""
+    compress = recipe.compress
+    why = refused_embedded(compress.kv_cache)
+    if why is not None:
+        yield Problem("compress.kv_cache", f"{compress.kv_cache}: {why}", "use fp8")
+    searched = [name for name in compress.formats if needs_gpu(name)]
+    if searched and recipe.runtime.device == "cpu":
+        message = f"{searched[0]}: ModelOpt searches it on NVIDIA GPUs alone, and runtime.device is cpu"
+        yield Problem("compress.format", message, "use nvfp4, or another device")
 
 
 def _show(value: object) -> str:

@@ -91,11 +91,11 @@ def check_capacity(settings: Settings) -> None:
 
 
 def _quality(settings: Settings) -> None:
-    weight_format, kv_cache = settings["compress.format"], settings["compress.kv_cache"]
+    names, kv_cache = settings.recipe.compress.formats or ("none",), settings["compress.kv_cache"]
     settings.take(
         "quality.max_perplexity_ratio",
-        default_max_perplexity_ratio(weight_format, kv_cache),
-        f"default for {weight_format}",
+        max(default_max_perplexity_ratio(name, kv_cache) for name in names),
+        f"default for {' and '.join(names)}",
     )
     for name in ("max_kl_divergence", "min_top1_agreement", "tokens", "data"):
         settings.take(f"quality.{name}")

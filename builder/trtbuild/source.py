@@ -16,6 +16,7 @@ from trtbuild.plan import Plan, Source, Step
 from trtbuild.recipe_fields import TEXT_SUFFIXES
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.report import Reporter
+from trtbuild.text_sets import ARROW, DATA, relative_names, text_files
 
 _DIRECTORIES = {
     "model.tokenizer": "name a directory with tokenizer files",
@@ -73,14 +74,28 @@ def local_path(loaded: LoadedRecipe, path: str, *, at: str) -> Path:
 
 def missing_files(loaded: LoadedRecipe, steps: Iterable[Step]) -> list[Problem]:
     """What is wrong with the user's files that these steps read: by their places in the recipe, each once."""
-    named = {(recipe_path(step.kind, role), path) for step in steps for role, path in step.files.items()}
-    problems = []
-    for at, path in sorted(named):
+    named = {
+        (recipe_path(step.kind, role), path, calibration_split(step))
+        for step in steps
+        for role, path in step.files.items()
+    }
+    problems: list[Problem] = []
+    for at, path, split in sorted(named, key=str):
         try:
-            problems += _unfit(at, local_path(loaded, path, at=at))
+            found = local_path(loaded, path, at=at)
+            members = text_files(found, split) if at == DATA and (split is not None or found.is_dir()) else [found]
+            problems += [problem for member in members for problem in _unfit(at, member)]
         except RecipeError as error:
             problems += error.problems
     return problems
+
+
+def calibration_split(step: Step) -> str | None:
+    """The split of the calibration data that a step reads; None for none."""
+    if step.kind == "evaluate":
+        return step.parameters.get("calibration_split")
+    split: str | None = step.parameters.get("calibration", {}).get("split")
+    return split
 
 
 def recipe_path(kind: str, role: str) -> str:
@@ -91,7 +106,7 @@ def recipe_path(kind: str, role: str) -> str:
         return "speculative.draft" if role in DRAFT_ROLES else "model.adapters"
     if role == "tokenizer":
         return "model.tokenizer"
-    return "quality.data" if (kind, role) == ("evaluate", "data") else "compress.calibration.data"
+    return "quality.data" if (kind, role) == ("evaluate", "data") else DATA
 
 
 def _unfit(at: str, path: Path) -> list[Problem]:
@@ -101,7 +116,7 @@ def _unfit(at: str, path: Path) -> list[Problem]:
         return [Problem(at, f"{path} does not exist", hint)]
     if directory != path.is_dir():
         return [Problem(at, f"{path} is a {'file' if directory else 'directory'}", hint)]
-    if not directory and path.suffix.lower() not in TEXT_SUFFIXES:
+    if not directory and path.suffix.lower() not in (*TEXT_SUFFIXES, *([ARROW] if at == DATA else [])):
         return [Problem(at, f"{path} ends in {path.suffix or 'nothing'}", hint)]
     empty = not any(path.iterdir()) if directory else path.stat().st_size == 0
     return [Problem(at, f"{path} is empty", hint)] if empty else []
@@ -143,15 +158,24 @@ def _digest_files(
     return tuple(entries)
 
 
-def digest_paths(kind: str, paths: Mapping[str, Path], digests: DigestCache) -> dict[str, str]:
-    """A digest for each user file (its bytes and suffix) or directory (the files at its top) of one kind of step.
+def digest_paths(
+    kind: str, paths: Mapping[str, Path], digests: DigestCache, split: str | None = None
+) -> dict[str, str]:
+    """A digest for each user file (its bytes and suffix) or directory of one kind of step.
+
+    Of calibration data it tells the files that are read, in their order (`split` chooses them); of other directories
+    the files at their top.
 
     Raises:
         RecipeError: one of them does not exist.
     """
     found = {}
     for role, path in paths.items():
-        if path.is_file():
+        if path.is_dir() and recipe_path(kind, role) == DATA:
+            files = text_files(path, split)
+            named = zip(relative_names(path, files), files, strict=True)
+            found[role] = " ".join(f"{name}:{digests.sha256(file)}" for name, file in named)
+        elif path.is_file():
             found[role] = f"{digests.sha256(path)}{path.suffix}"
         elif path.is_dir():
             names = sorted(file for file in path.iterdir() if file.is_file())

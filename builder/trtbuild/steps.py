@@ -86,7 +86,7 @@ def run_step(work: Work) -> dict[str, Any]:
 def _compress(work: Work) -> dict[str, Any]:
     parameters = dict(work.step.parameters)
     calibration = dict(parameters.pop("calibration", {"column": None, "count": 1, "length": 16, "seed": 0}))
-    calibration["data"] = _optional(work.files.get("data"))
+    calibration.setdefault("data", _optional(work.files.get("data")))
     parameters.setdefault("device", "cpu")
     request = parameters | {
         "source": str(work.source),
@@ -98,7 +98,11 @@ def _compress(work: Work) -> dict[str, Any]:
         "sparsity_method": parameters["sparsity_method"] or "sparsegpt",
         "calibration": calibration,
     }
-    return _in_child("trtbuild.compress", request, work)
+    record = _in_child("trtbuild.compress", request, work)
+    found = record["result"]["calibration"]
+    if found is not None:
+        work.reporter.note(f"compress: calibrated on {found['summary']}")
+    return record
 
 
 def _memory_limit(plan: Plan) -> int | None:
@@ -258,7 +262,11 @@ def _launch_text(launch: Mapping[str, Any] | None) -> str:
 
 def _evaluate(work: Work) -> dict[str, Any]:
     parameters = dict(work.step.parameters)
-    calibration = {"data": _optional(work.files.get("calibration")), "column": parameters.pop("calibration_column")}
+    calibration = {
+        "data": _optional(work.files.get("calibration")),
+        "column": parameters.pop("calibration_column"),
+        "split": parameters.pop("calibration_split", None),
+    }
     request = parameters | {
         "source": str(work.source),
         "engine": str(work.inputs["compress"].content),

@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trtbuild.compat import facts
 from trtbuild.errors import Problem
 from trtbuild.releases import Line, lines
 
-# The recipe's weight formats under the names that TensorRT-LLM gives them (`quant_algo` of hf_quant_config.json).
-QUANT_ALGO: Mapping[str, str | None] = {"none": None, "fp8": "FP8", "int4_awq": "W4A16_AWQ"}
+# The recipe's weight formats under the names that TensorRT-LLM gives them (`quant_algo` of hf_quant_config.json), or
+# ModelOpt where TensorRT-LLM has none. Who loads which: `format_support`.
+QUANT_ALGO: Mapping[str, str | None] = {
+    "none": None,
+    "fp8": "FP8",
+    "fp8_per_channel_per_token": "FP8_PER_CHANNEL_PER_TOKEN",
+    "fp8_block": "FP8_BLOCK_SCALES",
+    "int8_sq": "W8A8_SQ_PER_CHANNEL",
+    "int8_weight_only": "W8A16",
+    "int4_awq": "W4A16_AWQ",
+    "int4_gptq": "W4A16_AWQ",
+    "w4a8_awq": "W4A8_AWQ",
+    "nvfp4": "NVFP4",
+    "nvfp4_awq": "NVFP4_AWQ",
+    "w4a16_nvfp4": "W4A16_NVFP4",
+    "mxfp4": "MXFP4",
+    "mxfp8": "MXFP8",
+}
+MIXED = "MIXED_PRECISION"
+
+
+def quant_algo(formats: Sequence[str]) -> str | None:
+    """TensorRT-LLM's name for a checkpoint whose layers have these formats, bf16 left out."""
+    return MIXED if len(formats) > 1 else QUANT_ALGO[formats[0] if formats else "none"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,9 +201,16 @@ def _cache_rows(spec: EngineSpec) -> list[Choice]:
     return [
         Choice("kv_cache_type", ("paged",), "in-flight batching and block reuse need blocks"),
         Choice("tokens_per_block", (str(spec.limits.tokens_per_block),), "runtime.kv_cache.tokens_per_block"),
-        Choice("use_paged_context_fmha", ("enable",), "block reuse, chunked context and drafts need it"),
+        Choice("use_paged_context_fmha", *_paged_context(spec)),
         Choice("use_fp8_context_fmha", ("enable" if fp8 else "disable",), why),
     ]
+
+
+def _paged_context(spec: EngineSpec) -> tuple[tuple[str], str]:
+    """builder.py @008b2b8d turns it off for an INT8 cache."""
+    if spec.kv_cache == "INT8":
+        return ("disable",), "it does not work with an INT8 KV cache, which the builder would find out"
+    return ("enable",), "block reuse, chunked context and drafts need it"
 
 
 def _plugin_rows(spec: EngineSpec) -> list[Choice]:

@@ -10,11 +10,12 @@ from pathlib import PurePosixPath
 
 from trtbuild.compress_settings import fitting_group_sizes
 from trtbuild.errors import Problem
+from trtbuild.format_support import Part, nearest, refused_experts, refused_flow, refused_gpu
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
-from trtbuild.releases import Line
+from trtbuild.releases import Flow, Line
 from trtbuild.setting_values import Settings
-from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version, unknown_gpu
+from trtbuild.support import QUANT_ALGO, group_sizes, sm_version, unknown_gpu
 from trtbuild.trtllm_instances import count_refusals
 from trtbuild.trtllm_parallel import divides_heads
 
@@ -62,12 +63,15 @@ def unread_speculative(recipe: Recipe, fields: Mapping[str, tuple[str, ...]] = S
 
 def group_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     """INT4 groups that the kernels do not take."""
-    group, allowed = settings["compress.group_size"], group_sizes("W4A16_AWQ")
-    if settings["compress.format"] == "int4_awq" and group is not None and group not in allowed:
+    group, named = settings["compress.group_size"], settings.recipe.compress.formats
+    each = [set(taken) for name in named if (taken := group_sizes(QUANT_ALGO[name] or ""))]
+    allowed = sorted(set.intersection(*each)) if each else []
+    if allowed and group is not None and group not in allowed:
         sizes = " or ".join(map(str, allowed))
         message = f"{group}: TensorRT-LLM's INT4 kernels take groups of {sizes} only"
         fitting = [size for size in allowed if size in fitting_group_sizes(facts)]
-        hint = f"use {' or '.join(map(str, fitting))}" if fitting else "neither divides every layer: use another format"
+        none_fits = "neither divides every layer" if len(allowed) > 1 else "it does not divide every layer"
+        hint = f"use {' or '.join(map(str, fitting))}" if fitting else f"{none_fits}: use another format"
         yield Problem("compress.group_size", message, f"{hint}, such as fp8" if not fitting else hint)
 
 
@@ -94,24 +98,47 @@ def excluded_in_part(patterns: Sequence[str], facts: ModelFacts) -> Iterable[Pro
             return
 
 
-def gpu_refusals(recipe: Recipe, line: Line, ranks: int) -> Iterable[Problem]:
-    """Too few GPUs, an unknown one, or one that does not run the format; `ranks` are those of one engine."""
+def gpu_refusals(recipe: Recipe, flow: Flow, line: Line, ranks: int) -> Iterable[Problem]:
+    """Too few GPUs, an unknown one, or formats that it or the flow does not run; `ranks` are those of one engine."""
     yield from count_refusals(recipe, ranks)
-    if recipe.target.gpu is None:
-        return
-    sm = sm_version(recipe.target.gpu)
-    if sm is None:
+    sm = sm_version(recipe.target.gpu) if recipe.target.gpu is not None else None
+    if recipe.target.gpu is not None and sm is None:
         yield unknown_gpu(recipe.target.gpu)
-        return
-    at = f"{recipe.target.gpu} (SM{sm})"
-    why = refused_format(line, QUANT_ALGO[recipe.compress.format], sm)
-    if why is not None:
-        yield Problem("compress.format", f"{recipe.compress.format} does not run on {at}: {why}", "use another format")
-    if recipe.compress.kv_cache != "none":
-        why = refused_format(line, f"kv:{recipe.compress.kv_cache.upper()}", sm)
+    yield from _format_refusals(recipe, flow, line, sm)
+
+
+def _format_refusals(recipe: Recipe, flow: Flow, line: Line, sm: int | None) -> Iterable[Problem]:
+    """Formats that the flow does not load, or the GPU does not run, with the nearest that both do."""
+    for field, part, name in _parts(recipe):
+        why = refused_flow(part, name, flow, line)
         if why is not None:
-            message = f"{recipe.compress.kv_cache} does not run on {at}: {why}"
-            yield Problem("compress.kv_cache", message, "use none")
+            message = f"{name}: {why}"
+        elif sm is not None and (why := refused_gpu(part, name, flow, line, sm)) is not None:
+            message = f"{name} does not run on {recipe.target.gpu} (SM{sm}): {why}"
+        else:
+            continue
+        yield Problem(f"compress.{field}", message, f"use {nearest(part, name, flow, line, sm) or 'another GPU'}")
+
+
+def expert_refusals(recipe: Recipe, flow: Flow, facts: ModelFacts) -> Iterable[Problem]:
+    """Mixtures of experts in a format that the flow loads for other layers only."""
+    if not facts.num_experts or in_part(recipe):
+        return
+    for name in recipe.compress.formats:
+        why = refused_experts(name, flow)
+        if why is not None:
+            yield Problem("compress.format", f"{name}: {why}", "use fp8 or none")
+
+
+def in_part(recipe: Recipe) -> bool:
+    """Whether a format is for some layers only; which they are shows in the checkpoint."""
+    return bool(recipe.compress.exclude or recipe.compress.overrides or recipe.compress.format == "auto")
+
+
+def _parts(recipe: Recipe) -> list[tuple[str, Part, str]]:
+    """The recipe's formats: field, part of the table, name."""
+    parts: list[tuple[str, Part, str]] = [("kv_cache", "kv_cache", recipe.compress.kv_cache)]
+    return [("format", "weights", name) for name in recipe.compress.formats or ("none",)] + parts
 
 
 def adapter_names(recipe: Recipe) -> dict[str, str]:

@@ -16,7 +16,7 @@ from trtbuild.draft import DRAFT_ROLE, HEADS, HEADS_ROLE, MEDUSA_ROLE, Draft
 from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.model import ModelFacts
 from trtbuild.setting_values import Settings
-from trtbuild.support import QUANT_ALGO, refused_architecture, speculative_method
+from trtbuild.support import quant_algo, refused_architecture, speculative_method
 from trtbuild.trtllm_build import EngineSpec, Limits, Speculation, arguments, choose
 from trtbuild.trtllm_common import draft_refusals
 from trtbuild.trtllm_medusa import MEDUSA_CLASS, medusa_heads, medusa_parameters, medusa_refusals, take_medusa
@@ -217,7 +217,7 @@ def _draft_target(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     if not settings["runtime.kv_cache.enable_block_reuse"]:
         message = "false: every round of drafts would compute the whole prompt again"
         yield Problem("runtime.kv_cache.enable_block_reuse", message, "remove it, or use speculative.method: none")
-    if settings["compress.kv_cache"] == "fp8" and settings["compress.format"] != "fp8":
+    if settings["compress.kv_cache"] == "fp8" and settings.recipe.compress.formats != ("fp8",):
         message = (
             "fp8 without FP8 weights: trtllm-build turns attention over a paged context off, and drafts are verified "
             "by it"
@@ -234,9 +234,9 @@ def _draft_target(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
 
 
 def _lookahead(settings: Settings) -> Iterable[Problem]:
-    chosen = settings["compress.format"]
-    if chosen not in _LOOKAHEAD_FORMATS:
-        message = f"lookahead: upstream lists it for bf16, fp16 and FP8 only, not for {chosen}"
+    others = [name for name in settings.recipe.compress.formats if name not in _LOOKAHEAD_FORMATS]
+    if others:
+        message = f"lookahead: upstream lists it for bf16, fp16 and FP8 only, not for {', '.join(others)}"
         yield Problem(_AT, message, "use another compress.format or no speculation")
     if settings["speculative.max_draft_len"] < 1:
         at = "speculative.max_ngram_size"
@@ -252,7 +252,7 @@ def _heads(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     said = {
         "tensor_parallel_size": (heads.tp_size, settings.recipe.runtime.tensor_parallel_size),
         "pipeline_parallel_size": (heads.pp_size, settings.recipe.runtime.pipeline_parallel_size),
-        "compress.format": (heads.format, QUANT_ALGO[settings["compress.format"]]),
+        "compress.format": (heads.format, quant_algo(settings.recipe.compress.formats)),
         "compress.kv_cache": (heads.kv_cache, None if kv_cache == "none" else kv_cache.upper()),
         "the model's hidden size": (heads.hidden_size, facts.hidden_size),
         "the model's number of layers": (heads.num_layers, facts.num_layers),

@@ -20,6 +20,7 @@ from trtbuild.trtllm_common import (
     block_refusals,
     embedded_only,
     excluded_in_part,
+    expert_refusals,
     gpu_refusals,
     group_refusals,
     unread_speculative,
@@ -97,8 +98,10 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += group_refusals(settings, facts)
     problems += block_refusals(settings)
     problems += excluded_in_part(settings["compress.exclude"], facts)
-    problems += gpu_refusals(recipe, planned_release(recipe).line, ranks(recipe))
+    problems += gpu_refusals(recipe, FLOW, planned_release(recipe).line, ranks(recipe))
     problems += parallel_refusals(settings, facts)
+    problems += expert_refusals(recipe, FLOW, facts)
+    problems += _int8_cache(settings)
     problems += _pipeline(recipe, facts)
     problems += _stages(settings, facts)
     problems += lora_refusals(settings, facts)
@@ -165,10 +168,11 @@ def _model(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
         others = "embedded" if version_with(facts.architecture) is None else "trtllm or embedded"
         yield Problem("model.path", reason, f"use runtime.kind: {others}, or another model")
         return
-    line, algo = planned_release(settings.recipe).line, QUANT_ALGO[settings["compress.format"]]
-    refused = refused_in_line(line, facts.architecture, algo)
-    if refused is not None:
-        yield Problem("model.path", *refused)
+    line, formats = planned_release(settings.recipe).line, settings.recipe.compress.formats
+    for name in formats or ("none",):
+        refused = refused_in_line(line, facts.architecture, QUANT_ALGO[name])
+        if refused is not None:
+            yield Problem("model.path", *refused)
 
 
 def _pipeline(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
@@ -178,6 +182,16 @@ def _pipeline(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
     if facts.architecture in table("architectures")[FLOW]["one_stage"]:
         message = f"{size}: TensorRT-LLM cannot split {facts.architecture} over pipeline stages"
         yield Problem(at, message, "use 1, and tensor_parallel_size")
+
+
+def _int8_cache(settings: Settings) -> Iterable[Problem]:
+    """What attention over a paged context does, which does not work with an INT8 cache (`trtllm_build`)."""
+    if settings["compress.kv_cache"] != "int8":
+        return
+    for path in ("runtime.kv_cache.enable_block_reuse", "runtime.enable_chunked_prefill"):
+        if settings[path]:
+            message = "true: attention over a paged context, which it needs, does not work with an INT8 KV cache"
+            yield Problem(path, message, "set it to false, or use compress.kv_cache: fp8")
 
 
 def _stages(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:

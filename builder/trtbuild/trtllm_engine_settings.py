@@ -13,7 +13,7 @@ from trtbuild.recipe import Recipe
 from trtbuild.releases import Container, Flow, Release, containers, find_release, newest, oldest_served
 from trtbuild.setting_values import Settings
 from trtbuild.settings import FROM_GPU_MEMORY, check_capacity, take_limits
-from trtbuild.support import QUANT_ALGO, sm_version
+from trtbuild.support import quant_algo, sm_version
 from trtbuild.trtllm_build import BUILT, DRAFT, EngineSpec, Limits, arguments, choose
 from trtbuild.trtllm_build_extra import extra_flags
 from trtbuild.trtllm_engine_drafts import (
@@ -132,7 +132,7 @@ def engine_spec(settings: Settings, facts: ModelFacts) -> EngineSpec:
     spec = EngineSpec(
         version=settings["runtime.version"],
         architecture=facts.architecture,
-        format=QUANT_ALGO[settings["compress.format"]],
+        format=quant_algo(recipe.compress.formats),
         kv_cache=None if kv_cache == "none" else kv_cache.upper(),
         gpu=sm_version(recipe.target.gpu or "") or _NO_GPU,
         tp_size=recipe.runtime.tensor_parallel_size,

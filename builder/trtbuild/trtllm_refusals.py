@@ -26,13 +26,16 @@ from trtbuild.trtllm_common import (
     block_refusals,
     embedded_only,
     excluded_in_part,
+    expert_refusals,
     gpu_refusals,
     group_refusals,
+    in_part,
 )
 from trtbuild.trtllm_deploy import deploy_refusals, hosts
 from trtbuild.trtllm_instances import idle_gpus, instance_mistakes
 from trtbuild.trtllm_parallel import parallel_refusals
-from trtbuild.trtllm_settings import planned_release, release_schema, wanted_release, world_size
+from trtbuild.trtllm_settings import FLOW, planned_release, release_schema, wanted_release, world_size
+from trtbuild.weight_formats import takes_group
 
 
 def trtllm_mistakes(settings: Settings) -> list[Problem]:
@@ -91,26 +94,24 @@ def trtllm_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += _model(release, facts)
     problems += _format(settings, facts)
     problems += block_refusals(settings)
-    problems += gpu_refusals(recipe, release.line, world_size(recipe))
+    problems += gpu_refusals(recipe, FLOW, release.line, world_size(recipe))
     problems += parallel_refusals(settings, facts)
     problems += speculation_refusals(settings, facts, release, schema)
     problems += adapter_refusals(recipe)
-    problems += _int4(recipe, facts)
+    problems += expert_refusals(recipe, FLOW, facts)
+    problems += _joined_rows(recipe, facts)
     problems += _experts(recipe, facts)
     return problems
 
 
-def _int4(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
-    """Weights of 4 bits where TensorRT-LLM would not load them; `adapters/trtllm_fused.py` has the sources."""
-    if recipe.compress.format != "int4_awq" or recipe.compress.exclude:  # what is left out shows in the checkpoint
+def _joined_rows(recipe: Recipe, facts: ModelFacts) -> Iterable[Problem]:
+    """INT4 where TensorRT-LLM would not load it; `adapters/trtllm_fused.py` has the sources."""
+    name = next(filter(takes_group, recipe.compress.formats), None)
+    if name is None or in_part(recipe):
         return
-    hint = "use fp8 or none"
-    if facts.num_experts:
-        message = "int4_awq: TensorRT-LLM's experts with weights of 4 bits have inputs in FP8, which int4_awq has not"
-        yield Problem("compress.format", message, hint)
     if facts.architecture == "Phi3ForCausalLM":
-        message = "int4_awq: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output, not two"
-        yield Problem("compress.format", message, hint)
+        message = f"{name}: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output, not two"
+        yield Problem("compress.format", message, "use fp8 or none")
 
 
 def trtllm_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
@@ -135,6 +136,13 @@ def trtllm_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
             "TensorRT-LLM takes 1 for k_scale and v_scale unless the server's environment has TRTLLM_LOAD_KV_SCALES=1 "
             f"({sets}); quality is measured with the checkpoint's scales"
         )
+    if recipe.compress.kv_cache == "nvfp4" and release.line.name not in ("1.3", "1.4"):
+        # The same file, NVFP4LinearMethod; ModelOpt 0.47 writes the largest magnitude / 448.
+        warnings.append(
+            f"TensorRT-LLM {release.version} takes the scales of an NVFP4 KV cache for a sixth of what they are"
+        )
+    if "fp8_block" in recipe.compress.formats:
+        warnings.append("TensorRT-LLM rounds inputs of fp8_block to FP8, 128 at a time; quality is measured without")
     warnings += _untested(recipe)
     warnings += speculation_warnings(settings, facts, release, release_schema(release))
     return warnings
@@ -211,7 +219,7 @@ def _model(release: Release, facts: ModelFacts) -> Iterable[Problem]:
 def _format(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
     """What TensorRT-LLM's loader and kernels take of what `compress` can make."""
     yield from group_refusals(settings, facts)
-    if settings["compress.format"] == "none" and settings["compress.kv_cache"] != "none":
+    if not settings.recipe.compress.formats and settings["compress.kv_cache"] != "none":
         message = (
             "TensorRT-LLM takes no checkpoint with KV scales whose weights are not quantized (quant_algo is required)"
         )

@@ -197,17 +197,15 @@ SPARSE: list[dict[str, Any]] = [{}, {"format": "fp8"}, {"format": "int4_awq", "g
 def test_a_weight_that_is_not_pruned_does_not_ship(
     changes: dict[str, Any], sources: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prune = sparsify.sparsify
+    prune = sparsify.sparsify_by_magnitude
 
-    def spoil(model: Any, *rest: Any) -> list[str]:
-        idle = prune(model, *rest)
-        if "0" not in model.model.layers._modules:  # layers come one by one
-            return idle
-        weight = model.get_submodule(MODULES).weight
-        weight.data[2, 8:12] = weight.data[2].abs().max()
-        return idle
+    def spoil(model: Any, *rest: Any) -> None:
+        prune(model, *rest)
+        if "0" in model.model.layers._modules:  # layers come one by one
+            weight = model.get_submodule(MODULES).weight
+            weight.data[2, 8:12] = weight.data[2].abs().max()
 
-    monkeypatch.setattr(sparsify, "sparsify", spoil)
+    monkeypatch.setattr(sparsify, "sparsify_by_magnitude", spoil)
     request = make_request(sources("qwen3"), tmp_path / "out", sparsity="2:4", sparsity_method="magnitude", **changes)
     message = rf"{MODULES}.weight \(1 of 2,048 groups\): not 2:4, only [\d,]+ of [\d,]+ groups have at most two"
     with pytest.raises(ToolError, match=message):

@@ -19,7 +19,7 @@ from trtbuild.compress.textdata import CalibrationSpec, load_samples
 
 COMBINATIONS = [
     {"format": "fp8"},
-    {"format": "fp8", "kv_cache": "fp8", "sparsity": "2:4"},
+    {"format": "fp8", "kv_cache": "fp8", "sparsity": "2:4", "sparsity_method": "magnitude"},
     {"format": "int4_awq", "group_size": 32},
     {"format": "int4_awq", "group_size": 16, "kv_cache": "fp8", "sparsity": "2:4", "sparsity_method": "magnitude"},
     {"kv_cache": "fp8"},
@@ -65,7 +65,8 @@ def test_every_tensor(name: str, changes: dict[str, Any], sources: Any, compress
             case "int4_awq":
                 check_int4(layer, source, output, changes["group_size"], sparse=sparse)
             case _:
-                check_bf16(layer, source, output, sparse=sparse)
+                moved = sparse and "sparsity_method" not in changes
+                check_bf16(layer, source, output, sparse=sparse, moved=moved)
     check_untouched(source, output, projections, folded=changes.get("format") == "int4_awq")
     if sparse:
         groups = sum(source[f"{layer}.weight"].bits.size // 4 for layer in projections)
@@ -143,12 +144,14 @@ def check_int4(layer: str, source: dict[str, Stored], output: dict[str, Stored],
     assert (error <= 0.5 * steps + 0.02 * np.abs(smoothed)).mean() == 1.0
 
 
-def check_bf16(layer: str, source: dict[str, Stored], output: dict[str, Stored], *, sparse: bool) -> None:
+def check_bf16(layer: str, source: dict[str, Stored], output: dict[str, Stored], *, sparse: bool, moved: bool) -> None:
     stored, original = output[f"{layer}.weight"], source[f"{layer}.weight"]
     assert stored.dtype == "BF16"
     if sparse:
         check_pattern(stored.values)
-        assert np.array_equal(stored.values, np.where(stored.values != 0, original.values, 0))
+        kept = np.where(stored.values != 0, original.values, 0)
+        assert np.array_equal(stored.values, kept) != moved
+        assert np.abs(stored.values - kept).max() < 3 * np.abs(original.values).max()
         assert (stored.values != 0).mean() > 0.49
     else:
         assert np.array_equal(stored.bits, original.bits)
@@ -262,7 +265,8 @@ def test_excluded_modules_stay_in_bf16(sources: Any, compress: Any) -> None:
 
 
 def test_an_excluded_layer_is_not_pruned_and_keeps_its_kv_scales(sources: Any, compress: Any) -> None:
-    changes = {"format": "fp8", "sparsity": "2:4", "kv_cache": "fp8", "exclude": ["model.layers.1.*"]}
+    pruned = {"sparsity": "2:4", "sparsity_method": "magnitude"}
+    changes = pruned | {"format": "fp8", "kv_cache": "fp8", "exclude": ["model.layers.1.*"]}
     directory, result = compress("qwen3", **changes)
     source, output = read_checkpoint(sources("qwen3")), read_checkpoint(directory)
     for layer in projections_of(source):

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from tiny import save_checkpoint
+from trtbuild.compress.columns import Grid
+from trtbuild.compress.solve import Task, solve
 from trtbuild.runtime.checkpoint import load_model
-from trtbuild.runtime.linear import Form, Fp8Linear, Int4Linear
+from trtbuild.runtime.linear import CodedLinear, Form, Fp8Linear
+from trtbuild.runtime.numerics import NUMERICS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,6 +54,31 @@ def test_fp8_layers(tokens: int, shape: tuple[int, int], tensor_cores: bool, dty
         assert (y.cpu().double() - wanted).abs().max() < rounding * wanted.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_solvers(dtype: torch.dtype) -> None:
+    """Pruning and rounding give about the same error as on a CPU, and the same bytes twice."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(96, 256, generator=generator).to(dtype)
+    inputs = (torch.randn(600, 256, generator=generator) @ torch.randn(256, 256, generator=generator)).to(dtype)
+
+    def solved(device: str) -> tuple[torch.Tensor, float]:
+        layer = torch.nn.Linear(256, 96, bias=False, device=device, dtype=dtype)
+        layer.weight.data.copy_(weight)
+
+        def grid_of(module: torch.nn.Module) -> Grid:
+            values: torch.Tensor = module.weight.data
+            return Grid(values.float().reshape(96, 8, 32).abs().amax(dim=2), 32)
+
+        task = Task(prune=True, grid_of=grid_of)
+        found = solve({"layer": layer}, lambda: layer(inputs.to(device)), task)
+        return layer.weight.data.cpu(), found.errors["layer"]
+
+    expected, found = solved("cpu"), solved("cuda")
+    assert found[1] == pytest.approx(expected[1], rel=0.05)
+    assert bool(((found[0].reshape(-1, 4) != 0).sum(dim=1) <= 2).all())
+    assert torch.equal(solved("cuda")[0], found[0])
+
+
 def test_int4_layers() -> None:
     generator = torch.Generator().manual_seed(3)
     packed = torch.randint(0, 256, (32, 128), generator=generator, dtype=torch.uint8)
@@ -59,9 +87,10 @@ def test_int4_layers() -> None:
     x = torch.randn(5, 128, generator=generator)
     forms: dict[str, torch.Tensor] = {}
     for device, form in (("cpu", "expanded"), ("cuda", "expanded"), ("cuda", "packed")):
-        layer = Int4Linear(
-            weight=packed.to(device), weight_scale=scale.to(device), pre_quant_scale=smooth.to(device), bias=None,
-            dtype=torch.float64, form=form,
+        stored = {"weight": packed, "weight_scale": scale, "pre_quant_scale": smooth}
+        layer = CodedLinear(
+            numerics=NUMERICS["W4A16_AWQ"], stored={name: value.to(device) for name, value in stored.items()},
+            bias=None, dtype=torch.float64, form=form,
         )  # fmt: skip
         forms[device + form] = layer(x.to(device, torch.float64)).cpu()
     for y in forms.values():

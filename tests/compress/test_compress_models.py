@@ -20,7 +20,7 @@ from format_reference import read_checkpoint, reference_logits, weight_of
 from tiny import save_checkpoint, save_tokenizer
 from trtbuild.compress.calibrate import calibration_loop
 from trtbuild.compress.export import export
-from trtbuild.compress.quantize import passes, quantize
+from trtbuild.compress.quantize import format_passes, quantize
 from trtbuild.compress.request import Meter, parse_request
 from trtbuild.compress.run import run
 from trtbuild.compress.selection import select
@@ -80,7 +80,9 @@ def test_experts_without_calibration_tokens(name: str, changes: dict[str, Any], 
     # Four tokens reach at most eight of sixteen experts in each of three layers.
     (note,) = result["notes"]
     assert int(note.split()[0]) >= 24
-    assert "experts saw no calibration token: model.layers." in note
+    assert "experts saw too few calibration tokens (an even share is 0): model.layers." in note
+    seen = result["calibration"]["tokens_per_expert"]
+    assert [sum(counts) for counts in seen.values()] == [8] * 3  # four tokens to two experts, once however many passes
     tensors = read_checkpoint(output)
     for stored, tensor in tensors.items():
         assert np.isfinite(tensor.values).all(), stored
@@ -197,7 +199,8 @@ def in_memory_and_exported(source: Path, output: Path, **changes: Any) -> tuple[
     selection = select(model, read_tensors(source), request)
     samples = load_samples(CalibrationSpec(**CALIBRATION), source)  # type: ignore[arg-type]
     meter = Meter(silent, 10_000)
-    quantize(model, selection, request, calibration_loop(samples.input_ids, meter, passes(request)), layers=3)
+    loop = calibration_loop(samples.input_ids, meter, format_passes(request.format, request.kv_cache))
+    quantize(model, selection, request, loop, layers=3)
     with torch.no_grad():
         weights = {}
         for name in selection.compressed:
@@ -232,9 +235,9 @@ def test_fp8_files_are_the_model_in_memory(sources: Any, tmp_path: Path) -> None
     tensors = read_checkpoint(tmp_path / "out")
     assert len(weights) == 21
     for layer, (_, quantized) in weights.items():
-        moved = np.abs(weight_of(tensors, layer) - quantized) > 1e-6 * np.abs(quantized)
+        moved = np.abs(weight_of(tensors, layer, "FP8") - quantized) > 1e-6 * np.abs(quantized)
         assert moved.mean() < 0.02
-        assert (np.abs(weight_of(tensors, layer) - quantized) <= 0.126 * np.abs(quantized))[moved].all()
+        assert (np.abs(weight_of(tensors, layer, "FP8") - quantized) <= 0.126 * np.abs(quantized))[moved].all()
     assert divergence(memory, files) < 0.25 * lost
 
 
@@ -260,6 +263,6 @@ def test_awq_files_are_rounded_again(sources: Any, tmp_path: Path) -> None:
         layer = f"model.layers.0.{leaf}"
         smoothed, _ = weights[layer]  # by ModelOpt, before its export
         scale = np.repeat(tensors[f"{layer}.weight_scale"].values, 32, axis=1)
-        steps[leaf] = np.abs(weight_of(tensors, layer) - smoothed) / scale
+        steps[leaf] = np.abs(weight_of(tensors, layer, "W4A16_AWQ") - smoothed) / scale
     assert steps["self_attn.o_proj"].max() <= 0.5 + 1e-3
     assert steps["self_attn.q_proj"].max() > 0.6

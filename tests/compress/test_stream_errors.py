@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_stream_resume import digests
 
 from tiny import save_checkpoint
+from trtbuild.compress import shards
 from trtbuild.compress.run import run
-from trtbuild.errors import ArtifactError, ToolError
+from trtbuild.errors import ArtifactError, HostError, ToolError
 
 FORMATS: list[dict[str, Any]] = [{"format": "fp8"}, {"format": "int8_weight_only"}]
 
@@ -103,3 +106,41 @@ def test_source_of_another_shape_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=rf"{name}"):
         run(make_request(source, tmp_path / "out", format="fp8"), silent)
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_shard_that_disappears_while_it_is_copied(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "source", "llama", max_shard_size="60KB")
+    last = max(source.glob("*.safetensors"))
+
+    def spoil(done: int, total: int, what: str) -> None:
+        if what.startswith("copy: file 1 "):
+            last.unlink(missing_ok=True)
+
+    with pytest.raises(
+        ArtifactError, match=rf"{re.escape(str(last))} has changed or disappeared while it was read; put"
+    ):
+        run(make_request(source, tmp_path / "out"), spoil)
+
+
+def test_a_disk_that_fills_up_under_a_tensor(sources: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As test_full_disk, where no file system of its own can be mounted."""
+    request = make_request(sources("llama"), tmp_path / "out", format="fp8")
+    write, left = shards._write, [40]
+
+    def full(descriptor: int, block: torch.Tensor, offset: int) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, block, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_write", full)
+        message = (
+            r"needs about [\d,]+ bytes, the disk is full; free space .* the next run goes on behind the last finished"
+        )
+        with pytest.raises(HostError, match=message):
+            run(request, silent)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert run(request, silent)["notes"] == ["an earlier run had finished 1 of 3 layers"]
+    run(request | {"output": str(tmp_path / "expected")}, silent)
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")

@@ -74,7 +74,7 @@ def test_memory_does_not_grow_with_depth(
     """Before each layer is loaded the process is as large as before: neither files, codes nor states stay behind."""
     from trtbuild.compress import skeleton
 
-    sides = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 128}
+    sides = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "head_dim": 128}
     source = save_checkpoint(tmp_path / "source", "qwen3", overrides=sides)
     codes = 4 * 512 * 512 * 3 // 4 + 3 * 512 * 2048  # bytes of one layer's weights in eight bits
     seen: list[int] = []
@@ -86,5 +86,8 @@ def test_memory_does_not_grow_with_depth(
 
     monkeypatch.setattr(skeleton.Skeleton, "frame", watched)
     run(make_request(source, tmp_path / "out", **changes), silent)
-    assert len(seen) == 8
-    assert seen[7] - seen[2] < 5 * codes / 2, [size - seen[0] for size in seen]
+    assert len(seen) == 24
+    # One layer is read ahead and one written behind, or not yet, and the allocator keeps one at times (four bytes a
+    # weight): the least of several layers, with room for two, against fourteen that stay behind.
+    early, late = min(seen[2:10]), min(seen[16:24])
+    assert late - early < 8 * codes, [size - seen[0] for size in seen]

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from compress_requests import make_request, silent
+from compress_requests import CALIBRATION, make_request, silent
 from safetensors.torch import load_file
 
 from tiny import save_checkpoint
-from trtbuild.compress import states_between
+from trtbuild.compress import by_layer
 from trtbuild.compress.journal import Journal
 from trtbuild.compress.run import run
 from trtbuild.compress.shards import ShardWriter, reserved_bytes
@@ -107,6 +107,18 @@ def test_killed_runs_go_on(changes: dict[str, Any], sources: Any, compress: Any,
     assert [path.name for path in tmp_path.iterdir() if "unfinished" in path.name] == []
 
 
+def test_killed_solvers_go_on(sources: Any, compress: Any, tmp_path: Path) -> None:
+    changes = {"format": "int4_gptq", "group_size": 32, "kv_cache": "fp8", "sparsity": "2:4"}
+    expected, undisturbed = compress("mixtral", **changes)
+    request = make_request(sources("mixtral"), tmp_path / "out", **changes)
+    moments: list[str | int | None] = [
+        "measure activations for GPTQ: layer 2 of 3, sample 3", "run the changed layer: layer 2", None,
+    ]  # fmt: skip
+    result = json.loads(killed(request, moments, tmp_path).strip().splitlines()[-1])
+    assert digests(tmp_path / "out") == digests(expected)
+    assert result["output_error"] == undisturbed["output_error"]
+
+
 def test_another_request_starts_over(sources: Any, compress: Any, tmp_path: Path) -> None:
     expected, _ = compress("mixtral", format="fp8", exclude=["model.layers.1.*"])
     request = make_request(sources("mixtral"), tmp_path / "out", format="fp8")
@@ -171,7 +183,7 @@ def test_states_that_are_in_no_file_are_computed_again(
 def test_samples_in_batches(sources: Any, compress: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four samples, three at once and then one: the same ranges, less what sums in another order make of them."""
     expected, _ = compress("qwen3", format="fp8")
-    monkeypatch.setattr(states_between, "batch_size", lambda device, length: 3)
+    monkeypatch.setattr(by_layer, "batch_tokens", lambda device: 3 * CALIBRATION["length"])
     seen: list[str] = []
     run(make_request(sources("qwen3"), tmp_path / "out", format="fp8"), lambda done, total, what: seen.append(what))
     assert [what for what in seen if what.startswith("calibrate: layer 2")] == [

@@ -22,7 +22,10 @@ from trtbuild.releases import Release, containers, find_release, known_versions,
 from trtbuild.setting_values import recipe_value
 from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version, speculative_method
 
-TABLES = ("containers", "lines", "build_flags", "gpus", "speculative", "architectures", "engine_names", "legacy_names")
+TABLES = (
+    *("containers", "lines", "build_flags", "gpus", "formats", "speculative", "architectures", "engine_names"),
+    "legacy_names",
+)
 SCALARS = {"str", "int", "float", "bool", "None", "Any", "object", "Literal", "list", "dict", "union", "tuple"}
 
 
@@ -208,7 +211,9 @@ def test_recipe_fields_and_arguments_exist() -> None:
 def test_formats_and_methods_of_recipes_are_in_the_tables() -> None:
     formats = {row for table in facts("gpus")["support"] for row in table["sm"]}
     assert set(QUANT_ALGO) == set(Format.__args__)
-    assert {algo for algo in QUANT_ALGO.values() if algo} <= formats
+    # What no runtime of TensorRT-LLM loads is in no table of its GPUs.
+    loaded = {row["algo"] for row in facts("formats")["weights"].values() if row["engine"] or row["llm_api"]}
+    assert {algo for algo in QUANT_ALGO.values() if algo in loaded} <= formats
     assert {f"kv:{name.upper()}" for name in KvCacheFormat.__args__ if name != "none"} <= formats
     methods = Speculative.model_fields["method"].annotation.__args__  # type: ignore[union-attr]
     for name in set(methods) - {"none"}:

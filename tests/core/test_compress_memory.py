@@ -13,7 +13,7 @@ from trtbuild.pipeline import prepare
 from trtbuild.plan import Plan
 from trtbuild.safetensors_header import TensorInfo
 
-LAYER = LayerSize(parameters=1_000_000, matrix=300_000, squared_inputs=5_000_000)
+LAYER = LayerSize(parameters=1_000_000, matrix=300_000, squared_inputs=5_000_000, inputs=512)
 
 
 def demand(**changes: object) -> Demand:
@@ -62,23 +62,27 @@ def test_weights_that_are_coded_from_file_to_file_need_no_layer() -> None:
 
 
 def test_what_a_compression_needs_more() -> None:
-    assert demand(sparsity_method="sparsegpt").smallest == demand().smallest + 8 * LAYER.squared_inputs
+    solving = 4 * (LAYER.squared_inputs + 2 * 512**2)
+    assert demand(sparsity_method="sparsegpt").smallest == demand().smallest + solving + 20 * LAYER.matrix
+    assert demand(format="int4_gptq").smallest == demand(format="int4_awq").smallest + solving
     assert [demand(**changes).streams for changes in (
         {}, {"format": "none"}, {"sparsity_method": "sparsegpt"}, {"sparsity_method": "magnitude"},
         {"format": "int4_awq", "kv_cache": "fp8"}, {"format": "none", "sparsity_method": "sparsegpt"},
-    )] == [1, 0, 2, 1, 2, 1]  # fmt: skip
+        {"format": "int4_gptq", "kv_cache": "fp8", "sparsity_method": "sparsegpt"},
+    )] == [1, 0, 1, 1, 2, 1, 1]  # fmt: skip
     assert demand(format="none").smallest < 500_000_000
 
 
 def test_the_largest_layer_counts() -> None:
     shapes = {
         "model.embed_tokens.weight": (1000, 64), "model.layers.0.mlp.up_proj.weight": (64, 32),
-        "model.layers.1.mlp.up_proj.weight": (64, 32), "model.layers.1.norm.weight": (64,),
+        "model.layers.1.mlp.gate_proj.weight": (64, 32), "model.layers.1.norm.weight": (64,),
         "model.layers.1.mlp.experts.down_proj": (4, 32, 64), "model.layers.10.mlp.up_proj.weight": (64, 32),
+        "model.layers.1.mlp.up_proj.weight": (64, 32),
     }  # fmt: skip
     tensors = [TensorInfo(name, "BF16", shape, "x") for name, shape in shapes.items()]
     layer = largest_layer(tensors)
-    assert layer == LayerSize(64 * 32 + 64 + 4 * 32 * 64, 64 * 32, 32**2 + 4 * 64**2)
+    assert layer == LayerSize(2 * 64 * 32 + 64 + 4 * 32 * 64, 64 * 32, 4 * 64**2 + 32**2, 64)  # gate shares with up
     assert largest_layer(tensors[:1]) == LayerSize(0, 0, 0)
 
 

@@ -48,6 +48,9 @@ def test_facts_of_a_tiny_llama(tiny_llama: Path) -> None:
     assert (facts.num_layers, facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim) == (3, 4, 2, 16)
     assert facts.kv_bytes_per_token(2) == 2 * 3 * 2 * 16 * 2
     assert facts.linear_input_sizes == (64, 128)
+    assert facts.linear_input_examples == (
+        "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight",
+    )  # fmt: skip
     assert (facts.context_length, facts.vocab_size, facts.tie_word_embeddings) == (512, 320, False)
     assert facts.has_tokenizer
     assert facts.has_chat_template

@@ -94,6 +94,25 @@ def test_calibration_changes_a_quantized_checkpoint(tiny_llama: Path, tmp_path: 
         assert {kind for kind in ALL if before[kind] != after[kind]} == {"compress", "engine", "deploy", "evaluate"}
 
 
+def test_text_that_the_model_writes_is_no_file(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "compress.format=fp8", "compress.calibration.data=self")
+    compress, evaluate = plan.step("compress"), plan.step("evaluate")
+    assert compress.parameters["calibration"]["data"] == "self"
+    assert (dict(compress.files), dict(evaluate.files)) == ({}, {})
+    named = plan_for(tiny_llama, tmp_path, "compress.format=fp8", "compress.calibration.data=./self")
+    assert "data" not in named.step("compress").parameters["calibration"]
+    assert named.step("compress").files == {"data": "./self"}
+
+
+def test_a_split_reaches_both_steps_that_read_it(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = ("compress.format=fp8", "compress.calibration.data=chats", "compress.calibration.split=test")
+    plan = plan_for(tiny_llama, tmp_path, *settings)
+    assert plan.step("compress").parameters["calibration"]["split"] == "test"
+    assert plan.step("evaluate").parameters["calibration_split"] == "test"
+    before, after = keys(plan), keys(plan_for(tiny_llama, tmp_path, *settings, "compress.calibration.packing=padded"))
+    assert {kind for kind in ALL if before[kind] != after[kind]} == {"compress", "engine", "deploy", "evaluate"}
+
+
 def test_calibration_fits_a_model_with_a_short_context(tiny_llama: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "ckpt"))
     edit_config(checkpoint, max_position_embeddings=256)
@@ -158,13 +177,30 @@ def test_until_keeps_what_a_step_needs(tiny_llama: Path, tmp_path: Path) -> None
         ),
         (
             ["compress.format=int4_awq", "compress.group_size=48"],
-            "48 does not divide the input size 64 of a linear layer; use 64",
+            "48 does not divide the input size 64 of model.layers.0.mlp.gate_proj; use 64",
+        ),
+        (
+            ["compress.format=int4_awq", "compress.group_size=20"],
+            "20 does not divide the input size 64 of model.layers.0.mlp.gate_proj; use 16",
+        ),
+        (
+            ["compress.format=fp8", "compress.calibration.column=text"],
+            "compress.calibration.column: is set while compress.calibration.data names no data; name the data, or rem",
+        ),
+        (
+            ["compress.format=fp8", "compress.calibration.data=self", "compress.calibration.split=train"],
+            "compress.calibration.split: is set while compress.calibration.data names no data",
+        ),
+        (
+            ["compress.format=fp8", "compress.calibration.data=self", "compress.max_memory=705MB"],
+            "compress.calibration.data: self needs the whole model in memory, about ",
         ),
         (
             ["compress.exclude=[a]"],
             "compress.exclude: is set while nothing is compressed; remove it, or set compress.f",
         ),
         (["compress.calibration.seed=1"], "compress.calibration.seed: is set while nothing is compressed; remove it"),
+        (["compress.calibration.packing=padded"], "compress.calibration.packing: is set while nothing is compressed"),
         (
             ["runtime.max_seq_len=2"],
             "runtime.max_seq_len: 2 leaves no token to predict when quality is measured; use a",
@@ -287,9 +323,17 @@ def test_weights_of_other_quantizers_do_not_fit(tiny_llama: Path, tmp_path: Path
 
 
 def test_int4_group_follows_the_model(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "compress.format=int4_gptq")
+    assert plan.value("compress.group_size") == 64
     plan = plan_for(tiny_llama, tmp_path, "compress.format=int4_awq")
     assert plan.value("compress.group_size") == 64
     assert next(value.origin for value in plan.values if value.path == "compress.group_size").startswith("model")
+
+
+def test_what_sparsity_buys(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "compress.sparsity='2:4'")
+    assert any("brings the embedded engine no speed" in warning for warning in plan.warnings)
+    assert not any("2:4" in warning for warning in plan_for(tiny_llama, tmp_path).warnings)
 
 
 def test_a_70b_model_is_planned_from_config_and_headers(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_good_checkpoints(tmp_path: Path, algo: str) -> None:
     found = check(LocalFiles(path), "1.2.1", Layout())
     assert [rule.name for rule in found] == [
         *("recognition", "packing", "excluded modules", "scales", "fused projections", "AWQ input scales"),
-        *("KV cache scales", "tensor parallel", "GPU"),
+        *("KV cache scales", "tensor parallel", "release", "GPU"),
     ]
     assert found[1] == CheckpointCheck("packing", (), f"14 layers in {algo}")
     assert found[-1].detail == "target.gpu is not set: not checked"
@@ -268,7 +268,7 @@ def test_broken_experts(tmp_path: Path, algo: str, made: Tensors, sentence: str)
         (
             {"quant_algo": "INT8"},
             "recognition",
-            "quant_algo INT8 has no tensors that trtbuild can check, only FP8, NVFP4",
+            "quant_algo INT8 has no linear layer in TensorRT-LLM's LLM API, only FP8, ",
         ),
         ({"quant_algo": None, "kv_cache_quant_algo": None}, "recognition", "names no quant_algo"),
         ({"quant_algo": None}, "recognition", "names no quant_algo"),
@@ -341,3 +341,36 @@ def test_gpus(tmp_path: Path) -> None:
 def test_many_problems_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "c", tensors_of("FP8"), said("FP8", exclude_modules=["*"]))
     assert problems(path)["excluded modules"][-1] == "and 9 more of this kind"
+
+
+def mixed() -> tuple[Tensors, dict[str, Any]]:
+    """Attention in FP8, the rest in INT4, and what hf_quant_config.json says of it."""
+    fp8, int4 = tensors_of("FP8"), tensors_of("W4A16_AWQ")
+    tensors = {name: value for name, value in fp8.items() if ".mlp." not in name}
+    tensors |= {name: value for name, value in int4.items() if ".mlp." in name}
+    layers = {}
+    for name in tensors:
+        module = name.removesuffix(".weight")
+        if module != name and ".mlp." in name:
+            layers[module] = {"quant_algo": "W4A16_AWQ", "group_size": GROUP}
+        elif module != name and "self_attn" in name:
+            layers[module] = {"quant_algo": "FP8"}
+    said = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": "FP8", "quantized_layers": layers}
+    return tensors, said | {"exclude_modules": ["lm_head"]}
+
+
+def test_a_format_for_each_layer(tmp_path: Path) -> None:
+    tensors, said_of_it = mixed()
+    assert problems(write(tmp_path / "good", tensors, said_of_it), gpu="H100", tensor_parallel_size=2) == {}
+    found = problems(write(tmp_path / "gpu", tensors, said_of_it), gpu="A100")
+    assert found == {"GPU": ["TensorRT-LLM 1.2 lists FP8 for SM89, SM90, SM100, SM103, SM120 only"]}
+    halves = dict(said_of_it["quantized_layers"])
+    halves["model.layers.0.self_attn.k_proj"] = {"quant_algo": "W4A16_AWQ", "group_size": GROUP}
+    found = problems(write(tmp_path / "halves", tensors, said_of_it | {"quantized_layers": halves}))
+    assert "{q_proj,k_proj,v_proj}: in several formats" in found["formats of joined projections"][0]
+    assert "k_proj: the weight is F8_E4M3, W4A16_AWQ stores U8" in found["packing"][0]
+    unnamed = {name: entry for name, entry in said_of_it["quantized_layers"].items() if "1.mlp.down" not in name}
+    found = problems(write(tmp_path / "unnamed", tensors, said_of_it | {"quantized_layers": unnamed}))
+    assert found
+    found = problems(write(tmp_path / "none", tensors, said_of_it | {"quantized_layers": {}}))
+    assert "names no layer" in found["recognition"][0]

@@ -273,7 +273,7 @@ def test_numbers_are_numbers_for_every_reader_of_yaml() -> None:
         (["target.gpu=H1000"], "target.gpu: 'H1000' is no known GPU; did you mean H100"),
         (
             ["target.gpu=V100"],
-            "none does not run on V100 (SM70): TensorRT-LLM runs bf16 from SM80 on; use another format",
+            "none does not run on V100 (SM70): TensorRT-LLM runs bf16 from SM80 on; use another GPU",
         ),
         (
             ["target.gpu=A100", "compress.format=fp8"],
@@ -462,7 +462,8 @@ def test_what_runs_where(tiny_llama: Path, tmp_path: Path) -> None:
     rows = {row["what"]: [(cell["status"], cell["detail"]) for cell in row["cells"]] for row in found["rows"]}
     assert rows["runtime"][0] == ("available", "container 26.07")
     assert rows["runtime"][2] == ("available", "no Triton container")
-    assert [status for status, _ in rows["format int4_awq"]] == ["available", "available", "not available"]
+    assert [status for status, _ in rows["format int4_awq"]] == ["not available", "available", "not available"]
+    assert "trtllm-build refuses INT4" in rows["format int4_awq"][0][1]
     assert rows["model LlamaForCausalLM"] == [
         ("available", ""),
         ("available", ""),
@@ -497,12 +498,14 @@ def test_a_release_without_engines(tiny_llama: Path, tmp_path: Path) -> None:
     ("name", "sentence"),
     [
         ("mixtral", "int4_awq: TensorRT-LLM's experts with weights of 4 bits have inputs in FP8"),
-        ("phi3", "int4_awq: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output"),
+        ("phi3", "int4_gptq: TensorRT-LLM cuts Phi-3's joined projections as if a row of codes held one output"),
     ],
 )
 def test_weights_of_4_bits_that_would_not_load(name: str, sentence: str, tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / name, name)
     with pytest.raises(CompatibilityError) as caught:
-        plan_for(checkpoint, tmp_path, "compress.format=int4_awq", "compress.group_size=64")
+        plan_for(
+            checkpoint, tmp_path, f"compress.format={sentence.split(':', maxsplit=1)[0]}", "compress.group_size=64"
+        )
     assert sentence in str(caught.value)
     plan_for(checkpoint, tmp_path, "compress.format=fp8")

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
-from trtbuild.compress.textfiles import Message, TextFile, read_rows
+from trtbuild.compress.chat import Chat
+from trtbuild.compress.textfiles import TextFile, read_rows
 from trtbuild.errors import RecipeError
 
 Write = Callable[[str, str | bytes], Path]
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
 
 
-def values(path: Path, column: str | None = None) -> list[str | list[Message]]:
-    return [row.value for row in read_rows(TextFile(path, column))]
+def values(path: Path, column: str | None = None) -> list[Any]:
+    found = [row.value for row in read_rows(TextFile(path, column))]
+    return [list(value.messages) if isinstance(value, Chat) else value for value in found]
 
 
 def refusal(path: Path, column: str | None = None) -> tuple[str, str]:
@@ -113,7 +115,7 @@ def test_bad_file_is_refused(write: Write, name: str, content: str | bytes, sent
 
 def test_missing_file_and_directory_are_refused(tmp_path: Path) -> None:
     assert "none.txt does not exist; give the path" in refusal(tmp_path / "none.txt")[1]
-    assert "is not a file" in refusal(tmp_path)[1]
+    assert "holds no file of text" in refusal(tmp_path)[1]
 
 
 def test_unreadable_file_is_refused(tmp_path: Path) -> None:

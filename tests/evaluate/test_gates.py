@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from trtbuild.gates import check_gates, default_max_perplexity_ratio
+from trtbuild.support import QUANT_ALGO
 
 
 def measured(ratio: float = 1.02, divergence: float = 0.01, agreement: float = 0.95) -> dict[str, Any]:
@@ -68,9 +69,7 @@ def test_infinite_ratio_fails() -> None:
 
 def test_default_thresholds_of_the_formats() -> None:
     assert default_max_perplexity_ratio("fp8", "none") == 1.05
-    assert default_max_perplexity_ratio("fp8", "fp8") == 1.06
+    assert default_max_perplexity_ratio("fp8", "fp8") == 1.07
     assert default_max_perplexity_ratio("int4_awq", "none") == 1.35
-    every = [
-        default_max_perplexity_ratio(weights, kv) for weights in ("none", "fp8", "int4_awq") for kv in ("none", "fp8")
-    ]
+    every = [default_max_perplexity_ratio(weights, kv) for weights in QUANT_ALGO for kv in ("none", "fp8")]
     assert min(every) > 1.0

@@ -13,6 +13,7 @@ import pytest
 
 from migrate.old_repositories import ENGINE_CONFIG, PARAMETERS, PLACEHOLDERS, STRUCTURE, write_repository
 from tiny import save_checkpoint
+from trtbuild.compat import facts
 from trtbuild.migrate.legacy import leaves
 from trtbuild.migrate.run import Migration, migrate, next_command, write_recipe
 from trtbuild.migrate.translate import Row
@@ -315,9 +316,7 @@ def test_an_engine_directory(tmp_path: Path) -> None:
         ("W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", "SmoothQuant"),
         ("W4A16_GPTQ", "GPTQ"),
         ("W4A8_QSERVE_PER_GROUP", "QServe"),
-        ("W4A8_AWQ", "W4A8-AWQ"),
-        ("NVFP4", "NVFP4"),
-        ("FP8_BLOCK_SCALES", "this kind of FP8"),
+        ("W4A8_NVFP4_FP8", "this kind of NVFP4"),
         ("W4A16", "INT4 weights without AWQ"),
         ("W9", "not known"),
     ],
@@ -333,6 +332,22 @@ def test_formats_that_are_lost(algorithm: str, lost: str, tmp_path: Path) -> Non
     # TensorRT-LLM takes no KV scales with bf16 weights.
     assert "kv_cache" not in done.document["compress"]
     assert row_of(done, "quantization.kv_cache_quant_algo").is_loss
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name"),
+    [("W8A8_SQ_PER_CHANNEL", "int8_sq"), ("NVFP4", "nvfp4"), ("FP8_BLOCK_SCALES", "fp8_block"), ("W8A16", None)],
+)
+def test_formats_that_stay_where_the_runtime_loads_them(algorithm: str, name: str | None, tmp_path: Path) -> None:
+    config: Any = copy.deepcopy(ENGINE_CONFIG)
+    config["pretrained_config"]["quantization"]["quant_algo"] = algorithm
+    for kind, table in (("trtllm-engine", "engine"), ("trtllm", "llm_api")):
+        done = migrate(str(write_engine(tmp_path / kind, config)), kind, gpu="B200")  # type: ignore[arg-type]
+        row = next(row for row in facts("formats")["weights"].values() if row["algo"] == algorithm)
+        loaded = bool(row[table])
+        assert ("format" in done.document["compress"]) == loaded, (kind, algorithm)
+        if loaded and name:
+            assert at(done.document, "compress.format") == name
 
 
 def test_a_repository_brings_its_engine_and_the_smaller_limit_holds(tmp_path: Path) -> None:

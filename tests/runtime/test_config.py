@@ -59,7 +59,7 @@ def test_an_engine_is_loaded_by_its_file(checkpoint: Callable[..., Path]) -> Non
             "token a step")),
         ({"device": "tpu"}, "device: 'tpu' is not allowed; allowed are auto, cpu, cuda"),
         ({"enable_chunked_prefill": "yes"}, "enable_chunked_prefill: 'yes' is not allowed; allowed are true and false"),
-        ({"kv_cache": {"dtype": "int8"}}, "kv_cache.dtype: 'int8' is not allowed; allowed are auto, fp8"),
+        ({"kv_cache": {"dtype": "int4"}}, "kv_cache.dtype: 'int4' is not allowed; allowed are auto, fp8, nvfp4, int8"),
         ({"kv_cache": {"max_tokens": 8}}, (
             "kv_cache.max_tokens: 8 is less than one block of 16 tokens; raise it to at least 16")),
         ({"kv_cache": {"free_gpu_memory_fraction": 1.5}}, (

@@ -9,19 +9,24 @@ experts and where the file has one matrix for them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trtbuild.adapters import trtllm_fused
 from trtbuild.adapters import trtllm_tensors as rules
 from trtbuild.checkpoint_files import CheckpointFiles
 from trtbuild.errors import ArtifactError, Problem
+from trtbuild.format_support import Part, recipe_name, refused_flow
 from trtbuild.model import read_tensors
 from trtbuild.releases import find_release
-from trtbuild.support import refused_format, sm_version
+from trtbuild.support import MIXED, refused_format, sm_version
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
+_KV_CACHES = ("FP8", "NVFP4")
+# quantization/modelopt_config.py @2edf354d: ModelOpt's name of a format that has another one here.
+_ALIASES = {"fp8_pb_wo": "FP8_BLOCK_SCALES"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +72,35 @@ def check(files: CheckpointFiles, version: str, layout: Layout) -> list[Checkpoi
     tensors = {tensor.name: tensor for tensor in read_tensors(files)}
     reader = rules.Reader(files, tensors)
     linears = rules.linears(tensors)
+
+    def divided(layers: Iterable[rules.Linear], quantized: rules.Quantized) -> rules.Found:
+        return rules.divisions(layers, quantized, layout.tensor_parallel_size, layout.attention_dp)
+
     steps: list[tuple[str, Callable[[], rules.Found]]] = [
-        ("packing", lambda: rules.packing(linears, found)),
+        ("packing", lambda: _by_format(linears, found, rules.packing)),
         ("excluded modules", lambda: rules.exclusions(linears, found)),
         ("scales", lambda: rules.scales(linears, reader)),
-        ("fused projections", lambda: trtllm_fused.fused(linears, found, reader)),
-        ("AWQ input scales", lambda: trtllm_fused.pre_quant_scales(linears, found)),
+        ("fused projections", lambda: _by_format(linears, found, partial(trtllm_fused.fused, reader=reader))),
+        ("AWQ input scales", lambda: _by_format(linears, found, trtllm_fused.pre_quant_scales)),
         ("KV cache scales", lambda: rules.kv_scales(tensors, found, reader)),
-        ("tensor parallel", lambda: rules.divisions(linears, found, layout.tensor_parallel_size, layout.attention_dp)),
+        ("tensor parallel", lambda: _by_format(linears, found, divided)),
     ]
+    if found.layers:
+        steps.append(("formats of joined projections", lambda: trtllm_fused.same_formats(linears, found)))
     for name, step in steps:
         problems, detail = step()
         checks.append(CheckpointCheck(name, tuple(problems), detail))
-    return [*checks, _gpu(found, version, layout)]
+    return [*checks, _release(found, version), _gpu(found, version, layout)]
+
+
+def _by_format(
+    linears: Iterable[rules.Linear],
+    found: rules.Quantized,
+    rule: Callable[[list[rules.Linear], rules.Quantized], rules.Found],
+) -> rules.Found:
+    """A rule on the layers of each format of the checkpoint."""
+    results = [rule(layers, quantized) for quantized, layers in found.split(linears)]
+    return [problem for problems, _ in results for problem in problems], "; ".join(detail for _, detail in results)
 
 
 def recognize(config: Mapping[str, Any], beside: Mapping[str, Any]) -> tuple[rules.Quantized, list[str]]:
@@ -100,33 +121,68 @@ def recognize(config: Mapping[str, Any], beside: Mapping[str, Any]) -> tuple[rul
     if not (isinstance(producer, dict) and producer.get("name") == "modelopt"):
         problems.append(f"{HF_QUANT_CONFIG}: producer.name is not modelopt, so it is not recognized")
     found = rules.Quantized(
-        algo=nested.get("quant_algo"),
+        algo=_ALIASES.get(str(nested.get("quant_algo")), nested.get("quant_algo")),
         kv_algo=nested.get("kv_cache_quant_algo"),
         group_size=nested.get("group_size"),
         exclude=tuple(nested.get("exclude_modules") or ()),
+        layers=_layers(nested) if nested.get("quant_algo") == MIXED else {},
     )
+    if found.algo == MIXED and not found.layers:
+        problems.append(f"{HF_QUANT_CONFIG}: {MIXED}, but quantized_layers names no layer")
     if found.algo is None:
         # ValueError in llmapi/llm_utils.py (@0066b2a5), also where only the KV cache is quantized.
         problems.append(f"{HF_QUANT_CONFIG}: names no quant_algo, which TensorRT-LLM requires of this file")
-    if found.algo is not None and found.algo not in rules.LAYOUTS:
+    named: set[str | None] = {layer.algo for layer in found.layers.values()} or {found.algo}
+    for algo in sorted(str(name) for name in named if name is not None and name not in rules.LAYOUTS):
         known = ", ".join(sorted(rules.LAYOUTS))
         problems.append(
-            f"{HF_QUANT_CONFIG}: quant_algo {found.algo} has no tensors that trtbuild can check, only {known}"
+            f"{HF_QUANT_CONFIG}: quant_algo {algo} has no linear layer in TensorRT-LLM's LLM API, only {known}"
         )
-    if found.kv_algo not in (None, "FP8"):
-        problems.append(f"{HF_QUANT_CONFIG}: kv_cache_quant_algo {found.kv_algo} is not FP8")
+    if found.kv_algo not in (None, *_KV_CACHES):
+        known = " or ".join(_KV_CACHES)
+        problems.append(f"{HF_QUANT_CONFIG}: kv_cache_quant_algo {found.kv_algo} is not {known}")
     problems += _disagreement(found, inline)
     return found, problems
+
+
+def _layers(nested: Mapping[str, Any]) -> dict[str, rules.Quantized]:
+    """The format of each layer, as tensorrt_llm/_torch/model_config.py @008e0af8 reads `quantized_layers`."""
+    listed = nested.get("quantized_layers")
+    entries = listed if isinstance(listed, dict) else {}
+    return {
+        name: rules.Quantized(entry.get("quant_algo"), nested.get("kv_cache_quant_algo"), entry.get("group_size"))
+        for name, entry in entries.items()
+    }
 
 
 def _disagreement(found: rules.Quantized, inline: Any) -> list[str]:
     """Where the two files name different algorithms: upstream warns, and tools that read the other one are misled."""
     if not isinstance(inline, dict):
         return []
-    named = inline.get("quant_algo")
+    named = _ALIASES.get(str(inline.get("quant_algo")), inline.get("quant_algo"))
     if named is not None and named != found.algo:
         return [f"config.json names quant_algo {named}, {HF_QUANT_CONFIG} {found.algo}"]
     return []
+
+
+def _release(found: rules.Quantized, version: str) -> CheckpointCheck:
+    """Whether the LLM API of this release has the formats at all."""
+    release = find_release(version, allow_unknown=True)
+    if isinstance(release, Problem):
+        return CheckpointCheck("release", (f"TensorRT-LLM {version} is in no table",))
+    parts: list[tuple[Part, str | None]] = [("kv_cache", found.kv_algo)]
+    parts = [("weights", algo) for algo in _algos(found)] + parts
+    reasons = [
+        f"{algo}: {why}"
+        for part, algo in parts
+        if algo is not None and (why := refused_flow(part, recipe_name(part, algo), "llm-api", release.line))
+    ]
+    return CheckpointCheck("release", tuple(reasons), f"TensorRT-LLM {version}")
+
+
+def _algos(found: rules.Quantized) -> list[str | None]:
+    """The formats of layers."""
+    return [*sorted({str(layer.algo) for layer in found.layers.values()})] or [found.algo]
 
 
 def _gpu(found: rules.Quantized, version: str, layout: Layout) -> CheckpointCheck:
@@ -136,7 +192,7 @@ def _gpu(found: rules.Quantized, version: str, layout: Layout) -> CheckpointChec
     release = find_release(version, allow_unknown=True)
     if sm is None or isinstance(release, Problem):
         return CheckpointCheck("GPU", (f"{layout.gpu} with TensorRT-LLM {version} is in no table",))
-    wanted = [found.algo] + ([f"kv:{found.kv_algo}"] if found.kv_algo else [])
+    wanted = _algos(found) + ([f"kv:{found.kv_algo}"] if found.kv_algo else [])
     reasons = [reason for algo in wanted if (reason := refused_format(release.line, algo, sm)) is not None]
     return CheckpointCheck("GPU", tuple(reasons), f"{layout.gpu}, SM{sm}")
 

@@ -55,6 +55,25 @@ def fused(layers: Iterable[Linear], quantized: Quantized, reader: Reader) -> Fou
     return few(problems), shown
 
 
+def same_formats(layers: Iterable[Linear], quantized: Quantized) -> Found:
+    """Joined projections and all experts of a module take one entry of `quantized_layers`, whatever the others say.
+
+    tensorrt_llm/_torch/models/modeling_utils.py, apply_layerwise_quant_config.
+    """
+    formats: dict[str, set[object]] = defaultdict(set)
+    for layer in layers:
+        parent, _, short = layer.name.rpartition(".")
+        group = next((names for names in FUSED if short in names), (short,))
+        name = (
+            layer.name.partition(".experts.")[0] + ".experts" if layer.is_expert else f"{parent}.{{{','.join(group)}}}"
+        )
+        found = quantized.layers.get(layer.name)
+        formats[name].add((found.algo, found.group_size) if found else None)
+    mixed = [f"{name}: in several formats; TensorRT-LLM joins them into one layer" for name, found in formats.items()
+             if len(found) > 1]  # fmt: skip
+    return few(mixed), f"{len(quantized.layers)} layers with a format of their own"
+
+
 def _unequal(
     name: str, members: list[Linear], reader: Reader, scales: Iterable[str] = ("input_scale", "weight_scale_2")
 ) -> list[str]:

@@ -11,7 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trtbuild.checkpoint_files import CheckpointFiles
 from trtbuild.safetensors_header import TensorInfo
@@ -38,6 +38,20 @@ class Quantized:
     kv_algo: str | None = None
     group_size: int | None = None
     exclude: tuple[str, ...] = ()
+    layers: Mapping[str, Quantized] = field(default_factory=dict)  # of MIXED_PRECISION, by the layer's name
+
+    def split(self, linears: Iterable[Linear]) -> list[tuple[Quantized, list[Linear]]]:
+        """The layers of each format with what holds for it; those in floating point are among the first."""
+        if not self.layers:
+            return [(self, list(linears))]
+        parts: dict[tuple[str | None, int | None], list[Linear]] = {}
+        first = next(iter(self.layers.values()))
+        for linear in linears:
+            found = self.layers.get(linear.name, first)
+            parts.setdefault((found.algo, found.group_size), []).append(linear)
+        return [
+            (Quantized(algo, self.kv_algo, group, self.exclude), members) for (algo, group), members in parts.items()
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +80,40 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """How one format stores a weight: its type, elements per stored row or column, and the scales it must have."""
+    """How one format stores a weight.
+
+    Args:
+        dtype: The type of the codes.
+        rows: Outputs in a stored row.
+        columns: Inputs in a stored element.
+        scalars: Scales of one number that it must have.
+        grouped: The scales of groups of inputs, whose size ``group_size`` says.
+        rowwise: The scales of single outputs.
+        tiled: The scales of tiles of 128 x 128, [O/128, 1, I/128, 1] or without the ones.
+    """
 
     dtype: str
     rows: int = 1
     columns: int = 1
     scalars: tuple[str, ...] = ()
     grouped: str | None = None
+    rowwise: str | None = None
+    tiled: str | None = None
 
 
+# By quant_algo as TensorRT-LLM has it. Formats without a linear layer in TensorRT-LLM have no row.
 LAYOUTS: Mapping[str, Storage] = {
     "FP8": Storage("F8_E4M3", scalars=("weight_scale", "input_scale")),
+    "FP8_PER_CHANNEL_PER_TOKEN": Storage("F8_E4M3", rowwise="weight_scale"),
+    "FP8_BLOCK_SCALES": Storage("F8_E4M3", tiled="weight_scale"),
+    "W8A16": Storage("I8", rowwise="weight_scale"),
     "W4A16_AWQ": Storage("U8", rows=2, grouped="weight_scale"),
     "W4A8_AWQ": Storage("U8", rows=2, grouped="weight_scale", scalars=("weight_scale_2", "input_scale")),
     "NVFP4": Storage("U8", columns=2, grouped="weight_scale", scalars=("weight_scale_2", "input_scale")),
+    "W4A16_NVFP4": Storage("U8", columns=2, grouped="weight_scale", scalars=("weight_scale_2",)),
+    "MXFP8": Storage("F8_E4M3", grouped="weight_scale"),
 }
+_TILE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +175,7 @@ def packing(layers: Iterable[Linear], quantized: Quantized) -> Found:
         problems += [f"{layer.name}: {name} is missing" for name in storage.scalars if name not in layer.scales]
         problems += _one_number(layer, storage.scalars)
         problems += _grouped(layer, storage, quantized)
+        problems += _shaped(layer, storage)
     if not count:
         problems.append(f"quant_algo is {quantized.algo}, but no layer is quantized")
     return few(problems), f"{count} layers in {quantized.algo}"
@@ -171,6 +205,26 @@ def _grouped(layer: Linear, storage: Storage, quantized: Quantized) -> list[str]
         return []
     shown = "is missing" if found is None else f"has shape {list(found)}, not {list(expected)}"
     return [f"{layer.name}: {storage.grouped} {shown}"]
+
+
+def _shaped(layer: Linear, storage: Storage) -> list[str]:
+    """The scales of outputs and of tiles."""
+    outputs, inputs = logical_shape(layer, storage)
+    tiles = (-(-outputs // _TILE), -(-inputs // _TILE))
+    wanted = {
+        storage.rowwise: ((outputs,),),
+        storage.tiled: (tiles, (tiles[0], 1, tiles[1], 1)),
+    }
+    problems = []
+    for name, shapes in wanted.items():
+        if name is None:
+            continue
+        scale = layer.scales.get(name)
+        if scale is None:
+            problems.append(f"{layer.name}: {name} is missing")
+        elif scale.shape not in shapes:
+            problems.append(f"{layer.name}: {name} has shape {list(scale.shape)}, not {list(shapes[0])}")
+    return problems
 
 
 def logical_shape(layer: Linear, storage: Storage | None) -> tuple[int, int]:

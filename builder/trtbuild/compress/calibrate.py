@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from trtbuild.compress.blocks import is_finite
+from trtbuild.compress.overflow import first_overflow, overflow_error
 from trtbuild.compress.request import Meter
 from trtbuild.runtime.experts import UnfusedExperts
 
@@ -38,6 +41,8 @@ def calibration_loop(samples: Sequence[Sequence[int]], meter: Meter, passes: Seq
         samples: Token ids, one list per sample.
         meter: Told after every decoder layer.
         passes: For each call of the loop what it does, and what one decoder layer costs in it.
+
+    The loop raises ToolError where an activation is not finite, and names the module.
     """
     remaining = list(passes)
 
@@ -51,18 +56,46 @@ def calibration_loop(samples: Sequence[Sequence[int]], meter: Meter, passes: Seq
         def tick(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001  the signature of a hook
             sample, layer = divmod(position[0], len(layers))
             position[0] += 1
+            hidden = output[0] if isinstance(output, tuple) else output
+            if not is_finite(hidden):
+                raise _OverflowError
             meter.advance(cost, f"{what}: sample {sample + 1} of {len(samples)}, layer {layer + 1} of {len(layers)}")
 
         handles = [layer.register_forward_hook(tick) for layer in layers]
         try:
             with torch.no_grad():
-                for sample in samples:
-                    model(input_ids=torch.tensor([list(sample)], device=device), **arguments)
+                for index, sample in enumerate(samples):
+                    ids = torch.tensor([list(sample)], device=device)
+                    _run(model, index, partial(model, input_ids=ids, **arguments))
         finally:
             for handle in handles:
                 handle.remove()
 
     return loop
+
+
+class _OverflowError(Exception):
+    """A decoder layer's output is not finite."""
+
+
+def _run(model: nn.Module, index: int, run: Callable[[], object]) -> None:
+    """Run one sample.
+
+    Raises:
+        ToolError: An activation is not finite; names the module.
+    """
+    try:
+        run()
+    except (_OverflowError, AssertionError) as error:  # the second is ModelOpt's answer to a range that is not finite
+        culprit = first_overflow(model, "", lambda: _until_overflow(run))
+        if culprit is None:
+            raise
+        raise overflow_error(index, culprit, next(model.parameters()).dtype) from error
+
+
+def _until_overflow(run: Callable[[], object]) -> None:
+    with suppress(_OverflowError):
+        run()
 
 
 def forward_arguments(model: nn.Module) -> dict[str, Any]:
@@ -85,6 +118,40 @@ def count_expert_tokens(model: nn.Module) -> Iterator[dict[str, list[int]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def tally_experts(model: nn.Module, prefix: str, tokens: int) -> Iterator[dict[str, list[int]]]:
+    """Count, while open, what every expert receives of the first `tokens` tokens: of one pass over the samples.
+
+    The result is by the name of the experts module, which begins with `prefix`; it is empty where nothing passed.
+    """
+    counts: dict[str, list[int]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, UnfusedExperts):
+            full = ".".join(part for part in (prefix, name) if part)
+            handles.append(module.register_forward_pre_hook(_tally(counts, full, module.num_experts, tokens)))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tally(counts: dict[str, list[int]], name: str, experts: int, tokens: int) -> Callable[[nn.Module, Any], None]:
+    left = [tokens]
+
+    def count(module: nn.Module, args: Any) -> None:  # noqa: ARG001  the signature of a hook
+        chosen = args[1]  # [T, k]
+        if left[0] <= 0:
+            return
+        left[0] -= len(chosen)
+        seen = counts.setdefault(name, [0] * experts)
+        for index, number in enumerate(torch.bincount(chosen.flatten(), minlength=experts).tolist()[:experts]):
+            seen[index] += number
+
+    return count
 
 
 def _counter(counts: list[int]) -> Callable[[nn.Module, Any], None]:

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 
 from trtbuild.compress.blocks import TensorBlocks
+from trtbuild.compress.groups import FUSED_BY_ENGINES
 from trtbuild.compress.metadata import read_json
 from trtbuild.compress.request import Request
-from trtbuild.compress.selection import FUSED_BY_ENGINES, Selection
+from trtbuild.compress.selection import Selection
 from trtbuild.compress.source import read_tensors
 from trtbuild.compress.threads import workers
 from trtbuild.errors import ToolError
 from trtbuild.safetensors_header import TensorInfo
-from trtbuild.weight_formats import is_searched
+from trtbuild.weight_formats import is_searched, takes_group
 
 _Form = tuple[str, tuple[int, ...]]  # type and shape of a tensor
 _SHOWN = 3
@@ -43,7 +44,7 @@ class Checked:
     conforming: int  # with at most two that are not zero
 
 
-class _Values:
+class Values:
     """Tensor values of a checkpoint directory, whole or block by block."""
 
     def __init__(self, directory: Path, infos: Mapping[str, TensorInfo]) -> None:
@@ -66,23 +67,26 @@ def check_export(request: Request, selection: Selection, source: Mapping[str, Te
             with an unusable scale, not pruned to the wanted pattern, or with scales that differ where engines need one.
     """
     infos = read_tensors(request.output)
-    values = _Values(request.output, infos)
+    values = Values(request.output, infos)
     weights = {name.removesuffix(".weight"): info for name, info in infos.items() if name.endswith(".weight")}
     quantized = sorted(name for name, info in weights.items() if info.dtype in {"F8_E4M3", "U8", "I8"})
     wanted = sorted(selection.compressed.values())
-    if request.format != "none":
-        _refuse("not quantized, although compress.exclude does not name it", set(wanted) - set(quantized))
-        _refuse("quantized, although it is excluded", set(quantized) - set(wanted))
+    formats = selection.disk_formats
+    if formats:
+        refuse("not quantized, although compress.exclude does not name it", set(formats) - set(quantized))
+        refuse("quantized, although it has no format", set(quantized) - set(formats))
         _check_every_matrix(request, infos, selection, quantized)
         with workers() as pool:
-            checking = [pool.submit(_check_layer, request, layer, infos, values, source) for layer in quantized]
+            checking = [
+                pool.submit(_check_layer, request, layer, formats[layer], infos, values, source) for layer in quantized
+            ]
             for checked in checking:
                 checked.result()
         _check_shared_inputs(quantized, values, infos)
-    _check_source_is_covered(infos, source)
-    if request.kv_cache == "fp8":
+    check_source_is_covered(infos, source)
+    if request.kv_cache != "none":
         _check_kv_scales(request, infos, values)
-    groups, conforming = _check_pattern(request, wanted, values) if request.sparse else (0, 0)
+    groups, conforming = _check_pattern(formats, wanted, values) if request.sparse else (0, 0)
     return Checked(
         tensors=len(infos),
         bytes=sum(info.bytes for info in infos.values()),
@@ -93,7 +97,8 @@ def check_export(request: Request, selection: Selection, source: Mapping[str, Te
     )
 
 
-def _refuse(problem: str, names: set[str]) -> None:
+def refuse(problem: str, names: set[str]) -> None:
+    """Raise a ToolError that says what is wrong with these tensors or layers, if there are any."""
     if names:
         shown = sorted(names)
         more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
@@ -106,41 +111,46 @@ def _check_every_matrix(
     """Count from the files: what has two dimensions or more is quantized, or named as left alone."""
     matrices = {name.rpartition(".")[0] for name, info in infos.items() if len(info.shape) >= 2}
     alone = matrices - set(quantized)
-    _refuse("not quantized, although no exclude pattern names it", alone - selection.uncompressed)
+    refuse("not quantized, although no exclude pattern names it", alone - selection.uncompressed)
     # The exporter lists in its config what it has left alone; readers skip exactly that.
     listed = read_json(request.output / "hf_quant_config.json")["quantization"]["exclude_modules"]
     covered = {name for name in matrices if any(fnmatchcase(name, pattern) for pattern in listed)}
-    _refuse("named in exclude_modules, although it is quantized", covered & set(quantized))
-    _refuse("not quantized, and exclude_modules does not say so", alone - covered)
+    refuse("named in exclude_modules, although it is quantized", covered & set(quantized))
+    refuse("not quantized, and exclude_modules does not say so", alone - covered)
 
 
-def _check_source_is_covered(infos: Mapping[str, TensorInfo], source: Mapping[str, TensorInfo]) -> None:
+def check_source_is_covered(infos: Mapping[str, TensorInfo], source: Mapping[str, TensorInfo]) -> None:
     """Every tensor of the source is there again, experts by their names on disk."""
     lost = {name for name, info in source.items() if name not in infos and len(info.shape) < 3}
-    _refuse("in the source, but not exported", {name for name in lost if not name.endswith("rotary_emb.inv_freq")})
+    refuse("in the source, but not exported", {name for name in lost if not name.endswith("rotary_emb.inv_freq")})
 
 
 def _check_layer(
-    request: Request, layer: str, infos: Mapping[str, TensorInfo], values: _Values, source: Mapping[str, TensorInfo]
+    request: Request,
+    layer: str,
+    name_of_format: str,
+    infos: Mapping[str, TensorInfo],
+    values: Values,
+    source: Mapping[str, TensorInfo],
 ) -> None:
     original = source.get(f"{layer}.weight")
     weight = infos[f"{layer}.weight"]
-    out, into = original.shape if original is not None else _logical_shape(request, weight)
-    expected = expected_tensors(request.format, out, into, request.group_size or into)
-    if is_searched(request.format) and f"{layer}.pre_quant_scale" in infos:
+    out, into = original.shape if original is not None else _logical_shape(name_of_format, weight)
+    expected = expected_tensors(name_of_format, out, into, request.group_size or into)
+    if is_searched(name_of_format) and f"{layer}.pre_quant_scale" in infos:
         expected["pre_quant_scale"] = ("BF16", (into,))
     for leaf, (dtype, shape) in expected.items():
         name = f"{layer}.{leaf}"
         info = infos.get(name)
         if info is None:
-            _refuse("missing from the export", {name})
+            refuse("missing from the export", {name})
         elif (info.dtype, info.shape) != (dtype, shape):
-            _refuse(f"{info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}", {name})
+            refuse(f"{info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}", {name})
         elif leaf != "weight":
-            _check_scale(name, values[name])
+            check_scale(name, values[name])
     codes = values.blocks(f"{layer}.weight") if weight.dtype == "F8_E4M3" else iter(())
     if any(int((block.view(torch.uint8) & _E4M3_NAN).max()) == _E4M3_NAN for block in codes):
-        _refuse("holds NaN codes", {f"{layer}.weight"})
+        refuse("holds NaN codes", {f"{layer}.weight"})
 
 
 def expected_tensors(name: str, out: int, into: int, group: int) -> dict[str, _Form]:
@@ -169,8 +179,10 @@ def expected_tensors(name: str, out: int, into: int, group: int) -> dict[str, _F
         },
         "int8_weight_only": {"weight": ("I8", (out, into)), "weight_scale": rows},
         "int4_awq": int4,
+        "int4_gptq": int4,
         "w4a8_awq": int4 | {"weight_scale_2": one, "input_scale": one},
         "nvfp4": fp4 | {"input_scale": one},
+        "nvfp4_awq": fp4 | {"input_scale": one},
         "w4a16_nvfp4": fp4,
         "mxfp4": {"weight": ("U8", (out, into // 2)), "weight_scale": ("U8", (out, into // 32))},
         "mxfp8": {"weight": fp8, "weight_scale": ("U8", (out, into // 32))},
@@ -178,33 +190,34 @@ def expected_tensors(name: str, out: int, into: int, group: int) -> dict[str, _F
     return table[name]
 
 
-def _logical_shape(request: Request, info: TensorInfo) -> tuple[int, ...]:
+def _logical_shape(name: str, info: TensorInfo) -> tuple[int, ...]:
     if info.dtype != "U8":
         return info.shape
-    return (info.shape[0] * 2, info.shape[1]) if is_searched(request.format) else (info.shape[0], info.shape[1] * 2)
+    return (info.shape[0] * 2, info.shape[1]) if takes_group(name) else (info.shape[0], info.shape[1] * 2)
 
 
-def _check_scale(name: str, scale: torch.Tensor) -> None:
+def check_scale(name: str, scale: torch.Tensor) -> None:
+    """Refuse scales that are zero, negative, infinite or NaN."""
     if scale.dtype == torch.uint8:  # an exponent of two
         if bool((scale == _E8M0_NAN).any()):
-            _refuse("scales must be finite", {name})
+            refuse("scales must be finite", {name})
         return
     scale = scale.float()
     if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
-        _refuse("scales must be positive and finite", {name})
+        refuse("scales must be positive and finite", {name})
 
 
-def _check_shared_inputs(quantized: list[str], values: _Values, infos: Mapping[str, TensorInfo]) -> None:
+def _check_shared_inputs(quantized: list[str], values: Values, infos: Mapping[str, TensorInfo]) -> None:
     for layers in _groups(quantized):
         scales = [name for layer in layers if (name := f"{layer}.input_scale") in infos]
         if len({float(values[name]) for name in scales}) > 1:
-            _refuse("engines load them as one matrix, so their input scales must be equal", set(scales))
+            refuse("engines load them as one matrix, so their input scales must be equal", set(scales))
         seconds = [name for layer in layers if (name := f"{layer}.weight_scale_2") in infos]
         if len({float(values[name]) for name in seconds}) > 1:
-            _refuse("engines load them as one matrix, so their weight_scale_2 must be equal", set(seconds))
+            refuse("engines load them as one matrix, so their weight_scale_2 must be equal", set(seconds))
         smooth = [name for layer in layers if (name := f"{layer}.pre_quant_scale") in infos]
         if smooth and not all(torch.equal(values[smooth[0]], values[name]) for name in smooth[1:]):
-            _refuse("engines load them as one matrix, so their pre_quant_scale must be equal", set(smooth))
+            refuse("engines load them as one matrix, so their pre_quant_scale must be equal", set(smooth))
 
 
 def _groups(layers: list[str]) -> Iterator[list[str]]:
@@ -218,7 +231,7 @@ def _groups(layers: list[str]) -> Iterator[list[str]]:
     return iter(found.values())
 
 
-def _check_kv_scales(request: Request, infos: Mapping[str, TensorInfo], values: _Values) -> None:
+def _check_kv_scales(request: Request, infos: Mapping[str, TensorInfo], values: Values) -> None:
     config: Any = read_json(request.output / "config.json")
     count = config.get("text_config", config)["num_hidden_layers"]
     for leaf in ("k_scale", "v_scale"):
@@ -226,33 +239,33 @@ def _check_kv_scales(request: Request, infos: Mapping[str, TensorInfo], values: 
         if len(names) != count:
             raise ToolError(f"ModelOpt's export has {len(names)} {leaf} for {count} layers")
         for name in names:
-            _check_scale(name, values[name])
+            check_scale(name, values[name])
 
 
-def _check_pattern(request: Request, layers: list[str], values: _Values) -> tuple[int, int]:
+def _check_pattern(formats: Mapping[str, str], layers: list[str], values: Values) -> tuple[int, int]:
     """Groups of four neighbouring weights along the input, and how many have at most two that are not zero: all."""
     groups = conforming = 0
     dense = []
     for layer in layers:
         found = fitting = 0
         for block in values.blocks(f"{layer}.weight"):
-            used = (_codes(request, block).reshape(-1, 4) != 0).sum(dim=1)
+            used = (_codes(formats.get(layer, "none"), block).reshape(-1, 4) != 0).sum(dim=1)
             found += used.numel()
             fitting += int((used <= 2).sum())
         groups += found
         conforming += fitting
         if fitting != found:
             dense.append(f"{layer}.weight ({found - fitting:,} of {found:,} groups)")
-    _refuse(f"not 2:4, only {conforming:,} of {groups:,} groups have at most two weights that are not zero", set(dense))
+    refuse(f"not 2:4, only {conforming:,} of {groups:,} groups have at most two weights that are not zero", set(dense))
     return groups, conforming
 
 
-def _codes(request: Request, block: torch.Tensor) -> torch.Tensor:
+def _codes(name: str, block: torch.Tensor) -> torch.Tensor:
     """What is zero where a weight is, neighbours along the input beside each other.
 
     A byte of INT4 holds two outputs, a byte of FP4 two inputs, each with a sign.
     """
-    if block.dtype == torch.uint8 and is_searched(request.format):
+    if block.dtype == torch.uint8 and takes_group(name):
         return torch.stack((block & 15, block >> 4))
     if block.dtype == torch.uint8:
         return torch.stack((block & 7, block >> 4 & 7), dim=1)

@@ -155,6 +155,9 @@ def is_direct(skeleton: Skeleton, selection: Selection, request: Request) -> boo
     weights = [skeleton.parts[f"{name}.weight"] for name in selection.compressed]
     return (
         request.format in CODINGS
+        and request.checkpoint == "modelopt"
+        and not request.mixed
+        and selection.formats.keys() == selection.compressed.keys()
         and request.kv_cache == "none"
         and not request.sparse
         and all(part.is_whole(skeleton.slot(place)) for place, part in skeleton.parts.items())

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from trtbuild.compress.groups import FUSED_BY_ENGINES
 from trtbuild.compress.metadata import read_json, write_json, write_metadata
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
-from trtbuild.errors import ToolError
+from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.toolchain import version_of
-from trtbuild.weight_formats import is_searched
+from trtbuild.weight_formats import is_solved, takes_group
 
 _SHARD_BYTES = 5_000_000_000
+_INT8_MAX = 127
 HF_QUANT_CONFIG = "hf_quant_config.json"
 
 
@@ -35,9 +37,9 @@ def export(model: nn.Module, selection: Selection, request: Request) -> None:
     """
     from modelopt.torch.export import export_hf_checkpoint
 
-    with _rounded(model), warnings.catch_warnings(record=True) as caught:
+    with _rounded(model, selection), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with _experts_as_they_are(request):
+        with _experts_as_they_are(selection), _int8_cache():
             export_hf_checkpoint(model, dtype=_type_of(model), export_dir=request.output, max_shard_size=_SHARD_BYTES)
     skipped = [str(item.message) for item in caught if "name" in str(item.message) and "skipped" in str(item.message)]
     if skipped:
@@ -56,7 +58,7 @@ class Exported:
     kv_cache: str | None
 
 
-def export_frame(frame: nn.Module, layer: str, request: Request) -> Exported:
+def export_frame(frame: nn.Module, layer: str, selection: Selection) -> Exported:
     """What ModelOpt's exporter makes of the decoder layer named `layer`, the only one that `frame` has.
 
     These are the functions that `export_hf_checkpoint` calls in turn (modelopt/torch/export/unified_export_hf.py
@@ -78,9 +80,23 @@ def export_frame(frame: nn.Module, layer: str, request: Request) -> Exported:
 
     quant_utils.process_layer_quant_config = keep
     try:
-        with _rounded(frame), warnings.catch_warnings(), _experts_as_they_are(request), _one_cache():
+        with (
+            _rounded(frame, selection),
+            warnings.catch_warnings(),
+            _experts_as_they_are(selection),
+            _int8_cache(),
+            _one_cache(),
+        ):
             warnings.simplefilter("ignore")
             state, config = exporter._export_transformers_checkpoint(frame, _type_of(frame))  # noqa: SLF001
+    except AssertionError as error:
+        if "different quantization formats" not in str(error):
+            raise
+        raise CompatibilityError(
+            f"compress.overrides: in {layer} layers that take the same input have several formats, which ModelOpt's "
+            "exporter refuses",
+            "give all layers of this model that take one input (attention and feed-forward side by side) one format",
+        ) from error
     finally:
         quant_utils.process_layer_quant_config = process
     own = {name: tensor for name, tensor in state.items() if name.startswith(f"{layer}.")}
@@ -146,21 +162,37 @@ def _one_cache() -> Iterator[None]:
         torch.cuda.empty_cache = empty
 
 
+def _add_smoothing(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:  # noqa: ARG001
+    """A hook that adds ones as smoothing of INT4 layers that are joined to no other.
+
+    TensorRT-LLM does not load these without; it ignores the smoothing of joined layers, and loads no experts in this
+    format (NVIDIA/TensorRT-LLM: tensorrt_llm/_torch/modules/linear.py @ed53795b, `W4A16_AWQ_LinearMethod`).
+    """
+    joined = {leaf for group in FUSED_BY_ENGINES for leaf in group} | {"qkv_proj", "gate_up_proj"}
+    for layer in [name.removesuffix(".weight_scale") for name in state if name.endswith(".weight_scale")]:
+        if layer.rpartition(".")[2] not in joined and ".experts." not in layer:
+            size = state[f"{layer}.weight"].shape[1]
+            state[f"{layer}.pre_quant_scale"] = torch.ones(size, dtype=torch.bfloat16)
+
+
 @contextmanager
-def _rounded(model: nn.Module) -> Iterator[None]:
+def _rounded(model: nn.Module, selection: Selection) -> Iterator[None]:
     """While open, what the exporter takes out of the model and has not turned into codes is bf16."""
     names = {
         name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_floating_point()
     }
-    handle = model.register_state_dict_post_hook(_caster(names))
+    handles = [model.register_state_dict_post_hook(_caster(names))]
+    if any(map(is_solved, selection.formats.values())):
+        handles.append(model.register_state_dict_post_hook(_add_smoothing))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
-def _experts_as_they_are(request: Request) -> Iterator[None]:
+def _experts_as_they_are(selection: Selection) -> Iterator[None]:
     """Correct two habits of ModelOpt 0.47's exporter with the experts of an AWQ model, for one export.
 
     It knows the projections of experts by the model's class name, and refuses other classes. And it gives the gate and
@@ -172,12 +204,35 @@ def _experts_as_they_are(request: Request) -> Iterator[None]:
 
     known, sync = exporter.get_experts_list, exporter.sync_moe_gate_up_amax
     exporter.get_experts_list = _expert_projections
-    if is_searched(request.format):
+    experts = {chosen for name, chosen in selection.formats.items() if ".experts." in name}
+    if any(map(takes_group, experts or selection.formats.values())):
         exporter.sync_moe_gate_up_amax = lambda model: 0  # noqa: ARG005  the number of pairs that it changed
     try:
         yield
     finally:
         exporter.get_experts_list, exporter.sync_moe_gate_up_amax = known, sync
+
+
+@contextmanager
+def _int8_cache() -> Iterator[None]:
+    """While open, the exporter of ModelOpt 0.47 takes a KV cache in INT8, which it would refuse.
+
+    Its scales are the largest magnitude / 127, as in its TensorRT-LLM export (`get_kv_cache_scaling_factor`).
+    """
+    from modelopt.torch.export import unified_export_hf as exporter
+
+    original = exporter.postprocess_state_dict
+
+    def postprocess(state: dict[str, Any], bound: float, cache: str | None, *more: Any, **named: Any) -> Any:
+        if cache == "INT8":
+            bound, cache = _INT8_MAX, "NVFP4"  # one that is handled alike
+        return original(state, bound, cache, *more, **named)
+
+    exporter.postprocess_state_dict = postprocess
+    try:
+        yield
+    finally:
+        exporter.postprocess_state_dict = original
 
 
 def _expert_projections(block: Any, model_type: str) -> list[list[nn.Module]]:  # noqa: ARG001  the exporter's signature
@@ -202,7 +257,7 @@ def _complete_metadata(nested: dict[str, Any], flat: dict[str, Any], selection: 
     """Complete both quantization configs and write them: every unquantized layer named, both telling the same."""
     section = nested["quantization"]
     section["exclude_modules"] = sorted({*(section.get("exclude_modules") or ()), *selection.uncompressed})
-    if is_searched(request.format):
+    if not selection.mixed and takes_group(request.single):
         section |= {"group_size": request.group_size, "has_zero_point": False, "pre_quant_scale": True}
     flat["ignore"] = section["exclude_modules"]
     _check_producer(nested, flat)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from trtbuild.compress.batches import batch_tokens
 from trtbuild.compress.request import Request
 from trtbuild.manifest import digest_json
 from trtbuild.safetensors_header import TensorInfo
@@ -16,7 +18,7 @@ _LIBRARIES = ("torch", "transformers", "nvidia-modelopt", "safetensors")
 
 
 def resume_key(
-    request: Request, source: Mapping[str, TensorInfo], ids: Sequence[Sequence[int]], device: torch.device, batch: int
+    request: Request, source: Mapping[str, TensorInfo], ids: Sequence[Sequence[int]], device: torch.device
 ) -> str:
     """A digest of the request, its inputs, the libraries, and how this host computes.
 
@@ -27,7 +29,6 @@ def resume_key(
         source: The tensors of the source.
         ids: The calibration samples.
         device: Where layers run.
-        batch: How many samples run at once.
     """
     return digest_json(
         {
@@ -42,11 +43,14 @@ def resume_key(
                 "sparsity_method": request.sparsity_method,
                 "kv_cache": request.kv_cache,
                 "exclude": list(request.exclude),
+                "overrides": [list(item) for item in request.overrides],
+                "checkpoint": request.checkpoint,
+                "auto": None if request.auto is None else asdict(request.auto),
                 "trust_remote_code": request.trust_remote_code,
             },
             "files": _files(request, source) if request.key is None else None,
             "samples": [list(sample) for sample in ids],
-            "batch": batch,
+            "batch_tokens": batch_tokens(device),
         }
     )
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from trtbuild.compress.batches import Batch
 from trtbuild.compress.blocks import is_finite
+from trtbuild.compress.overflow import first_overflow, overflow_error
 from trtbuild.compress.request import Meter
 from trtbuild.compress.skeleton import Call
 from trtbuild.compress.states import States
-from trtbuild.errors import ToolError
 
 
 @dataclass(slots=True)
@@ -27,23 +26,21 @@ class LayerLoop:
     Args:
         layer: The decoder layer.
         name: Its name in the model.
-        calls: What it is called with beside the state, by the number of samples at once.
+        calls: What it is called with beside the state, by the shape of a batch.
         states: For each call the states before the layer, and where those behind it go (None behind the last layer);
             the last pair for all further calls.
-        count: Number of samples.
-        batch: How many run at once.
+        batches: The samples, in the order in which they run.
         device: Where the layer runs.
         passes: For each call what it does, and what one layer costs in it.
-        meter: Told after every sample.
+        meter: Told after every batch.
         where: The layer, for the progress.
     """
 
     layer: nn.Module
     name: str
-    calls: Mapping[int, Call]
+    calls: Mapping[tuple[int, int], Call]
     states: Sequence[tuple[States, States | None]]
-    count: int
-    batch: int
+    batches: Sequence[Batch]
     device: torch.device
     passes: Sequence[tuple[str, int]]
     meter: Meter
@@ -54,14 +51,15 @@ class LayerLoop:
         """Run every sample once."""
         what, cost = self.passes[min(self.done, len(self.passes) - 1)]
         inputs, outputs = self.states[min(self.done, len(self.states) - 1)]
+        count = sum(batch.size for batch in self.batches)
         with torch.no_grad():
-            for index in range(0, self.count, self.batch):
-                size = min(self.batch, self.count - index)
-                states = inputs.get(index, size).to(self.device)
-                hidden = self._run(index, states)
+            for batch in self.batches:
+                states = inputs.get(batch.index, batch.size).to(self.device)
+                hidden = self._run(batch, states)
                 if outputs is not None and self.done < len(self.states):
-                    outputs.put(index, hidden)
-                self.meter.advance(cost * size, f"{what}: {self.where}, sample {index + size} of {self.count}")
+                    outputs.put(batch.index, hidden)
+                last = batch.index + batch.size
+                self.meter.advance(cost * batch.size, f"{what}: {self.where}, sample {last} of {count}")
         self.done += 1
 
     def finish(self) -> None:
@@ -69,47 +67,20 @@ class LayerLoop:
         while self.done < len(self.states):
             self(self.layer)
 
-    def _run(self, index: int, states: torch.Tensor) -> torch.Tensor:
-        call = self.calls[len(states)]
+    def _run(self, batch: Batch, states: torch.Tensor) -> torch.Tensor:
+        call = self.calls[batch.shape]
         try:
             hidden = call.run(self.layer, states)
         except AssertionError as error:  # ModelOpt's answer to a range that is not finite
             culprit = self._first_overflow(call, states)
             if culprit is None:
                 raise
-            raise _overflow(index, len(states), culprit, states.dtype) from error
+            raise overflow_error(batch.index, culprit, states.dtype, batch.size) from error
         if not is_finite(hidden):
             culprit = self._first_overflow(call, states) or f"the output of {self.name}"
-            raise _overflow(index, len(states), culprit, hidden.dtype)
+            raise overflow_error(batch.index, culprit, hidden.dtype, batch.size)
         return hidden
 
     def _first_overflow(self, call: Call, states: torch.Tensor) -> str | None:
         """The first module inside the layer that takes or gives what is not finite."""
-        found: list[str] = []
-
-        def watch(what: str, name: str) -> Any:
-            def hook(module: nn.Module, *values: Any) -> None:  # noqa: ARG001  the signature of both kinds of hook
-                value = values[-1][0] if isinstance(values[-1], tuple) and values[-1] else values[-1]
-                if isinstance(value, torch.Tensor) and not is_finite(value):
-                    found.append(f"the {what} of {self.name}.{name}")
-
-            return hook
-
-        handles = []
-        for name, module in self.layer.named_modules():
-            if name:
-                handles.append(module.register_forward_pre_hook(watch("input", name)))
-                handles.append(module.register_forward_hook(watch("output", name)))
-        with suppress(AssertionError):
-            call.run(self.layer, states)
-        for handle in handles:
-            handle.remove()
-        return found[0] if found else None
-
-
-def _overflow(index: int, size: int, culprit: str, kind: torch.dtype) -> ToolError:
-    samples = f"sample {index + 1}" if size == 1 else f"samples {index + 1} to {index + size}"
-    return ToolError(
-        f"calibration {samples}: {culprit} is not finite in {kind}",
-        "the model does not compute with these weights and this text; check both",
-    )
+        return first_overflow(self.layer, self.name, lambda: call.run(self.layer, states))

@@ -13,7 +13,7 @@ from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.errors import CompatibilityError, ToolError
 from trtbuild.runtime.experts import UnfusedExperts
-from trtbuild.weight_formats import WEIGHT_FORMATS, WeightFormat, is_searched, needs_text
+from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, is_solved, needs_text, takes_group
 
 _CONFIGS = {
     "fp8": "FP8_DEFAULT_CFG",
@@ -22,23 +22,30 @@ _CONFIGS = {
     "int8_sq": "INT8_SMOOTHQUANT_CFG",
     "int8_weight_only": "INT8_WEIGHT_ONLY_CFG",
     "int4_awq": "INT4_AWQ_CFG",
+    "int4_gptq": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",  # the algorithm is ours: `gptq`
     "w4a8_awq": "W4A8_AWQ_BETA_CFG",
     "nvfp4": "NVFP4_DEFAULT_CFG",
+    "nvfp4_awq": "NVFP4_AWQ_LITE_CFG",
     "w4a16_nvfp4": "W4A16_NVFP4_CFG",
     "mxfp4": "MXFP4_DEFAULT_CFG",
     "mxfp8": "MXFP8_DEFAULT_CFG",
 }
+_KV_CONFIGS = {"fp8": "FP8_KV_CFG", "nvfp4": "NVFP4_KV_CFG"}
+_INT8_KV = [{"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": 8, "axis": None}, "enable": True}]
 # What one decoder layer costs in each pass over the samples, a plain forward pass being 1. AWQ's second pass tries
 # eleven scales for every layer.
 FP8_PASSES = (("calibrate", 1),)
 AWQ_PASSES = (("measure activations", 1), ("search AWQ scales", 12))
+GPTQ_PASSES = (("measure activations for GPTQ", 2), ("run the changed layer", 1))
 
 
-def passes(request: Request) -> tuple[tuple[str, int], ...]:
-    """The passes over the calibration samples that the request's formats take."""
-    if not needs_text(request.format, request.kv_cache):
+def format_passes(name: str, kv_cache: str) -> tuple[tuple[str, int], ...]:
+    """The passes over the calibration samples that a weight format and a format of the KV cache take."""
+    if not needs_text(name, kv_cache):
         return ()
-    return AWQ_PASSES if is_searched(request.format) else FP8_PASSES
+    if is_solved(name):
+        return GPTQ_PASSES
+    return AWQ_PASSES if is_searched(name) else FP8_PASSES
 
 
 def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loop | None, *, layers: int) -> list[str]:
@@ -57,38 +64,56 @@ def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loo
     """
     import modelopt.torch.quantization as mtq
 
-    config = _config(request)
-    mtq.quantize(model, {"quant_cfg": config["quant_cfg"], "algorithm": None})
-    for name in selection.excluded:
-        _disable(model.get_submodule(name))
+    algorithm = insert_quantizers(model, selection, request)
     with count_expert_tokens(model) as counts:
-        mtq.calibrate(model, config["algorithm"], loop)
+        mtq.calibrate(model, algorithm, loop)
     idle = idle_experts(counts) if loop is not None else []
-    _share_input_scales(model)
-    if request.format != "none":
-        _check_quantizers(model, selection, WEIGHT_FORMATS[request.format])
-    if request.kv_cache == "fp8":
-        _check_kv_quantizers(model, layers)
+    share_input_scales(model)
+    check_quantizers(model, selection, request.kv_cache, layers=layers)
     return idle
 
 
-def _config(request: Request) -> dict[str, Any]:
-    """ModelOpt's own configuration of the format, with our group size, and the KV cache's after it."""
+def insert_quantizers(model: nn.Module, selection: Selection, request: Request) -> Any:
+    """Put ModelOpt's quantizers into `model`, not calibrated; return the algorithm that calibrates them."""
     import modelopt.torch.quantization as mtq
 
-    config: dict[str, Any] = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
-    if request.format != "none":
-        config = copy.deepcopy(getattr(mtq, _CONFIGS[request.format]))
-    if is_searched(request.format):
-        for entry in config["quant_cfg"]:
-            quantizers = entry.get("cfg") or {}
-            for settings in quantizers if isinstance(quantizers, list) else [quantizers]:
-                if "block_sizes" in settings:
-                    settings["block_sizes"][-1] = request.group_size
-    if request.kv_cache == "fp8":
+    config = _config(request)
+    mtq.quantize(model, {"quant_cfg": config["quant_cfg"], "algorithm": None})
+    for name in (*selection.excluded, *(name for name in selection.compressed if name not in selection.formats)):
+        _disable(model.get_submodule(name))
+    return config["algorithm"]
+
+
+def _config(request: Request) -> dict[str, Any]:
+    """ModelOpt's own configuration of the format, and the KV cache's after it."""
+    config = format_config(request.single, request.group_size)
+    if request.kv_cache != "none":
         config["algorithm"] = config["algorithm"] or "max"  # the MX formats alone need none
-        config["quant_cfg"] = [*config["quant_cfg"], *copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])]
+        config["quant_cfg"] = [*config["quant_cfg"], *kv_config(request.kv_cache)]
     return config
+
+
+def format_config(name: str, group_size: int | None) -> dict[str, Any]:
+    """ModelOpt's own configuration of a weight format, with our group size."""
+    import modelopt.torch.quantization as mtq
+
+    if name == "none":
+        return {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
+    config: dict[str, Any] = copy.deepcopy(getattr(mtq, _CONFIGS[name]))
+    for entry in config["quant_cfg"] if takes_group(name) else ():
+        quantizers = entry.get("cfg") or {}
+        for settings in quantizers if isinstance(quantizers, list) else [quantizers]:
+            if "block_sizes" in settings:
+                settings["block_sizes"][-1] = group_size
+    return config
+
+
+def kv_config(kv_cache: str) -> list[dict[str, Any]]:
+    """What ModelOpt's configuration has for a format of the KV cache."""
+    import modelopt.torch.quantization as mtq
+
+    found = _INT8_KV if kv_cache == "int8" else getattr(mtq, _KV_CONFIGS[kv_cache])["quant_cfg"]
+    return copy.deepcopy(list(found))
 
 
 def _disable(layer: nn.Module) -> None:
@@ -98,7 +123,7 @@ def _disable(layer: nn.Module) -> None:
             quantizer.disable()
 
 
-def _share_input_scales(model: nn.Module) -> None:
+def share_input_scales(model: nn.Module) -> None:
     """Give experts without calibration tokens the largest input range of their layer, as ModelOpt's export does."""
     for module in model.modules():
         if not isinstance(module, UnfusedExperts):
@@ -112,10 +137,14 @@ def _share_input_scales(model: nn.Module) -> None:
                     quantizer.amax = torch.stack(ranges).max()
 
 
-def _check_quantizers(model: nn.Module, selection: Selection, weight_format: WeightFormat) -> None:
-    """Every selected layer must have been given quantizers with positive, finite ranges."""
-    for name, disk in selection.compressed.items():
-        layer = model.get_submodule(name)
+def check_quantizers(model: nn.Module, selection: Selection, kv_cache: str, *, layers: int) -> None:
+    """Refuse a model of which anything that has a format has no positive, finite ranges.
+
+    Raises:
+        CompatibilityError, ToolError: As `quantize`.
+    """
+    for name, chosen in selection.formats.items():
+        layer, disk, weight_format = model.get_submodule(name), selection.compressed[name], WEIGHT_FORMATS[chosen]
         if not (hasattr(layer, "weight_quantizer") and layer.weight_quantizer.is_enabled):
             raise ToolError(
                 f"ModelOpt did not quantize {disk}, which compress.exclude does not name",
@@ -125,13 +154,16 @@ def _check_quantizers(model: nn.Module, selection: Selection, weight_format: Wei
             _check_range(f"{disk}: its weights", layer.weight_quantizer, may_be_zero=True)
         if weight_format.input_range:
             _check_range(f"{disk}: its inputs", layer.input_quantizer, may_be_zero=False)
+    if kv_cache != "none":
+        _check_kv_quantizers(model, kv_cache, layers)
 
 
-def _check_kv_quantizers(model: nn.Module, layers: int) -> None:
+def _check_kv_quantizers(model: nn.Module, kv_cache: str, layers: int) -> None:
     found = [module for module in model.modules() if hasattr(module, "k_bmm_quantizer")]
     if len(found) != layers:
         raise CompatibilityError(
-            f"kv_cache: fp8: ModelOpt found {len(found)} attention layers to calibrate in {type(model).__name__}",
+            f"kv_cache: {kv_cache}: ModelOpt found {len(found)} attention layers to calibrate in "
+            f"{type(model).__name__}",
             "use compress.kv_cache: none",
         )
     for module in found:

@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from trtbuild.compress.groups import FUSED_BY_ENGINES, format_groups
 from trtbuild.compress.request import Request
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.runtime.experts import DiskNames, UnfusedExperts
-from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched
+from trtbuild.weight_formats import WEIGHT_FORMATS, takes_group
 
-# Projections that engines fuse into one matrix and that therefore need one format and one input scale.
-FUSED_BY_ENGINES: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 _SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Linear layers by their name in the model, with their name in files."""
+    """Linear layers by their name in the model, with their name in files.
+
+    `formats` has the weight format of each layer that gets one, by its name in the model; `mixed` is whether the whole
+    model has several.
+    """
 
     compressed: Mapping[str, str]
     excluded: Mapping[str, str]  # by the recipe, and the output layer
     kept: frozenset[str] = frozenset()  # other modules with matrices, by their name in files: embeddings, routers
+    formats: Mapping[str, str] = field(default_factory=dict)
+    mixed: bool = False
 
     @property
     def uncompressed(self) -> frozenset[str]:
-        """Every module with a matrix that stays as it is, by its name in files."""
-        return self.kept | frozenset(self.excluded.values())
+        """Every module with a matrix that is not quantized, by its name in files."""
+        plain = (disk for name, disk in self.compressed.items() if self.formats and name not in self.formats)
+        return self.kept | frozenset(self.excluded.values()) | frozenset(plain)
+
+    @property
+    def disk_formats(self) -> Mapping[str, str]:
+        """The weight formats by names in files."""
+        return {self.compressed[name]: chosen for name, chosen in self.formats.items()}
 
     def within(self, layers: str, index: int) -> Selection:
         """What of it concerns a model that has one decoder layer: number `index` of the list with the name `layers`."""
@@ -42,7 +53,8 @@ class Selection:
             for name, disk in self.excluded.items()
             if name.startswith(layer) or not name.startswith(f"{layers}.")
         }
-        return Selection(compressed, excluded, self.kept)
+        formats = {name: chosen for name, chosen in self.formats.items() if name in compressed}
+        return Selection(compressed, excluded, self.kept, formats, self.mixed)
 
 
 def select(model: nn.Module, tensors: Iterable[str], request: Request) -> Selection:
@@ -50,8 +62,8 @@ def select(model: nn.Module, tensors: Iterable[str], request: Request) -> Select
 
     Raises:
         CompatibilityError: The architecture has no linear layers of the usual class.
-        RecipeError: A pattern that matches nothing, splits a group that engines fuse, or leaves nothing; a layer
-            whose sides the format or the sparsity cannot take. All at once.
+        RecipeError: A pattern that matches nothing, splits a group that engines fuse, or leaves nothing; a format
+            that no layer has; a layer whose sides its format or the sparsity cannot take. All at once.
     """
     names = DiskNames(model)
     on_disk = {names.in_model(name).rpartition(".")[0]: name.rpartition(".")[0] for name in tensors}
@@ -66,16 +78,39 @@ def select(model: nn.Module, tensors: Iterable[str], request: Request) -> Select
     known = kept | set(layers.values())
     excluded = {name: disk for name, disk in layers.items() if name in fixed or _matches(disk, request.exclude)}
     compressed = {name: disk for name, disk in layers.items() if name not in excluded}
+    formats = _formats(compressed, request)
     problems = [
-        *_unmatched_patterns(request.exclude, known),
+        *_unmatched_patterns("exclude", request.exclude, known),
+        *_unmatched_patterns("overrides", [pattern for pattern, _ in request.overrides], set(compressed.values())),
         *_split_groups(compressed.values(), excluded.values()),
-        *_unfit_layers(model, compressed, request),
+        *_mixed_groups(model, compressed, formats),
+        *(_unused_formats(formats, request) if compressed else ()),
+        *_unfit_layers(model, compressed, formats, request),
     ]
     if not compressed and not problems:
         problems.append(Problem("compress.exclude", "leaves no layer to compress", "exclude fewer modules"))
     if problems:
         raise RecipeError(problems)
-    return Selection(compressed, excluded, kept)
+    return Selection(compressed, excluded, kept, formats, mixed=len(set(formats.values())) > 1)
+
+
+def _formats(compressed: Mapping[str, str], request: Request) -> dict[str, str]:
+    """The format of each layer that gets one: that of the last override that matches, else the request's."""
+    chosen = {}
+    for name, disk in compressed.items():
+        named = [override for pattern, override in request.overrides if fnmatchcase(disk, pattern)]
+        chosen[name] = named[-1] if named else request.format
+    return {name: value for name, value in chosen.items() if value != "none"}
+
+
+def _unused_formats(formats: Mapping[str, str], request: Request) -> Iterator[Problem]:
+    for name in request.formats:
+        if name in formats.values():
+            continue
+        if name == request.format:
+            yield Problem("compress.format", f"{name}: overrides name every layer, none is left for it", "use none")
+        else:
+            yield Problem("compress.overrides", f"{name}: later patterns match every layer of it", "remove its pattern")
 
 
 def _never_compressed(model: nn.Module) -> set[str]:
@@ -103,14 +138,16 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _unmatched_patterns(patterns: tuple[str, ...], known: frozenset[str]) -> list[Problem]:
+def _unmatched_patterns(at: str, patterns: Sequence[str], known: Set[str]) -> list[Problem]:
     problems = []
     for index, pattern in enumerate(patterns):
         if not any(fnmatchcase(name, pattern) for name in known):
             near = difflib.get_close_matches(pattern, sorted(known), n=_SHOWN, cutoff=0.5)
             examples = near or sorted(known)[:_SHOWN]
-            message = f"{pattern!r} matches no module of this model"
-            problems.append(Problem(f"compress.exclude[{index}]", message, f"names look like {', '.join(examples)}"))
+            what = "module of this model" if at == "exclude" else "layer that is compressed"
+            where = f"compress.exclude[{index}]" if at == "exclude" else f"compress.{at}"
+            message = f"{pattern!r} matches no {what}"
+            problems.append(Problem(where, message, f"names look like {', '.join(examples)}"))
     return problems
 
 
@@ -131,16 +168,33 @@ def _split_groups(compressed: Iterable[str], excluded: Iterable[str]) -> list[Pr
     return [Problem("compress.exclude", message, "exclude all of them or none")]
 
 
-def _unfit_layers(model: nn.Module, compressed: Mapping[str, str], request: Request) -> list[Problem]:
+def _mixed_groups(model: nn.Module, compressed: Mapping[str, str], formats: Mapping[str, str]) -> list[Problem]:
+    """Overrides may not give the parts of what engines load as one different formats."""
+    mixed = []
+    for members in format_groups(model, compressed).values():
+        chosen = {formats.get(name, "none"): compressed[name] for name in reversed(members)}
+        if len(chosen) > 1:
+            mixed.append(", ".join(f"{disk} is {name}" for name, disk in sorted(chosen.items())))
+    if not mixed:
+        return []
+    more = f" (and {len(mixed) - 1} more such groups)" if len(mixed) > 1 else ""
+    message = f"engines load them as one, but {mixed[0]}{more}"
+    return [Problem("compress.overrides", message, "give q, k and v, gate and up, all experts of a layer one format")]
+
+
+def _unfit_layers(
+    model: nn.Module, compressed: Mapping[str, str], formats: Mapping[str, str], request: Request
+) -> list[Problem]:
     shapes = {disk: tuple(model.get_submodule(name).weight.shape) for name, disk in compressed.items()}
     problems = []
-    if is_searched(request.format) and request.group_size:
-        problems += _unfit_groups(shapes, request.group_size)
-    if request.format != "none":
-        problems += _unfit_sides(shapes, request.format)
+    for chosen in sorted(set(formats.values())):
+        of_format = {compressed[name]: shapes[compressed[name]] for name in formats if formats[name] == chosen}
+        if takes_group(chosen) and request.group_size:
+            problems += _unfit_groups(of_format, request.group_size)
+        problems += _unfit_sides(of_format, chosen)
     if request.sparse:
-        # NVIDIA/Model-Optimizer: modelopt/torch/sparsity/weight_sparsity/{sparsegpt,magnitude}.py @0.47.0 skip others.
-        rows, columns = (4, 4) if request.sparsity_method == "sparsegpt" else (8, 16)
+        # NVIDIA/Model-Optimizer: modelopt/torch/sparsity/weight_sparsity/magnitude.py @0.47.0 skips others.
+        rows, columns = (1, 4) if request.by_hessians else (8, 16)
         unfit = [name for name, (out, into) in shapes.items() if out % rows or into % columns]
         if unfit:
             message = (

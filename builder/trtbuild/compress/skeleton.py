@@ -129,11 +129,11 @@ class Skeleton:
         self,
         samples: Sequence[Sequence[int]],
         take: Callable[[int, torch.Tensor], None],
-        sizes: Sequence[int] = (1,),
-    ) -> dict[int, tuple[Call, ...]]:
+        shapes: Iterable[tuple[int, int]],
+    ) -> dict[tuple[int, int], tuple[Call, ...]]:
         """Find what the layers are called with; `take` gets each sample's hidden state before the first layer.
 
-        Returns the layers' calls for batches of each of `sizes`; nothing without samples.
+        Returns the layers' calls for batches of each of `shapes` (samples, tokens); `samples` has all these lengths.
 
         Raises:
             NotStreamableError: The model does more between its layers than handing the hidden state on.
@@ -141,7 +141,8 @@ class Skeleton:
         self._put_layers(nn.ModuleList())
         self._fill_outer({token for sample in samples for token in sample} | set(_DUMMY))
         self._dummy = self._calls([_DUMMY])
-        found = {size: self._calls([samples[0]] * size).calls for size in sizes} if samples else {}
+        of_length = {len(sample): sample for sample in samples}
+        found = {shape: self._calls([of_length[shape[1]]] * shape[0]).calls for shape in sorted(set(shapes))}
         for index, sample in enumerate(samples):
             take(index, self._run_probes([sample], 1)[0][0])
         self._put_layers(nn.ModuleList())

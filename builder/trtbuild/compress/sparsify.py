@@ -1,50 +1,54 @@
 """Prune linear layers to 2:4: at most two of four neighbouring weights along the input are not zero.
 
-Method: NVIDIA/Model-Optimizer, modelopt/torch/sparsity/weight_sparsity @0.47.0. Its SparseGPT chooses which weights
-stay by the Hessian of the layer's input, and leaves the values of those that stay as they are.
+`sparsegpt` is the paper's whole algorithm, ours (`solve`, `columns`), and a least-squares fit after it: it chooses by
+the Hessians of the layers' inputs which weights stay, and changes those. (ModelOpt 0.47's keeps the mask alone, from
+activations of the dense model.)
+`magnitude` is ModelOpt's (NVIDIA/Model-Optimizer, modelopt/torch/sparsity/weight_sparsity @0.47.0).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+
 from torch import nn
 
-from trtbuild.compress.calibrate import Loop, count_expert_tokens, idle_experts
-from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
+from trtbuild.compress.solve import Solved, Task, solve
 
-_MODES = {"sparsegpt": "sparsegpt", "magnitude": "sparse_magnitude"}
+PASSES = (("measure activations for 2:4", 2), ("run the changed layer", 1))
 
 
-def sparsify(model: nn.Module, selection: Selection, request: Request, loop: Loop | None) -> list[str]:
-    """Prune the selected layers of `model` in place; return experts that had to be pruned by magnitude.
+def sparsify_by_hessians(
+    model: nn.Module, selection: Selection, run: Callable[[nn.Module], None], parts: Sequence[str]
+) -> Solved:
+    """Prune the selected layers of `model` in place by SparseGPT.
 
     Args:
-        model: Experts unfused.
+        model: The whole model, or one with a single decoder layer; experts unfused.
         selection: Only its compressed layers are pruned.
-        request: Says the method.
-        loop: Runs the calibration text; needed by sparsegpt only.
+        run: Puts the calibration text through the model once.
+        parts: Prefixes of the names of the layers that are solved together, in their order in the model.
     """
+    whole = Solved()
+    for part in parts:
+        layers = {name: model.get_submodule(name) for name in selection.compressed if name.startswith(part)}
+        solved = solve(layers, lambda: run(model), Task(prune=True))
+        whole.idle += solved.idle
+        whole.errors |= solved.errors
+    return whole
+
+
+def sparsify_by_magnitude(model: nn.Module, selection: Selection) -> None:
+    """Prune the selected layers of `model` in place: the two smallest of four go."""
     import modelopt.torch.sparsity as mts
 
     # In these rules None leaves a layer dense; later patterns win.
     rules: dict[str, dict[str, str] | None] = {"*": {}}
     rules.update(dict.fromkeys(selection.excluded))
-    mode = _MODES[request.sparsity_method]
-    with count_expert_tokens(model) as counts:
-        mts.sparsify(model, [(mode, {"nn.Linear": rules})], config={"verbose": False, "forward_loop": loop})
-    idle = idle_experts(counts) if loop is not None else []
-    for name in idle:
-        _prune_by_magnitude(model.get_submodule(name))
+    mts.sparsify(model, [("sparse_magnitude", {"nn.Linear": rules})], config={"verbose": False, "forward_loop": None})
     mts.export(model)
-    return idle
 
 
-def _prune_by_magnitude(expert: nn.Module) -> None:
-    """Give an expert without calibration tokens another mask: its Hessian is zero, which prunes every weight."""
-    from modelopt.torch.sparsity.weight_sparsity.magnitude import create_asp_mask
-    from modelopt.torch.sparsity.weight_sparsity.module import SparseModule
-
-    for layer in expert.modules():
-        if isinstance(layer, SparseModule) and layer.is_sparse:
-            layer.set_mask(None)
-            layer.set_mask(create_asp_mask(layer.weight, "2:4 sparsity"))
+def experts_of(idle: Iterable[str]) -> list[str]:
+    """The experts, or layers beside experts, to which idle linear layers belong."""
+    return sorted({name.rpartition(".")[0] if ".experts." in name else name for name in idle})

@@ -16,14 +16,15 @@ import torch
 
 @dataclass(slots=True)
 class States:
-    """One hidden state for each sample, all of one shape and type, in the order of the samples.
+    """One hidden state for each sample, all of one type, in the order of the samples.
 
     Args:
         path: The file; None for none.
-        shape: Of one sample's state, [1, T, H].
+        shape: Of the longest sample's state, [1, T, H].
         kind: Type of its elements.
         keep: Hold the states in memory too; always so without a file.
         device: Where they are held.
+        lengths: The T of each sample; empty where all are equal. In the file each has the room of the longest.
     """
 
     path: Path | None
@@ -31,11 +32,12 @@ class States:
     kind: torch.dtype
     keep: bool
     device: torch.device = torch.device("cpu")  # noqa: RUF009  it cannot be changed
+    lengths: Sequence[int] = ()
     _held: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def sample_bytes(self) -> int:
-        """Size of one sample's state."""
+        """Room of one sample's state."""
         return torch.Size(self.shape).numel() * self.kind.itemsize
 
     def put(self, index: int, states: torch.Tensor) -> None:
@@ -43,23 +45,26 @@ class States:
         states = states.detach().to(self.device if self.path is None else "cpu", self.kind).contiguous()
         if self.path is not None:
             with self.path.open("r+b" if index else "wb") as file:
-                file.seek(index * self.sample_bytes)
-                file.write(memoryview(states.reshape(-1).view(torch.uint8).numpy()))
+                for offset, state in enumerate(states):
+                    file.seek((index + offset) * self.sample_bytes)
+                    file.write(memoryview(state.reshape(-1).view(torch.uint8).numpy()))
         if self.keep or self.path is None:
             self._held |= {index + offset: state for offset, state in enumerate(states.split(1))}
 
     def get(self, index: int, count: int = 1) -> torch.Tensor:
-        """The states [count, T, H] of samples from `index` on."""
+        """The states [count, T, H] of samples from `index` on, which have one length."""
         samples = range(index, index + count)
         if self.path is None or all(sample in self._held for sample in samples):
             held = [self._held[sample] for sample in samples]
             return held[0] if count == 1 else torch.cat(held)
-        states = torch.empty((count, *self.shape[1:]), dtype=self.kind)
-        view = memoryview(states.reshape(-1).view(torch.uint8).numpy())
+        length = self.lengths[index] if self.lengths else self.shape[1]
+        states = torch.empty((count, length, *self.shape[2:]), dtype=self.kind)
         with self.path.open("rb") as file:
-            file.seek(index * self.sample_bytes)
-            if file.readinto(view) != len(view):
-                raise EOFError(f"{self.path} ends inside sample {index}")
+            for sample, state in zip(samples, states, strict=True):
+                view = memoryview(state.reshape(-1).view(torch.uint8).numpy())
+                file.seek(sample * self.sample_bytes)
+                if file.readinto(view) != len(view):
+                    raise EOFError(f"{self.path} ends inside sample {sample}")
         return states
 
     def sync(self) -> None:

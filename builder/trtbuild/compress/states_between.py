@@ -8,19 +8,12 @@ from pathlib import Path
 
 import torch
 
-from trtbuild.compress.quantize import passes
 from trtbuild.compress.request import Request
 from trtbuild.compress.states import States
-from trtbuild.weight_formats import needs_text
+from trtbuild.weight_formats import is_searched
 
-ORIGINAL, PRUNED, CACHED = "original", "pruned", "cached"
+PRUNED, CACHED = "pruned", "cached"
 _ON_DEVICE_BYTES = 4 << 30  # hidden states before and behind a layer
-_BATCH_TOKENS = 8192
-
-
-def batch_size(device: torch.device, length: int) -> int:
-    """How many calibration samples run at once: on a GPU enough to keep it busy, on a CPU one."""
-    return max(_BATCH_TOKENS // length, 1) if device.type == "cuda" else 1
 
 
 @dataclass(slots=True)
@@ -29,15 +22,15 @@ class StatesBetween:
 
     Args:
         request: Says which are needed.
-        count: Number of samples; with none there are no states.
+        lengths: Tokens of each sample; without samples there are no states.
         device: Where layers run.
         work: Where files lie.
         keep: Hold the states in memory too.
-        shape: Of one sample's state, [1, T, H]; known once the model was probed.
+        shape: Of the longest sample's state, [1, T, H]; known once the model was probed.
     """
 
     request: Request
-    count: int
+    lengths: Sequence[int]
     device: torch.device
     work: Path
     keep: bool = True
@@ -46,25 +39,22 @@ class StatesBetween:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of states, each in the order of its use."""
-        original = self.request.sparse and self.request.sparsity_method == "sparsegpt"
-        return (() if not self.count or not original else (ORIGINAL,)) + self.quantized_kinds
+        """The kinds of states, in the order of their use: of the pruned model, and of it with its KV cache rounded.
 
-    @property
-    def quantized_kinds(self) -> tuple[str, ...]:
-        """Those that calibration runs on: of the pruned model, and of the same with its KV cache rounded.
-
-        ModelOpt's AWQ rounds the KV cache in its second pass, as the first has calibrated it.
+        ModelOpt's AWQ rounds the KV cache in its second pass, as the first has calibrated it. Where formats are mixed,
+        the cache is calibrated apart from them.
         """
-        if not self.count or not needs_text(self.request.format, self.request.kv_cache):
+        request = self.request
+        if not self.lengths or not request.calibrated:
             return ()
-        cached = self.request.kv_cache != "none" and len(passes(self.request)) > 1
-        return (PRUNED, CACHED) if cached else (PRUNED,)
+        twice = is_searched(request.single) and not request.solved and not request.mixed
+        return (PRUNED, CACHED) if request.kv_cache != "none" and twice else (PRUNED,)
 
     @property
     def recomputed(self) -> bool:
         """Whether states stay on the device, so that a resumed run puts the samples through finished layers again."""
-        return self.device.type == "cuda" and self.kinds == (PRUNED,) and not self.request.sparse
+        changed = self.request.sparse or self.request.solved  # the source's layers do not give these states
+        return self.device.type == "cuda" and self.kinds == (PRUNED,) and not changed
 
     def before(self, kind: str, index: int) -> States:
         """The states before decoder layer `index`."""
@@ -72,11 +62,11 @@ class StatesBetween:
         if path.name not in self._known:
             dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
             if self.recomputed:
-                size = 2 * self.count * torch.Size(self.shape).numel() * dtype.itemsize
+                size = 2 * len(self.lengths) * torch.Size(self.shape).numel() * dtype.itemsize
                 place = self.device if size <= _ON_DEVICE_BYTES else torch.device("cpu")
-                self._known[path.name] = States(None, self.shape, dtype, keep=True, device=place)
+                self._known[path.name] = States(None, self.shape, dtype, keep=True, device=place, lengths=self.lengths)
             else:
-                self._known[path.name] = States(path, self.shape, dtype, self.keep)
+                self._known[path.name] = States(path, self.shape, dtype, self.keep, lengths=self.lengths)
         return self._known[path.name]
 
     def all_before(self, index: int) -> list[States]:

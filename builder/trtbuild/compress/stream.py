@@ -6,7 +6,8 @@ write the one before. Every part (first what lies outside the layers, then each 
 once its bytes are on the disk; a run that finds a journal of the same key begins behind it.
 
 What a layer gets is what it gets in the whole model: ModelOpt calibrates on the activations of the model that is not
-yet quantized, and each layer's numbers depend on its own inputs and weights alone.
+yet quantized, and each layer's numbers depend on its own inputs and weights alone. Behind a layer that SparseGPT has
+pruned or GPTQ has rounded, the states are those of the pruned or rounded one.
 """
 
 from __future__ import annotations
@@ -16,15 +17,23 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from trtbuild.compress import folding
+from trtbuild.compress.auto import AUTO_FILE
+from trtbuild.compress.batches import Batch
 from trtbuild.compress.blocks import rounded_type
+from trtbuild.compress.calibrate import tally_experts
+from trtbuild.compress.change import change_layer
 from trtbuild.compress.codings import SECTIONS
+from trtbuild.compress.compressed_tensors import write_compressed_config
 from trtbuild.compress.direct import Direct, is_direct
 from trtbuild.compress.journal import Journal
+from trtbuild.compress.layer_export import export_layer, plain_tensors
 from trtbuild.compress.libraries import import_libraries, quick_collection
 from trtbuild.compress.metadata import write_metadata
 from trtbuild.compress.passes import LayerLoop
@@ -33,10 +42,9 @@ from trtbuild.compress.request import Meter, Request
 from trtbuild.compress.selection import Selection
 from trtbuild.compress.shards import ShardWriter, Written, place_files, reserved_bytes
 from trtbuild.compress.skeleton import Call, NotStreamableError, Skeleton
-from trtbuild.compress.states_between import ORIGINAL, StatesBetween
+from trtbuild.compress.states_between import StatesBetween
 from trtbuild.compress.storing import Part, Storing, of_tensors
 from trtbuild.compress.threads import workers
-from trtbuild.compress.whole import SPARSEGPT_PASSES
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
 
 # Names of a quantized layer's tensors beside its weight and bias are at most this long; there are at most five.
@@ -56,6 +64,7 @@ class Stream:
         key: Of everything that decides the bytes.
         meter: Told after every layer and sample.
         states: The hidden states of the samples.
+        batches: Which samples run at once, in their order.
     """
 
     request: Request
@@ -66,11 +75,13 @@ class Stream:
     key: str
     meter: Meter
     states: StatesBetween
-    batch: int = 1  # samples that run at once
+    batches: Sequence[Batch]
     ahead: bool = True  # read the next layer while one is computed
-    idle: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)  # of every layer that SparseGPT or GPTQ changed
+    unsmoothed: list[str] = field(default_factory=list)  # by names in files; in the form of compressed-tensors
+    experts: dict[str, list[int]] = field(default_factory=dict)  # calibration tokens, by the name of the experts module
     resumed: int = 0  # decoder layers that an earlier run had finished
-    _calls: Mapping[int, Sequence[Call]] = field(default_factory=dict)
+    _calls: Mapping[tuple[int, int], Sequence[Call]] = field(default_factory=dict)
     _journal: Journal | None = None
     _direct: bool = False
 
@@ -87,18 +98,18 @@ class Stream:
         if self._direct:
             return
         first = self.states.recomputed or not self._journal.parts
-        samples = self.samples if first else self.samples[:1]
+        longest = max(map(len, self.samples), default=0)
+        one_of_each = list({len(sample): sample for sample in self.samples}.values())
 
         def take(index: int, hidden: torch.Tensor) -> None:
-            self.states.shape = tuple(hidden.shape)
+            self.states.shape = (1, longest, *hidden.shape[2:])
             if first:
                 for states in self.states.all_before(0):
                     states.put(index, hidden)
 
-        count = len(self.samples)
-        sizes = sorted({min(self.batch, count), count % self.batch} - {0})
         try:
-            self._calls = self.skeleton.probe(samples, take, sizes)
+            shapes = {batch.shape for batch in self.batches}
+            self._calls = self.skeleton.probe(self.samples if first else one_of_each, take, shapes)
         except NotStreamableError:
             shutil.rmtree(self.work)
             raise
@@ -127,7 +138,9 @@ class Stream:
                         self._layers(LayerReader(self.skeleton, pool, ahead=self.ahead), storing)
                 files = writer.seal()
             place_files(self.request.output, files, writer.written)
-            self.idle += [name for part in journal.parts for name in part.get("idle", [])]
+            self.errors |= {name: error for part in journal.parts for name, error in part.get("errors", {}).items()}
+            self.unsmoothed += [name for part in journal.parts for name in part.get("unsmoothed", [])]
+            self.experts |= {name: seen for part in journal.parts for name, seen in part.get("experts", {}).items()}
             self._configure(journal)
 
     def _straight(self, direct: Direct, journal: Journal, storing: Storing) -> None:
@@ -138,7 +151,7 @@ class Stream:
         for index in range(self.resumed, self.skeleton.depth):
             write, layers = direct.layer(index)
             self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
-            storing.take(Part(write, {"layers": layers, "kv_cache": None, "idle": []}, told=self._teller(index)))
+            storing.take(Part(write, {"layers": layers, "kv_cache": None}, told=self._teller(index)))
 
     def _teller(self, index: int) -> Callable[[], None]:
         return lambda: self.meter.advance(1, f"layer {index + 1} of {self.skeleton.depth} is done")
@@ -162,7 +175,8 @@ class Stream:
         journal = Journal(self.work, self.key)
         if not self._intact(journal):
             for path in self.work.iterdir():
-                path.unlink()
+                if path.name != AUTO_FILE:
+                    path.unlink()
             journal = Journal(self.work, self.key)
         return journal
 
@@ -201,26 +215,20 @@ class Stream:
         name = self.skeleton.name_of(index)
         frame, layer = self.skeleton.frame(index, reader.take(index))
         selection = self.selection.within(self.skeleton.prefix, index)
-        idle: list[str] = []
-        if self.request.sparse:
-            idle += self._sparsify(index, frame, layer, selection)
+        folds = folding.exact_folds(frame, selection) if self.request.checkpoint == "compressed-tensors" else None
+        with tally_experts(layer, name, sum(map(len, self.samples))) as seen:
+            loops = partial(self._loop, index, layer)
+            errors = change_layer(frame, name, selection, self.request, loops, last=self._last(index))
+        self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
         found: dict[str, object] = {}
         if self.request.quantized:
-            from trtbuild.compress.export import export_frame
-
-            idle += self._quantize(index, frame, layer, selection)
-            self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
-            with torch.no_grad():
-                exported = export_frame(frame, name, self.request)
-            tensors = exported.tensors
-            found = {"layers": exported.layers, "kv_cache": exported.kv_cache}
+            tensors, found = export_layer(frame, name, selection, folds)
         else:
-            self.meter.advance(0, f"write the checkpoint: layer {index + 1} of {self.skeleton.depth}")
-            tensors = self._plain(name, layer)
+            tensors = plain_tensors(self.skeleton, name, layer)
         storing.take(
             Part(
                 of_tensors(tensors),
-                found | {"idle": idle},
+                found | {"errors": errors, "experts": seen},
                 behind=[] if self._last(index) else self.states.all_before(index + 1),
                 spent=self.states.spend(index),
                 told=self._teller(index),
@@ -230,66 +238,36 @@ class Stream:
     def _pass_through(self, index: int, reader: LayerReader) -> None:
         """Compute the states behind a layer that an earlier run had finished."""
         _, layer = self.skeleton.frame(index, reader.take(index))
-        self._loop(index, layer, self.states.kinds, [("compute again", 0)]).finish()
+        self._loop(index, layer, [("compute again", 0)]).finish()
         self.states.spend(index)
 
     def _last(self, index: int) -> bool:
         return index + 1 == self.skeleton.depth
 
-    def _sparsify(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
-        from trtbuild.compress import sparsify
-
-        if self.request.sparsity_method != "sparsegpt":
-            return sparsify.sparsify(frame, selection, self.request, None)
-        loop = self._loop(index, layer, (ORIGINAL,), SPARSEGPT_PASSES)
-        idle = sparsify.sparsify(frame, selection, self.request, loop)
-        loop.finish()
-        return idle
-
-    def _quantize(self, index: int, frame: nn.Module, layer: nn.Module, selection: Selection) -> list[str]:
-        from trtbuild.compress.quantize import passes, quantize
-
-        kinds = self.states.quantized_kinds
-        loop = self._loop(index, layer, kinds, passes(self.request)) if kinds else None
-        idle = quantize(frame, selection, self.request, loop, layers=1)
-        if loop is not None:
-            loop.finish()
-        return idle
-
-    def _loop(self, index: int, layer: nn.Module, kinds: Sequence[str], passes: Sequence[tuple[str, int]]) -> LayerLoop:
-        last = self._last(index)
+    def _loop(self, index: int, layer: nn.Module, passes: Sequence[tuple[str, int]], *, kept: bool = True) -> LayerLoop:
+        """What runs the samples through a layer; `kept` says whether the states behind it are stored."""
+        kept = kept and not self._last(index)
         return LayerLoop(
             layer=layer,
             name=self.skeleton.name_of(index),
-            calls={size: calls[index] for size, calls in self._calls.items()},
+            calls={shape: calls[index] for shape, calls in self._calls.items()},
             states=[
-                (self.states.before(kind, index), None if last else self.states.before(kind, index + 1))
-                for kind in kinds
+                (self.states.before(kind, index), self.states.before(kind, index + 1) if kept else None)
+                for kind in self.states.kinds
             ],
-            count=len(self.samples),
-            batch=self.batch,
+            batches=self.batches,
             device=self.skeleton.device,
             passes=passes,
             meter=self.meter,
             where=f"layer {index + 1} of {self.skeleton.depth}",
         )
 
-    def _plain(self, name: str, layer: nn.Module) -> dict[str, torch.Tensor]:
-        """The layer's tensors by their names in files, in the types in which they are kept."""
-        tensors = {}
-        for leaf, value in layer.state_dict().items():
-            info = self.skeleton.parts[f"{name}.{leaf}"].info
-            if info.name in tensors or info.elements != value.numel():
-                raise CompatibilityError(
-                    f"{info.name} holds all experts of a layer, which 2:4 without a format cannot write yet",
-                    "choose a compress.format too",
-                )
-            tensors[info.name] = value.to(rounded_type(info))
-        return tensors
-
     def _configure(self, journal: Journal) -> None:
         if not self.request.quantized:
             write_metadata(self.request, None)
+            return
+        if self.request.checkpoint == "compressed-tensors":
+            write_compressed_config(self.selection, self.request)
             return
         from trtbuild.compress.export import write_config, write_uniform_config
 

@@ -1,8 +1,7 @@
 """Text for calibration and for evaluation: the shipped English text or the user's own, cut into windows of tokens.
 
-Documents are tokenized, packed one after another and cut into full windows. Where the tokenizer begins every text with
-a token of its own (BOS), every window begins with it too, because such models predict badly without it.
-Evaluation never sees calibration text: `heldout_windows` compares the two files before it answers.
+`packing` makes the windows. Evaluation never sees calibration text: `heldout_windows` compares the two files before it
+answers.
 
 Imports no torch.
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,28 +18,32 @@ from typing import Any
 from trtbuild.errors import ArtifactError, Problem, RecipeError
 from trtbuild.recipe_fields import MIN_CALIBRATION_LENGTH, MIN_EVALUATION_TOKENS
 
-from .textfiles import Message, Row, TextFile, read_rows
+from .coverage import Coverage, coverage_of
+from .packing import Pool, lay_out, pack, passages
+from .textfiles import TextFile, read_rows
 
 CALIBRATION_TEXT = Path(__file__).resolve().parent.parent / "_text" / "calibration.jsonl"
 HELDOUT_TEXT = CALIBRATION_TEXT.with_name("heldout.jsonl")
 
-# Windows are drawn from at most this many times the text needed: a file of many gigabytes is not read to its end.
-_POOL_FACTOR = 8
-# Lines this long are unlikely to be equal by chance; 5 % leaves room for shared headings and licence notes.
-_PASSAGE_CHARS = 60
+# Of the long lines: leaves room for shared headings and licence notes.
 _MAX_SHARED = 0.05
 _COUNT_FIELD = "compress.calibration.count"
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSpec:
-    """The recipe's ``compress.calibration``; `data` None means the shipped text, `length` is in tokens."""
+    """The recipe's ``compress.calibration``; `data` None means the shipped text, `length` is in tokens.
+
+    `packing` is packed or padded; `split` of a data set on disk.
+    """
 
     data: Path | None
     column: str | None
     count: int
     length: int
     seed: int
+    split: str | None = None
+    packing: str = "packed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +58,16 @@ class HeldoutSpec:
     length: int
     calibration: Path | None = None
     calibration_column: str | None = None
+    calibration_split: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Windows of token ids, all of the same length, and where they come from.
+    """Windows of token ids, all of the same length unless each is a document, and where they come from.
 
     `tokens` counts all ids in all windows, `documents` the documents read to make them, `digest` is the SHA-256 of the
-    ids as little-endian 32-bit numbers, `prefix` the ids that the tokenizer puts before every text.
+    ids as little-endian 32-bit numbers (of the lengths too, where they differ), `prefix` the ids that the tokenizer
+    puts before every text. `coverage` is of calibration text alone.
     """
 
     input_ids: tuple[tuple[int, ...], ...]
@@ -71,23 +76,32 @@ class Samples:
     digest: str
     source: str
     prefix: tuple[int, ...]
+    coverage: Coverage | None = None
 
 
 def load_samples(spec: CalibrationSpec, tokenizer_dir: Path, *, trust_remote_code: bool = False) -> Samples:
-    """The `spec.count` windows of `spec.length` tokens that calibrate a model; the same for the same input.
+    """The `spec.count` windows of at most `spec.length` tokens that calibrate a model; the same for the same input.
 
     Raises:
         RecipeError: the file or its column is wrong, or there is too little text.
         ArtifactError: the directory has no tokenizer that Transformers can load.
-        HostError: a Parquet file, and pyarrow cannot be imported.
+        HostError: a Parquet or Arrow file, and pyarrow cannot be imported.
     """
     tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=trust_remote_code)
-    file = TextFile(spec.data, spec.column) if spec.data else TextFile(CALIBRATION_TEXT)
-    pool = _pack(file, tokenizer, spec.length, needed=spec.count)
+    file = TextFile(spec.data, spec.column, spec.split) if spec.data else TextFile(CALIBRATION_TEXT)
+    gather = lay_out if spec.packing == "padded" else pack
+    pool = gather(file, tokenizer, spec.length, needed=spec.count)
     if len(pool.windows) < spec.count:
-        raise _too_few_samples(spec, pool, file)
+        raise _too_few_documents(spec, pool, file) if spec.packing == "padded" else _too_few_samples(spec, pool, file)
+    return draw(pool, spec, tokenizer, _source(spec.data, "shipped calibration text"))
+
+
+def draw(pool: Pool, spec: CalibrationSpec, tokenizer: Any, source: str) -> Samples:
+    """`spec.count` windows of the pool as the seed chooses them, in the pool's order, and what they cover."""
     chosen = sorted(random.Random(spec.seed).sample(range(len(pool.windows)), spec.count))  # noqa: S311 -- not a secret
-    return _samples([pool.windows[index] for index in chosen], pool, _source(spec.data, "shipped calibration text"))
+    windows = [pool.windows[index] for index in chosen]
+    texts = [tokenizer.decode(window, skip_special_tokens=True) for window in windows]
+    return _samples(windows, pool, source, coverage_of(windows, pool.documents_in(chosen), texts))
 
 
 def heldout_windows(spec: HeldoutSpec, tokenizer_dir: Path, *, trust_remote_code: bool = False) -> Samples:
@@ -103,7 +117,7 @@ def heldout_windows(spec: HeldoutSpec, tokenizer_dir: Path, *, trust_remote_code
     file = TextFile(spec.data or HELDOUT_TEXT, field="quality.data", column_field=None)
     tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=trust_remote_code)
     needed = -(-spec.tokens // spec.length)
-    pool = _pack(file, tokenizer, spec.length + 1, needed=needed)
+    pool = pack(file, tokenizer, spec.length + 1, needed=needed)
     _refuse_calibration_text(spec, file, pool.passages)
     found = len(pool.windows)
     if found < needed:
@@ -133,65 +147,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
         raise ArtifactError(f"no tokenizer could be loaded from {directory}: {reason}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    windows: list[tuple[int, ...]]
-    tokens: int
-    documents: int
-    prefix: tuple[int, ...]
-    passages: frozenset[bytes]
-
-
-def _pack(file: TextFile, tokenizer: Any, length: int, *, needed: int) -> _Pool:
-    """All full windows of the file, or of its beginning if it holds far more than needed."""
-    prefix = _prefix(tokenizer)
-    body = length - len(prefix)
-    limit = _POOL_FACTOR * needed * body
-    ids: list[int] = []
-    passages: set[bytes] = set()
-    documents = 0
-    for row in read_rows(file):
-        passages.update(_passages(row))
-        ids += tokenizer(_text(row, tokenizer, file), add_special_tokens=False, verbose=False)["input_ids"]
-        documents += 1
-        if len(ids) >= limit:
-            break
-    if not ids:
-        raise file.problem("holds no text", "give a file with text, or leave the field out to use the shipped text")
-    windows = [prefix + tuple(ids[start : start + body]) for start in range(0, len(ids) - body + 1, body)]
-    return _Pool(windows, len(ids), documents, prefix, frozenset(passages))
-
-
-def _prefix(tokenizer: Any) -> tuple[int, ...]:
-    """The ids that the tokenizer puts before every text, usually none or BOS."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return tuple(full[:start])
-    return ()
-
-
-def _text(row: Row, tokenizer: Any, file: TextFile) -> str:
-    if isinstance(row.value, str):
-        # A section of a plain text file ends with its line; a document of one line is set apart by a blank one.
-        return row.value if file.path.suffix.lower() in {".txt", ".md"} else row.value.rstrip("\n") + "\n\n"
-    return _render_chat(row.where, row.value, tokenizer, file)
-
-
-def _render_chat(where: str, messages: list[Message], tokenizer: Any, file: TextFile) -> str:
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        hint = "give a column of text, or a tokenizer with a chat template"
-        raise file.problem(f"holds chat messages ({where}), but the tokenizer has no chat template", hint)
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise file.problem(f"has messages in {where} that the chat template refuses: {error}") from error
-
-
-def _too_few_samples(spec: CalibrationSpec, pool: _Pool, file: TextFile) -> RecipeError:
+def _too_few_samples(spec: CalibrationSpec, pool: Pool, file: TextFile) -> RecipeError:
     found = len(pool.windows)
     what = (
         f"{spec.count} samples of {spec.length} tokens need {spec.count * spec.length:,} tokens, "
@@ -205,36 +161,40 @@ def _too_few_samples(spec: CalibrationSpec, pool: _Pool, file: TextFile) -> Reci
     return RecipeError([Problem("compress.calibration.data", what, more)])
 
 
-def _samples(windows: Sequence[tuple[int, ...]], pool: _Pool, source: str) -> Samples:
+def _too_few_documents(spec: CalibrationSpec, pool: Pool, file: TextFile) -> RecipeError:
+    found = len(pool.windows)
+    text = "the shipped text" if spec.data is None else str(file.path)
+    least = MIN_CALIBRATION_LENGTH
+    what = f"{spec.count} samples need as many documents of {least} tokens or more, but {text} has {found}"
+    if pool.short:
+        what += f" and {pool.short} shorter ones"
+    lower = f", or set {_COUNT_FIELD} to {found} or less" if found else ""
+    return RecipeError([Problem(_COUNT_FIELD, what, f"give more documents, use packing: packed{lower}")])
+
+
+def _samples(windows: Sequence[tuple[int, ...]], pool: Pool, source: str, coverage: Coverage | None = None) -> Samples:
     ids = [token for window in windows for token in window]
-    digest = hashlib.sha256(b"".join(token.to_bytes(4, "little") for token in ids)).hexdigest()
-    return Samples(tuple(windows), len(ids), pool.documents, digest, source, pool.prefix)
+    lengths = [len(window) for window in windows]
+    told = ids + lengths if len(set(lengths)) > 1 else ids
+    digest = hashlib.sha256(b"".join(number.to_bytes(4, "little") for number in told)).hexdigest()
+    return Samples(tuple(windows), len(ids), pool.documents, digest, source, pool.prefix, coverage)
 
 
 def _source(data: Path | None, shipped: str) -> str:
     return str(data) if data else shipped
 
 
-def _refuse_calibration_text(spec: HeldoutSpec, heldout: TextFile, passages: frozenset[bytes]) -> None:
+def _refuse_calibration_text(spec: HeldoutSpec, heldout: TextFile, known: frozenset[bytes]) -> None:
     """Raise if held-out and calibration text are one file, or share more than 5 % of the held-out passages."""
     if spec.data is None and spec.calibration is None:
         return  # the two shipped files are disjoint; a test proves it
     field = "quality.data" if spec.data else "compress.calibration.data"
     hint = "give a file of its own: a model scores better on text that it was calibrated with"
-    calibration = TextFile(spec.calibration or CALIBRATION_TEXT, spec.calibration_column)
+    calibration = TextFile(spec.calibration or CALIBRATION_TEXT, spec.calibration_column, spec.calibration_split)
     if calibration.path.exists() and calibration.path.samefile(heldout.path):
         raise RecipeError([Problem(field, f"{heldout.path} is both calibration and held-out text", hint)])
-    shared = {passage for row in read_rows(calibration) for passage in _passages(row) if passage in passages}
-    if len(shared) > _MAX_SHARED * len(passages):
-        share = len(shared) / len(passages)
+    shared = {passage for row in read_rows(calibration) for passage in passages(row) if passage in known}
+    if len(shared) > _MAX_SHARED * len(known):
+        share = len(shared) / len(known)
         what = f"{share:.0%} of the passages of {heldout.path} are in the calibration text {calibration.path}"
         raise RecipeError([Problem(field, what, hint)])
-
-
-def _passages(row: Row) -> Iterator[bytes]:
-    """Digests of the long lines of a document; of the whole document if it has none."""
-    text = row.value if isinstance(row.value, str) else "\n".join(str(message["content"]) for message in row.value)
-    lines = [" ".join(line.split()) for line in text.splitlines()]
-    long = [line for line in lines if len(line) >= _PASSAGE_CHARS] or [" ".join(lines)]
-    for line in long:
-        yield hashlib.blake2b(line.encode(), digest_size=16).digest()

@@ -1,22 +1,25 @@
-"""Read the user's text: plain text, JSON lines or Parquet, row by row, with an error that says where and what.
+"""Read the user's text: plain text, JSON lines, Parquet or Arrow, row by row, with an error that says where and what.
 
-Nothing here knows a tokenizer. A row is text, or a list of chat messages that the caller puts through a chat template.
+Nothing here knows a tokenizer. A row is text, or chat messages that the caller puts through a chat template.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from trtbuild.errors import HostError, Problem, RecipeError
 from trtbuild.recipe_fields import TEXT_SUFFIXES
+from trtbuild.text_sets import ARROW, text_files
 
-Message = dict[str, Any]
+from .chat import ALLOWED, Chat, read_messages, read_tools
 
-_PREFERRED = ("text", "messages", "content")
+_PREFERRED = ("text", "messages", "content", "conversations")
+_TOOLS = "tools"
 _SECTION_CHARS = 65_536
 _PROBE_BYTES = 8192
 _BATCH_ROWS = 64
@@ -24,10 +27,11 @@ _BATCH_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """One file and the recipe's names for it, which the errors carry."""
+    """One file, or a directory of files, and the recipe's names for it, which the errors carry."""
 
     path: Path
     column: str | None = None
+    split: str | None = None
     field: str = "compress.calibration.data"
     column_field: str | None = "compress.calibration.column"
 
@@ -47,25 +51,39 @@ class TextFile:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One document of a file, and where it stands (``line 3``)."""
+    """One document of a file, and where it stands (``line 3``); `section`: a part of a plain text file."""
 
     where: str
-    value: str | list[Message]
+    value: str | Chat
+    section: bool = False
 
 
 def read_rows(file: TextFile) -> Iterator[Row]:
     """The documents of `file` in order; a plain text file comes in sections of about 65,536 characters.
 
     Raises:
-        RecipeError: the file is missing, empty, of another kind, damaged, or lacks the column.
-        HostError: a Parquet file, and pyarrow cannot be imported.
+        RecipeError: the file is missing, empty, of another kind, damaged, or lacks the column or the split.
+        HostError: a Parquet or Arrow file, and pyarrow cannot be imported.
     """
+    if file.path.is_dir() or file.split is not None:
+        return _rows_of_set(file)
+    return _rows_of_file(file)
+
+
+def _rows_of_set(file: TextFile) -> Iterator[Row]:
+    for path in text_files(file.path, file.split):
+        for row in _rows_of_file(replace(file, path=path, split=None)):
+            yield replace(row, where=f"{path.name}, {row.where}")
+
+
+def _rows_of_file(file: TextFile) -> Iterator[Row]:
     _check_readable(file)
     readers: dict[str, Callable[[TextFile], Iterator[Row]]] = {
         ".txt": _plain_rows,
         ".md": _plain_rows,
         ".jsonl": _json_rows,
         ".parquet": _parquet_rows,
+        ARROW: _arrow_rows,
     }
     return readers[file.path.suffix.lower()](file)
 
@@ -76,7 +94,7 @@ def _check_readable(file: TextFile) -> None:
     if not file.path.is_file():
         raise file.problem("is not a file", "give the path of one .txt, .md, .jsonl or .parquet file")
     suffix = file.path.suffix.lower()
-    if suffix not in TEXT_SUFFIXES:
+    if suffix not in (*TEXT_SUFFIXES, ARROW):
         raise file.problem(f"ends in {suffix or 'nothing'}", f"use one of {', '.join(TEXT_SUFFIXES)}")
     try:
         with file.path.open("rb") as stream:
@@ -85,7 +103,7 @@ def _check_readable(file: TextFile) -> None:
         raise file.problem(f"cannot be read: {error.strerror}") from error
     if not start:
         raise file.problem("is empty", "give a file with text, or leave the field out to use the shipped text")
-    if suffix != ".parquet" and b"\0" in start:
+    if suffix not in {".parquet", ARROW} and b"\0" in start:
         hint = "give text in UTF-8; convert UTF-16 first"
         raise file.problem(f"is binary: a zero byte at offset {start.index(0)}", hint)
 
@@ -112,10 +130,10 @@ def _plain_rows(file: TextFile) -> Iterator[Row]:
             section.append(line)
             size += len(line)
             if size >= _SECTION_CHARS:
-                yield Row(f"line {first}", "".join(section))
+                yield Row(f"line {first}", "".join(section), section=True)
                 section, size, first = [], 0, 0
     if section:
-        yield Row(f"line {first}", "".join(section))
+        yield Row(f"line {first}", "".join(section), section=True)
 
 
 def _json_rows(file: TextFile) -> Iterator[Row]:
@@ -129,7 +147,7 @@ def _json_rows(file: TextFile) -> Iterator[Row]:
                 column = _choose_column(file, {name: _is_usable(value) for name, value in row.items()})
             if column not in row:
                 raise file.column_problem(f"line {number} has no column {column!r}", sorted(row))
-            value = _checked(file, f"line {number}", column, row[column])
+            value = _checked(file, f"line {number}", column, row[column], row.get(_TOOLS))
             if value:
                 yield Row(f"line {number}", value)
 
@@ -149,29 +167,65 @@ def _json_object(file: TextFile, number: int, line: str) -> dict[str, Any]:
 
 
 def _parquet_rows(file: TextFile) -> Iterator[Row]:
+    _require_pyarrow(file, "Parquet")
+    from pyarrow import parquet
+
+    with _damage(file, "Parquet"), parquet.ParquetFile(file.path) as table:
+        columns = _table_columns(file, table.schema_arrow)
+        yield from _table_rows(file, columns, table.iter_batches(batch_size=_BATCH_ROWS, columns=columns))
+
+
+def _arrow_rows(file: TextFile) -> Iterator[Row]:
+    """The rows of an Arrow stream, as `datasets` writes them."""
+    _require_pyarrow(file, "Arrow")
+    import pyarrow as pa
+
+    with _damage(file, "Arrow"), ExitStack() as stack:
+        source = stack.enter_context(pa.OSFile(str(file.path)))
+        stream = stack.enter_context(pa.ipc.open_stream(source))
+        columns = _table_columns(file, stream.schema)
+        yield from _table_rows(file, columns, (batch.select(columns) for batch in stream))
+
+
+def _require_pyarrow(file: TextFile, kind: str) -> None:
     try:
-        import pyarrow as pa
-        from pyarrow import parquet
+        import pyarrow as pa  # noqa: F401
     except ImportError as error:
         raise HostError(
-            f"{file.path} is Parquet, and pyarrow cannot be imported: {error}", "pip install pyarrow"
+            f"{file.path} is {kind}, and pyarrow cannot be imported: {error}", "pip install pyarrow"
         ) from error
-    number = 0
+
+
+@contextmanager
+def _damage(file: TextFile, kind: str) -> Iterator[None]:
+    """While open, what pyarrow refuses becomes a sentence about the file."""
+    import pyarrow as pa
+
     try:
-        with parquet.ParquetFile(file.path) as table:
-            types = {field.name: field.type for field in table.schema_arrow}
-            column = file.column or _choose_column(file, {name: _is_text_type(kind) for name, kind in types.items()})
-            if column not in types:
-                raise file.column_problem(f"there is no column {column!r}", sorted(types))
-            for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    checked = _checked(file, f"row {number}", column, value)
-                    if checked:
-                        yield Row(f"row {number}", checked)
+        yield
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise file.problem(f"is not a readable Parquet file: {reason}", "write the file again") from error
+        raise file.problem(f"is not a readable {kind} file: {reason}", "write the file again") from error
+
+
+def _table_columns(file: TextFile, schema: Any) -> list[str]:
+    """The column with the text, and that with the tools of its conversations where there is one."""
+    types = {field.name: field.type for field in schema}
+    column = file.column or _choose_column(file, {name: _is_text_type(kind) for name, kind in types.items()})
+    if column not in types:
+        raise file.column_problem(f"there is no column {column!r}", sorted(types))
+    return [column] if _TOOLS not in types or column == _TOOLS else [column, _TOOLS]
+
+
+def _table_rows(file: TextFile, columns: list[str], batches: Iterable[Any]) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        values = [batch.column(index).to_pylist() for index in range(len(columns))]
+        for row in zip(*values, strict=True):
+            number += 1
+            checked = _checked(file, f"row {number}", columns[0], row[0], *row[1:])
+            if checked:
+                yield Row(f"row {number}", checked)
 
 
 def _is_text_type(kind: Any) -> bool:
@@ -194,20 +248,22 @@ def _is_usable(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
 
 
-def _checked(file: TextFile, where: str, column: str, value: object) -> str | list[Message] | None:
+def _checked(file: TextFile, where: str, column: str, value: object, tools: object = None) -> str | Chat | None:
     """`value` if it is text or chat messages; None if it is empty, which a row may be."""
     if value is None or value == []:
         return None
     if isinstance(value, str):
         return value if value.strip() else None
-    allowed = 'allowed are text, or chat messages such as [{"role": "user", "content": "..."}]'
     if not isinstance(value, list):
-        raise file.problem(f"holds {_kind(value)} in {where}, column {column!r}", allowed)
-    for index, message in enumerate(value):
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and message.get("content")):
-            what = f"has no role or no content in message {index + 1} of {where}, column {column!r}"
-            raise file.problem(what, allowed)
-    return value
+        raise file.problem(f"holds {_kind(value)} in {where}, column {column!r}", ALLOWED)
+    messages = read_messages(value)
+    if isinstance(messages, int):
+        raise file.problem(f"has no role or no content in message {messages} of {where}, column {column!r}", ALLOWED)
+    offered = read_tools(tools)
+    if offered is None:
+        what = f"holds {_kind(tools)} in {where}, column {_TOOLS!r}, beside chat messages"
+        raise file.problem(what, "the tools of a conversation are a list of JSON schemas, or the same as JSON text")
+    return Chat(messages, offered)
 
 
 def _kind(value: object) -> str:

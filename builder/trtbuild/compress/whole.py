@@ -8,14 +8,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from trtbuild.compress.calibrate import calibration_loop
+from trtbuild.compress.calibrate import calibration_loop, layer_list
 from trtbuild.compress.copying import copy_checkpoint
 from trtbuild.compress.request import Meter, Request
 from trtbuild.compress.selection import Selection, select
+from trtbuild.compress.solve import Solved
 from trtbuild.compress.source import load_source, pick_device
 from trtbuild.safetensors_header import TensorInfo
-
-SPARSEGPT_PASSES = (("measure activations for 2:4", 2),)
 
 
 def compress_whole(
@@ -24,8 +23,10 @@ def compress_whole(
     ids: Sequence[Sequence[int]],
     meter: Meter,
     phase: Callable[[str], AbstractContextManager[None]],
-) -> tuple[Selection, list[str]]:
-    """Prune and quantize the model and write it; return the selection and the experts that no token reached.
+) -> tuple[Selection, list[str], dict[str, float]]:
+    """Prune and quantize the model and write it.
+
+    Return the selection, the experts that no token reached, and what SparseGPT or GPTQ cost every linear layer.
 
     Args:
         request: What to do.
@@ -37,28 +38,73 @@ def compress_whole(
     with phase("load"):
         model = load_source(request, pick_device(request.device))
         selection = select(model, source, request)
-    layers: int = model.config.get_text_config().num_hidden_layers
     idle: list[str] = []
-    if request.sparse:
-        from trtbuild.compress import sparsify
-
+    solved = Solved()
+    if request.sparse and not request.joint:
         with phase("sparsify"):
-            loop = calibration_loop(ids, meter, SPARSEGPT_PASSES) if request.sparsity_method == "sparsegpt" else None
-            idle += sparsify.sparsify(model, selection, request, loop)
+            solved = _sparsify(model, selection, request, ids, meter)
     if request.quantized:
         from trtbuild.compress.export import export
-        from trtbuild.compress.quantize import passes, quantize
 
         with phase("quantize"):
-            run = calibration_loop(ids, meter, passes(request)) if passes(request) else None
-            idle += quantize(model, selection, request, run, layers=layers)
+            if request.solved:
+                solved = _solve(model, selection, request, ids, meter)
+            else:
+                idle += _quantize(model, selection, request, ids, meter)
         with phase("export"):
             meter.advance(1, "write the checkpoint")
             export(model, selection, request)
     else:
         with phase("export"):
             copy_checkpoint(request, source, meter, _weights(model, selection))
-    return selection, idle
+    from trtbuild.compress.sparsify import experts_of
+
+    errors = {selection.compressed[name]: error for name, error in solved.errors.items()}
+    return selection, idle + experts_of(solved.idle), errors
+
+
+def parts(model: nn.Module, selection: Selection) -> list[str]:
+    """Prefixes of the names of the layers that are solved together: the decoder layers, then what lies outside them.
+
+    The calibration text goes through the whole model for each, so that each sees its finished predecessors.
+    """
+    found = layer_list(model)
+    inside = [f"{found[0]}.{index}." for index in range(len(found[1]))] if found else []
+    return inside + [name for name in selection.compressed if not name.startswith(tuple(inside))]
+
+
+def _sparsify(
+    model: nn.Module, selection: Selection, request: Request, ids: Sequence[Sequence[int]], meter: Meter
+) -> Solved:
+    from trtbuild.compress import sparsify
+
+    if not request.by_hessians:
+        sparsify.sparsify_by_magnitude(model, selection)
+        return Solved()
+    run = calibration_loop(ids, meter, sparsify.PASSES)
+    return sparsify.sparsify_by_hessians(model, selection, run, parts(model, selection))
+
+
+def _solve(
+    model: nn.Module, selection: Selection, request: Request, ids: Sequence[Sequence[int]], meter: Meter
+) -> Solved:
+    from trtbuild.compress.gptq import quantize_by_gptq
+    from trtbuild.compress.quantize import GPTQ_PASSES
+
+    run = calibration_loop(ids, meter, GPTQ_PASSES)
+    layers: int = model.config.get_text_config().num_hidden_layers
+    return quantize_by_gptq(model, selection, request, run, layers=layers, parts=parts(model, selection))
+
+
+def _quantize(
+    model: nn.Module, selection: Selection, request: Request, ids: Sequence[Sequence[int]], meter: Meter
+) -> list[str]:
+    from trtbuild.compress.mixed import passes, quantize_layers
+
+    steps = passes(request, selection)
+    run = calibration_loop(ids, meter, steps) if steps else None
+    layers: int = model.config.get_text_config().num_hidden_layers
+    return quantize_layers(model, selection, request, run, layers=layers)
 
 
 def _weights(model: nn.Module, selection: Selection) -> dict[str, torch.Tensor]:

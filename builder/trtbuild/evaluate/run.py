@@ -32,7 +32,7 @@ def run(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     Args:
         request: ``source`` and ``engine`` (directories), ``tokens`` (at least so many predictions), ``length`` (of them
             in a window), ``data`` (held-out file or None), ``device``, ``trust_remote_code``; optionally
-            ``calibration`` (``data`` and ``column`` of the calibration text), ``kv_cache_dtype``, ``compute_dtype`` and
+            ``calibration`` (``data``, ``column``, ``split`` of that text), ``kv_cache_dtype``, ``compute_dtype`` and
             ``weights`` to name the numerics instead of reading engine.json, and ``joined_scales`` (the fields of
             `JoinedScales`) where another engine will join projections.
         progress: called with (windows done, windows, what).
@@ -67,6 +67,8 @@ def _how_joined(joined: JoinedScales | None) -> str:
     """What was done to the checkpoint's scales before it was measured."""
     if joined is None:
         return ""
+    if not joined.layers:
+        return "; keys and values with the larger of their scales, as the runtime has them"
     layers = "query, key and value, gate and up" if joined.gate_up else "query, key and value, gate and up of experts"
     cache = "; keys and values with the larger of their scales" if joined.kv_cache else ""
     return (
@@ -83,6 +85,7 @@ def _heldout_spec(request: Mapping[str, Any]) -> HeldoutSpec:
         length=request["length"],
         calibration=_path(calibration.get("data")),
         calibration_column=calibration.get("column"),
+        calibration_split=calibration.get("split"),
     )
 
 

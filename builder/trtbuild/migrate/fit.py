@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 from trtbuild.compress_settings import fitting_group_sizes
+from trtbuild.format_support import Part, refused_embedded, refused_flow
 from trtbuild.migrate.drafts import fit_drafts, fit_lora
 from trtbuild.migrate.legacy import Legacy
 from trtbuild.migrate.llm_drafts import fit_section
 from trtbuild.migrate.translate import Draft
 from trtbuild.model import ModelFacts
+from trtbuild.releases import Flow
 from trtbuild.trtllm_instances import fitting, shared
+from trtbuild.weight_formats import takes_group
 
 _MOST_REQUESTS = 4096
 _BATCH, _TOKENS, _LENGTH = "runtime.max_batch_size", "runtime.max_num_tokens", "runtime.max_seq_len"
@@ -84,19 +88,34 @@ def _limits(draft: Draft, facts: ModelFacts | None) -> None:
 
 def _formats(draft: Draft, facts: ModelFacts | None) -> None:
     values, cache = draft.values, "compress.kv_cache"
+    _unloadable(draft)
     group = values.get("compress.group_size")
     weights = values.get("compress.format", "none")
-    if group is not None and weights != "int4_awq":
+    if group is not None and not takes_group(weights):
         draft.leave_out("compress.group_size", f"{group} belongs to INT4, and the weights are {weights}", is_loss=False)
     elif group is not None and facts is not None and group not in fitting_group_sizes(facts):
         draft.leave_out("compress.group_size", f"{group} does not divide every layer's inputs")
     if draft.target.kind != "embedded" and weights == "none" and cache in values:
-        why = f"{values[cache]} needs weights in fp8 or int4_awq: TensorRT-LLM takes no other"
+        why = f"{values[cache]} needs quantized weights: TensorRT-LLM takes no other"
         draft.leave_out(cache, why)
     if weights == "none" and not {cache, "compress.sparsity"} & set(values):
         draft.leave_out("compress.exclude", "nothing is compressed", is_loss=False)
     if draft.target.kind == "trtllm-engine" and values.get("compress.sparsity") == "2:4":
         draft.leave_out("runtime.extra.gemm_plugin", "the plugin would bypass the kernels that use 2:4 weights")
+
+
+def _unloadable(draft: Draft) -> None:
+    """Formats that the new runtime does not load."""
+    target, flows = draft.target, {"trtllm": "llm-api", "trtllm-engine": "engine"}
+    for path, part in (("compress.format", "weights"), ("compress.kv_cache", "kv_cache")):
+        name, why = draft.values.get(path, "none"), None
+        if target.release is not None and target.kind in flows:
+            flow = cast("Flow", flows[target.kind])
+            why = refused_flow(cast("Part", part), name, flow, target.release.line)
+        elif part == "kv_cache":
+            why = refused_embedded(name)
+        if why is not None:
+            draft.leave_out(path, f"{name}: {why}")
 
 
 def _ranks(draft: Draft) -> None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from trtbuild.compat import facts
-from trtbuild.recipe_fields import CapacityPolicy
+from trtbuild.recipe_fields import CapacityPolicy, Format, KvCacheFormat
 
 _TRUE, _FALSE = ("true", "1", "enable", "yes"), ("false", "0", "disable", "no")
 _LARGEST_FRACTION = 0.95
@@ -145,18 +145,20 @@ def weight_format(value: Any) -> str | None:
         return str(formats[name])
     for mark, lost in formats["lost"].items():
         if mark in name:
-            raise ValueError(f"{lost}; the weights stay in bf16, unless compress.format is fp8 or int4_awq")
-    raise ValueError(f"the format {name} is not known; compress.format takes fp8 and int4_awq")
+            raise ValueError(f"{lost}; the weights stay in bf16, unless compress.format names another format")
+    known = ", ".join(name for name in get_args(Format) if name != "none")
+    raise ValueError(f"the format {name} is not known; compress.format takes {known}")
 
 
 def kv_format(value: Any) -> str | None:
     """The format of the KV cache; automatic is the recipe's default."""
     name = text(value).lower()
-    if name == "fp8":
-        return "fp8"
     if name in ("auto", "none"):
         return None
-    raise ValueError(f"a KV cache in {text(value)}: compress.kv_cache takes fp8")
+    if name in get_args(KvCacheFormat):
+        return name
+    known = ", ".join(name for name in get_args(KvCacheFormat) if name != "none")
+    raise ValueError(f"a KV cache in {text(value)}: compress.kv_cache takes {known}")
 
 
 def excluded(value: Any) -> tuple[str, ...] | None:

@@ -17,12 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trtbuild.errors import ArtifactError, CompatibilityError
 from trtbuild.runtime.checkpoint_files import (
-    FP8,
-    INT4_AWQ,
     REBUILD,
     QuantizationFacts,
-    TensorFiles,
     TensorSource,
+    open_tensors,
     read_json,
     read_quantization,
 )
@@ -30,8 +28,9 @@ from trtbuild.runtime.checkpoint_fill import fill, positive_scale, replace_linea
 from trtbuild.runtime.experts import DiskNames, fused_experts, unfuse_experts
 from trtbuild.runtime.joined import JoinedScales, join_kv_scales, join_scales
 from trtbuild.runtime.linear import Form, share_inputs
+from trtbuild.runtime.numerics import NUMERICS
 
-_ALGORITHM_OF = {"F8_E4M3": FP8, "U8": INT4_AWQ}
+_CODES = frozenset({"F8_E4M3", "U8", "I8"})  # types of weights that are codes
 _SHOWN = 5
 
 
@@ -83,8 +82,8 @@ def load_model(
         unfuse_experts(model)
     kv_scales = _take_kv_scales(model, source, quantization)
     with torch.no_grad():
-        for layer in layers:
-            replace_linear(model, layer, source, dtype=dtype, form=form, device=device)
+        for layer, algorithm in layers.items():
+            replace_linear(model, layer, algorithm, source, dtype=dtype, form=form, device=device)
         fill(model, source, device)
         restore_buffers(model, device)
         changed = 0 if joined is None else join_scales(model, joined)
@@ -93,7 +92,7 @@ def load_model(
     share_inputs(model)
     model.requires_grad_(requires_grad=False)
     notes = _notes(quantization, form, dtype, len(layers))
-    if joined is not None:
+    if joined is not None and joined.layers:
         notes.append(f"{changed} projections were brought to the weight scale of others that they are joined with")
     return LoadedModel(model=model.eval(), config=config, quantization=quantization, kv_scales=kv_scales, notes=notes)
 
@@ -147,7 +146,7 @@ def empty_model(config: Any, dtype: torch.dtype, attn_implementation: str, *, tr
 
 
 def _match_names(directory: Path, model: nn.Module) -> TensorSource:
-    files = TensorFiles(directory)
+    files = open_tensors(directory)
     names = DiskNames(model)
     disk_name: dict[str, str] = {}
     for name in files.names:
@@ -158,18 +157,19 @@ def _match_names(directory: Path, model: nn.Module) -> TensorSource:
     return TensorSource(files, disk_name)
 
 
-def _quantized_layers(source: TensorSource, quantization: QuantizationFacts) -> list[str]:
-    """The linear layers whose weights the files hold as codes; their type must be the one announced."""
-    layers = []
+def _quantized_layers(source: TensorSource, quantization: QuantizationFacts) -> dict[str, str]:
+    """The format of each linear layer whose weights the files hold as codes; their type must be the one announced."""
+    layers = {}
     for place, name in sorted(source.disk_name.items()):
-        algorithm = _ALGORITHM_OF.get(source.files.dtype(name)) if place.endswith(".weight") else None
-        if algorithm is None:
+        kind = source.files.dtype(name) if place.endswith(".weight") else ""
+        if kind not in _CODES:
             continue
-        if algorithm != quantization.algorithm:
+        algorithm = quantization.of(name.removesuffix(".weight"))
+        if algorithm is None or kind != NUMERICS[algorithm].weight:
             raise ArtifactError(
-                f"{name} holds {algorithm} codes, but the checkpoint says quant_algo {quantization.algorithm}", REBUILD
+                f"{name} holds codes in {kind}, but the checkpoint says quant_algo {algorithm}", REBUILD
             )
-        layers.append(place.removesuffix(".weight"))
+        layers[place.removesuffix(".weight")] = algorithm
     if quantization.algorithm and not layers:
         raise ArtifactError(
             f"the checkpoint says quant_algo {quantization.algorithm}, but no tensor is quantized", REBUILD
@@ -180,7 +180,7 @@ def _quantized_layers(source: TensorSource, quantization: QuantizationFacts) -> 
 def _take_kv_scales(
     model: nn.Module, source: TensorSource, quantization: QuantizationFacts
 ) -> dict[int, tuple[float, float]] | None:
-    """The scales of the FP8 KV cache by layer index; every attention layer must have both."""
+    """The scales of a quantized KV cache by layer index; every attention layer must have both."""
     found: dict[int, dict[str, float]] = {}
     for place in [place for place in source.disk_name if place.endswith((".k_scale", ".v_scale"))]:
         attention, _, leaf = place.rpartition(".")
@@ -193,7 +193,9 @@ def _take_kv_scales(
     wanted = range(int(model.config.get_text_config().num_hidden_layers))
     missing = [index for index in wanted if len(found.get(index, {})) != 2]
     if missing:
-        raise ArtifactError(f"the KV cache is FP8, but layers {missing[:_SHOWN]} have no k_scale and v_scale", REBUILD)
+        raise ArtifactError(
+            f"the KV cache is quantized, but layers {missing[:_SHOWN]} have no k_scale and v_scale", REBUILD
+        )
     return {index: (found[index]["k_scale"], found[index]["v_scale"]) for index in wanted}
 
 

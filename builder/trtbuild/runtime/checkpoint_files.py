@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trtbuild.errors import ArtifactError, CompatibilityError
+from trtbuild.runtime.compressed_tensors import METHOD, UnpackedFiles, quantized_as
+from trtbuild.runtime.numerics import NUMERICS
 
 FP8 = "FP8"
-INT4_AWQ = "W4A16_AWQ"
+MIXED = "MIXED_PRECISION"
+_KV_CACHES = ("FP8", "NVFP4", "INT8")
 REBUILD = "build the package again"
 _INDEX = "model.safetensors.index.json"
 _NOT_QUANTIZED = (None, "NO_QUANT")
@@ -23,10 +27,15 @@ _NOT_QUANTIZED = (None, "NO_QUANT")
 class QuantizationFacts:
     """What a checkpoint says about its own quantization."""
 
-    algorithm: str | None = None  # FP8, W4A16_AWQ or None
+    algorithm: str | None = None  # a name of `NUMERICS`, or None
     group_size: int | None = None
-    kv_cache: str | None = None  # FP8 or None
+    kv_cache: str | None = None  # FP8, NVFP4, INT8 or None
     exclude: tuple[str, ...] = ()
+    layers: Mapping[str, str] = field(default_factory=dict)  # of a mixed checkpoint, by their names in files
+
+    def of(self, layer: str) -> str | None:
+        """The algorithm of a layer by its name in files."""
+        return self.layers.get(layer) if self.algorithm == MIXED else self.algorithm
 
 
 def read_quantization(directory: Path) -> QuantizationFacts:
@@ -43,6 +52,9 @@ def read_quantization(directory: Path) -> QuantizationFacts:
     else:
         section = read_json(directory / "config.json").get("quantization_config") or {}
         method = section.get("quant_method", "modelopt")
+        if method == METHOD:
+            algorithm, group, layers = quantized_as(section, directory)
+            return QuantizationFacts(algorithm, group, None, tuple(section.get("ignore") or ()), layers)
         if not str(method).startswith("modelopt"):
             raise CompatibilityError(
                 f"{directory}: quantized with {method!r}; the embedded engine reads ModelOpt's checkpoints",
@@ -53,22 +65,40 @@ def read_quantization(directory: Path) -> QuantizationFacts:
         if scheme and kv_cache is None:
             kv_cache = str(scheme)
         exclude = section.get("ignore")
+    if section.get("quant_algo") == MIXED:
+        return _mixed(directory, section, kv_cache, exclude)
     return _known(directory, section.get("quant_algo"), section.get("group_size"), kv_cache, exclude)
 
 
+def _mixed(directory: Path, section: Mapping[str, Any], kv_cache: Any, exclude: Any) -> QuantizationFacts:
+    """A checkpoint whose `quantized_layers` say the format of each."""
+    listed = section.get("quantized_layers")
+    if not isinstance(listed, dict) or not listed:
+        raise ArtifactError(f"{directory}: quant_algo is {MIXED}, but quantized_layers names no layer", REBUILD)
+    layers = {}
+    for name, entry in listed.items():
+        known = _known(directory, entry.get("quant_algo"), entry.get("group_size"), kv_cache, exclude)
+        if known.algorithm is not None:
+            layers[name] = known.algorithm
+    return replace(known, algorithm=MIXED, group_size=None, layers=layers)
+
+
 def _known(directory: Path, algorithm: Any, group: Any, kv_cache: Any, exclude: Any) -> QuantizationFacts:
-    if algorithm not in (*_NOT_QUANTIZED, FP8, INT4_AWQ):
+    name = algorithm.upper() if isinstance(algorithm, str) else algorithm  # ModelOpt writes some in lower case
+    if name not in (*_NOT_QUANTIZED, *NUMERICS):
         raise CompatibilityError(
-            f"{directory}: quant_algo {algorithm!r} is not one that the embedded engine computes ({FP8}, {INT4_AWQ})",
-            "compress with format: none, fp8 or int4_awq, or serve it with another runtime",
+            f"{directory}: quant_algo {algorithm!r} is not one that the embedded engine computes "
+            f"({', '.join(NUMERICS)})",
+            "compress with another format, or serve it with another runtime",
         )
-    if kv_cache not in (None, FP8):
+    if kv_cache not in (None, *_KV_CACHES):
         raise CompatibilityError(
-            f"{directory}: kv_cache_quant_algo {kv_cache!r} is not one that the embedded engine computes ({FP8})",
-            "compress with kv_cache: none or fp8",
+            f"{directory}: kv_cache_quant_algo {kv_cache!r} is not one that the embedded engine computes "
+            f"({', '.join(_KV_CACHES)})",
+            "compress with another kv_cache",
         )
     return QuantizationFacts(
-        algorithm=None if algorithm in _NOT_QUANTIZED else algorithm,
+        algorithm=None if name in _NOT_QUANTIZED else name,
         group_size=group,
         kv_cache=kv_cache,
         exclude=tuple(exclude or ()),
@@ -141,11 +171,18 @@ class TensorFiles:
         return list(self._handle_of[name].get_slice(name).get_shape())
 
 
+def open_tensors(directory: Path) -> TensorFiles | UnpackedFiles:
+    """The tensors of a checkpoint directory, in ModelOpt's form whatever form the files have."""
+    files = TensorFiles(directory)
+    packed = any(name.endswith(".weight_packed") for name in files.names)
+    return UnpackedFiles(files) if packed else files
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSource:
     """The files and, for every place in the model, the tensor of the files that belongs there."""
 
-    files: TensorFiles
+    files: TensorFiles | UnpackedFiles
     disk_name: dict[str, str]
 
     def take(self, place: str) -> torch.Tensor | None:

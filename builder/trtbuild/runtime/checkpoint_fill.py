@@ -10,47 +10,88 @@ import torch
 from torch import nn
 
 from trtbuild.errors import ArtifactError
-from trtbuild.runtime.checkpoint_files import REBUILD, TensorSource
+from trtbuild.runtime.checkpoint_files import FP8, REBUILD, TensorSource
+from trtbuild.runtime.codes import E8M0_NAN
 from trtbuild.runtime.experts import fused_experts
-from trtbuild.runtime.linear import Form, Fp8Linear, Int4Linear
+from trtbuild.runtime.linear import CodedLinear, Form, Fp8Linear
+from trtbuild.runtime.numerics import GROUP_SIZES, NUMERICS, ONE, ROWS, TILE, TILES
 
 _SHOWN = 5
 
 
 def replace_linear(
-    model: nn.Module, layer: str, source: TensorSource, *, dtype: torch.dtype, form: Form, device: torch.device
-) -> None:
-    """Put our own layer, filled from the files, in the place of linear layer `layer`."""
+    model: nn.Module, layer: str, algorithm: str, source: TensorSource, *, dtype: torch.dtype, form: Form,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Put our own layer, filled from the files, in the place of linear layer `layer`, which is coded as `algorithm`."""
     old = model.get_submodule(layer) if _exists(model, layer) else None
     if not isinstance(old, nn.Linear):
         raise ArtifactError(
             f"{layer}: the files hold quantized weights, but the model has no linear layer there", REBUILD
         )
-    shape = (old.out_features, old.in_features)
-    weight = _required(source, f"{layer}.weight", device)
-    scale = _required(source, f"{layer}.weight_scale", device)
+    stored = _stored(layer, algorithm, (old.out_features, old.in_features), source, device)
     bias = source.take(f"{layer}.bias")
     bias = None if bias is None else bias.to(device, dtype)
     if (old.bias is None) != (bias is None) or (bias is not None and bias.shape != old.bias.shape):
         raise ArtifactError(f"{layer}.bias: the files and the architecture disagree", REBUILD)
-    new: nn.Module
-    if weight.dtype == torch.float8_e4m3fn:
-        input_scale = _required(source, f"{layer}.input_scale", device)
-        positive_scale(f"{layer}.weight_scale", scale)
-        positive_scale(f"{layer}.input_scale", input_scale)
-        _check_shape(layer, tuple(weight.shape), shape)
-        new = Fp8Linear(weight=weight, weight_scale=scale, input_scale=input_scale, bias=bias, dtype=dtype, form=form)
+    if algorithm == FP8:
+        new: nn.Module = Fp8Linear(bias=bias, dtype=dtype, form=form, **stored)
     else:
-        _check_shape(layer, (weight.shape[0] * 2, weight.shape[1]), shape)
-        groups = scale.shape[1] if scale.dim() == 2 else 0
-        if scale.shape[:1] != shape[:1] or groups == 0 or shape[1] % groups:
-            raise ArtifactError(f"{layer}.weight_scale: shape {list(scale.shape)} does not fit {list(shape)}", REBUILD)
-        smooth = source.take(f"{layer}.pre_quant_scale")
-        smooth = None if smooth is None else smooth.to(device)
-        if smooth is not None and tuple(smooth.shape) != shape[1:]:
-            raise ArtifactError(f"{layer}.pre_quant_scale: shape {list(smooth.shape)}, not {[shape[1]]}", REBUILD)
-        new = Int4Linear(weight=weight, weight_scale=scale, pre_quant_scale=smooth, bias=bias, dtype=dtype, form=form)
+        new = CodedLinear(numerics=NUMERICS[algorithm], stored=stored, bias=bias, dtype=dtype, form=form)
     model.set_submodule(layer, new)
+
+
+def _stored(
+    layer: str, algorithm: str, shape: tuple[int, int], source: TensorSource, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The tensors of a coded layer [O, I] by their last names, each of the right shape and with usable values."""
+    numerics = NUMERICS[algorithm]
+    weight = _required(source, f"{layer}.weight", device)
+    rows, columns = weight.shape
+    _check_shape(layer, (rows * numerics.rows, columns * numerics.columns), shape)
+    stored = {"weight": weight}
+    for name, (_, lies) in numerics.scales.items():
+        place = f"{layer}.{name}"
+        scale = _required(source, place, device)
+        if not _fits(scale, lies, shape, GROUP_SIZES.get(algorithm)):
+            raise ArtifactError(f"{place}: shape {list(scale.shape)} does not fit {list(shape)}", REBUILD)
+        _check_scale(place, scale, lies)
+        stored[name] = scale
+    if numerics.input_scale:
+        stored["input_scale"] = _required(source, f"{layer}.input_scale", device)
+        positive_scale(f"{layer}.input_scale", stored["input_scale"])
+    smooth = source.take(f"{layer}.pre_quant_scale") if numerics.smoothed else None
+    if smooth is not None:
+        if tuple(smooth.shape) != shape[1:]:
+            raise ArtifactError(f"{layer}.pre_quant_scale: shape {list(smooth.shape)}, not {[shape[1]]}", REBUILD)
+        stored["pre_quant_scale"] = smooth.to(device)
+    return stored
+
+
+def _fits(scale: torch.Tensor, lies: str, shape: tuple[int, int], group: int | None) -> bool:
+    """Whether the scales of a matrix [O, I] have the shape that their format gives them."""
+    out, into = shape
+    found = tuple(scale.shape)
+    if lies == ONE:
+        return True  # `positive_scale` counts
+    if lies == ROWS:
+        return found == (out,)
+    if lies == TILES:
+        tiles = (out // TILE, 1, into // TILE, 1)
+        return not (out % TILE or into % TILE) and (found == tiles or (found == () and tiles == (1, 1, 1, 1)))
+    groups = found[1] if len(found) == 2 else 0
+    return found[:1] == (out,) and groups > 0 and into % groups == 0 and (group is None or into // groups == group)
+
+
+def _check_scale(place: str, scale: torch.Tensor, lies: str) -> None:
+    """One positive finite number, or many."""
+    if lies == ONE:
+        positive_scale(place, scale)
+    elif scale.dtype == torch.uint8:  # powers of two
+        if bool((scale == E8M0_NAN).any()):
+            raise ArtifactError(f"{place}: scales must be finite", REBUILD)
+    elif not bool((torch.isfinite(scale.float()) & (scale.float() > 0)).all()):
+        raise ArtifactError(f"{place}: scales must be positive and finite", REBUILD)
 
 
 def _exists(model: nn.Module, layer: str) -> bool:

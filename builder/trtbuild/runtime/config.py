@@ -17,7 +17,7 @@ POLICIES = ("GUARANTEED_NO_EVICT", "MAX_UTILIZATION")
 DEVICES = ("auto", "cpu", "cuda")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float64")
 WEIGHTS = ("auto", "expanded", "packed")
-KV_DTYPES = ("auto", "fp8")
+KV_DTYPES = ("auto", "fp8", "nvfp4", "int8")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter, We
 from trtbuild.errors import CompatibilityError
 
 # Leaves that belong to a quantized linear layer and follow its `weight` through every renaming.
-SCALE_LEAVES = frozenset({"weight_scale", "input_scale", "pre_quant_scale", "k_scale", "v_scale"})
+SCALE_LEAVES = frozenset({"weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale"})
 _PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 

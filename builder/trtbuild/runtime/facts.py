@@ -16,7 +16,7 @@ def engine_facts(runner: ModelRunner, config: EngineConfig, end_ids: frozenset[i
         max_batch_size=config.max_batch_size,
         kv_cache_tokens=runner.num_blocks * runner.block_size,
         tokens_per_block=runner.block_size,
-        kv_cache_dtype="fp8" if runner.kv_is_fp8 else str(runner.dtype).removeprefix("torch."),
+        kv_cache_dtype=runner.kv_form or str(runner.dtype).removeprefix("torch."),
         device=str(runner.device),
         compute_dtype=str(runner.dtype).removeprefix("torch."),
         weights=_weights_form(config, runner),

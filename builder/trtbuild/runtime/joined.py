@@ -25,9 +25,10 @@ _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinedScales:
-    """What is joined: query, key and value, and gate and up of experts, always.
+    """What is joined: query, key and value, and gate and up of experts, where `layers` says so.
 
     Args:
+        layers: weight scales at all; other formats than FP8 have none that could differ.
         gate_up: gate and up of other layers too.
         kv_cache: keys and values are stored with the larger of their scales.
         intermediate: the type of intermediate results, "float32" or "bfloat16".
@@ -36,11 +37,14 @@ class JoinedScales:
     gate_up: bool
     kv_cache: bool
     intermediate: str
+    layers: bool = True
 
 
 def join_scales(model: nn.Module, joined: JoinedScales) -> int:
     """Bring the scales of `model` together and return how many layers changed."""
     kind, changed = _TYPES[joined.intermediate], 0
+    if not joined.layers:
+        return 0
     for module in model.modules():
         changed += _join(module, _ATTENTION, kind)
         if isinstance(module, UnfusedExperts):

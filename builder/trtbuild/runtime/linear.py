@@ -1,8 +1,8 @@
 """Linear layers that compute with the numerics of the stored format, on any device.
 
-Formats are those of ModelOpt's unified Hugging Face checkpoint
-(NVIDIA/Model-Optimizer: modelopt/torch/export/quant_utils.py @0.47.0).
-Shapes: T tokens (any leading dimensions), I inputs, O outputs, G = I / group size.
+FP8 with one scale for a tensor has a class of its own: tensor cores of Ada and newer compute it, the fast path joins
+its layers, and other engines' joined scales are put into it. All other formats are rows of `numerics`.
+Shapes: T tokens (any leading dimensions), I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -13,35 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from trtbuild.runtime.codes import to_e4m3
+from trtbuild.runtime.numerics import Numerics, Tensors
+
 Form = Literal["expanded", "packed"]
 
-E4M3_MAX = 448.0
 _SCALED_MM_MULTIPLE = 16  # torch._scaled_mm takes matrices whose sides are multiples of 16
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _FP8_CAPABILITY = (8, 9)  # the first NVIDIA GPUs with FP8 tensor cores: Ada
-
-
-def to_e4m3(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the E4M3 codes of `x / scale`: saturated to +-448, rounded to nearest, ties to even."""
-    # A bfloat16 quotient would be rounded twice.
-    quotient = x.to(torch.promote_types(x.dtype, torch.float32)) / scale
-    return quotient.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-
-
-def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """Return int8 codes [O, I] in -8..7 from bytes [O/2, I]: row r holds outputs 2r (low nibble) and 2r+1 (high)."""
-    signed = packed.view(torch.int8)
-    low = (signed << 4) >> 4
-    high = signed >> 4
-    return torch.stack((low, high), dim=1).reshape(packed.shape[0] * 2, packed.shape[1])
-
-
-def expand_int4(packed: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weights [O, I] of packed codes [O/2, I] and scales [O, G]: code times the scale of its group."""
-    codes = unpack_int4(packed)
-    rows, columns = codes.shape
-    groups = codes.reshape(rows, weight_scale.shape[1], -1).to(dtype)
-    return groups.mul_(weight_scale.to(dtype).unsqueeze(-1)).reshape(rows, columns)
 
 
 class InputCodes:
@@ -120,46 +99,67 @@ class Fp8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, form={self.form}, bias={self.bias is not None}"
 
 
-class Int4Linear(nn.Module):
-    """Signed 4-bit weights with one scale per output and input group (AWQ); activations in the compute type.
+class CodedLinear(nn.Module):
+    """A layer of any format in `NUMERICS`, as its row says.
 
-    y = (x * pre_quant_scale) @ (codes(W) * weight_scale)^T + bias
+    y = (input(x * pre_quant_scale) @ matrix^T) * outer * factor + bias
     """
 
     def __init__(
-        self,
-        *,
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        pre_quant_scale: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-        form: Form,
+        self, *, numerics: Numerics, stored: Tensors, bias: torch.Tensor | None, dtype: torch.dtype, form: Form
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape[0] * 2, weight.shape[1]
+        weight = stored["weight"]
+        self.out_features, self.in_features = weight.shape[0] * numerics.rows, weight.shape[1] * numerics.columns
+        self.numerics = numerics
         self.dtype = dtype
         self.form = form
+        at_least = torch.promote_types(dtype, torch.float32)
+        # One-element scales are 0-d, so that results keep `dtype`.
+        scales = {name: _plain(stored[name], at_least) for name in numerics.scales}
+        parts = scales | {"weight": weight}
         expanded = form == "expanded"
-        self.register_buffer("weight", expand_int4(weight, weight_scale, dtype) if expanded else weight)
-        self.register_buffer("weight_scale", None if expanded else weight_scale)
-        self.register_buffer("pre_quant_scale", None if pre_quant_scale is None else pre_quant_scale.to(dtype))
+        self.register_buffer("weight", numerics.matrix(parts, dtype) if expanded else weight)
+        for name, scale in scales.items():
+            self.register_buffer(name, None if expanded else scale)
+        self.register_buffer("outer", numerics.outer(parts) if numerics.outer is not None else None)
+        input_scale = stored["input_scale"] if numerics.input_scale else torch.ones((), device=weight.device)
+        self.register_buffer("input_scale", _plain(input_scale, at_least))
+        smooth = stored.get("pre_quant_scale")
+        self.register_buffer("pre_quant_scale", None if smooth is None else smooth.to(dtype))
         self.register_buffer("bias", bias)
 
     def weights(self) -> torch.Tensor:
-        """The weights [O, I] in the compute type."""
-        return self.weight if self.form == "expanded" else expand_int4(self.weight, self.weight_scale, self.dtype)
+        """The matrix [O, I] that inputs are multiplied by, in the compute type."""
+        return self.weight if self.form == "expanded" else self.numerics.matrix(self._stored(), self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return [T, O] in the compute type for `x` [T, I]."""
-        weight = self.weights()
         if self.pre_quant_scale is not None:
             x = x * self.pre_quant_scale
-        return functional.linear(x, weight, self.bias)
+        scale = self.outer
+        if self.numerics.input is not None:
+            x, factor = self.numerics.input(x, self.input_scale)
+            if factor is not None:
+                scale = factor if scale is None else scale * factor
+        weight = self.weights()
+        if scale is None:
+            return functional.linear(x.to(self.dtype), weight, self.bias)
+        y = (functional.linear(x.to(self.dtype), weight) * scale).to(self.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def _stored(self) -> Tensors:
+        return {name: getattr(self, name) for name in ("weight", *self.numerics.scales)}
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""
         return f"{self.in_features}, {self.out_features}, form={self.form}, bias={self.bias is not None}"
+
+
+def _plain(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`scale` as it is multiplied with: float32 scales in the compute type if that has more bits, others as stored."""
+    scale = scale.reshape(()) if scale.numel() == 1 and scale.dim() < 2 else scale
+    return scale.to(dtype) if scale.dtype == torch.float32 else scale
 
 
 def share_inputs(model: nn.Module) -> None:

@@ -45,7 +45,7 @@ class ModelRunner:
         self._takes_rows = "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
         self._context = [Step()]
         layers = self._examine()
-        self.kv_is_fp8 = config.kv_cache.dtype == "fp8"
+        self.kv_form = None if config.kv_cache.dtype == "auto" else config.kv_cache.dtype
         self.calls = [call for _, call in layers]
         weights = self._fuse(config)
         self.num_blocks = self._allocate(layers, config, loaded.kv_scales)
@@ -172,7 +172,7 @@ class ModelRunner:
 
     def _fuse(self, config: EngineConfig) -> Weights | None:
         """The weights of the fast path if it takes this model; `path` says so."""
-        reason = why_general(self.model, self.calls, device=self.device, dtype=self.dtype, fp8_cache=self.kv_is_fp8)
+        reason = why_general(self.model, self.calls, device=self.device, dtype=self.dtype, cache=self.kv_form)
         self.path = "fast" if reason is None else f"general: {reason}"
         if self.device.type == "cuda":
             self.notes.append(
@@ -210,13 +210,14 @@ class ModelRunner:
         scales: dict[int, tuple[float, float]] | None,
     ) -> int:
         """Make the pools and return their number of blocks."""
-        if self.kv_is_fp8 and not scales:
-            self.notes.append("kv_cache.dtype is fp8 and the checkpoint has no k_scale and v_scale: 1.0 is used")
-        if scales and not self.kv_is_fp8:
-            self.notes.append("the checkpoint's k_scale and v_scale are not used: kv_cache.dtype is auto, not fp8")
+        form = self.kv_form
+        if form and not scales:
+            self.notes.append(f"kv_cache.dtype is {form} and the checkpoint has no k_scale and v_scale: 1.0 is used")
+        if scales and not form:
+            self.notes.append("the checkpoint's k_scale and v_scale are not used: kv_cache.dtype is auto")
         shapes = [(call.key_shape, call.value_shape) for _, call in layers]
-        itemsize = 1 if self.kv_is_fp8 else self.dtype.itemsize
-        tokens = config.kv_cache.max_tokens or self._tokens_in_free_memory(bytes_per_slot(shapes, itemsize), config)
+        token_bytes = bytes_per_slot(shapes, self.dtype, form)
+        tokens = config.kv_cache.max_tokens or self._tokens_in_free_memory(token_bytes, config)
         num_blocks = tokens // self.block_size
         slots = num_blocks * self.block_size
         if num_blocks < 1:
@@ -231,7 +232,8 @@ class ModelRunner:
                 (call.value_shape[0], slots, call.value_shape[1]),
                 dtype=self.dtype,
                 device=self.device,
-                scales=pair if self.kv_is_fp8 else None,
+                form=form,
+                scales=pair,
             )
         return num_blocks
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from trtbuild.runtime.attention import LayerCall
-from trtbuild.runtime.linear import Fp8Linear, Int4Linear
+from trtbuild.runtime.linear import CodedLinear, Fp8Linear
+from trtbuild.runtime.numerics import NUMERICS
 
 # Decoders of one shape: RMSNorm, rotary positions over whole heads, grouped-query attention, gated MLP with SiLU, the
 # same names inside. Other classes need a look at their code first.
@@ -26,14 +27,15 @@ _ALONE = (("self_attn", "o_proj"), ("mlp", "down_proj"))
 
 
 def why_general(
-    model: nn.Module, calls: Sequence[LayerCall], *, device: torch.device, dtype: torch.dtype, fp8_cache: bool
+    model: nn.Module, calls: Sequence[LayerCall], *, device: torch.device, dtype: torch.dtype, cache: str | None
 ) -> str | None:
     """The reason why `model` runs on the general path, or None: the fast path takes it."""
     return (
         _host_reason(device, dtype)
         or _class_reason(model, calls)
         or _weights_reason(model)
-        or _capability_reason(model, device, fp8_cache=fp8_cache)
+        or _cache_reason(cache)
+        or _capability_reason(model, device, fp8_cache=cache == "fp8")
     )
 
 
@@ -80,7 +82,7 @@ def _fusing_reason(modules: list[nn.Module]) -> str | None:
     """Why `modules`, which read the same input, cannot be one matrix."""
     if all(type(module) is nn.Linear for module in modules):
         return None
-    if all(isinstance(module, Int4Linear) for module in modules):
+    if all(isinstance(module, CodedLinear) and module.numerics is NUMERICS["W4A16_AWQ"] for module in modules):
         return _int4_reason(modules)
     return _fp8_reason(modules)
 
@@ -108,6 +110,11 @@ def _int4_reason(modules: list[nn.Module]) -> str | None:
     scales = [module.pre_quant_scale for module in found]
     same = all((one is None) == (scales[0] is None) and (one is None or one.equal(scales[0])) for one in scales)
     return None if same else "has a different pre_quant_scale in each part"
+
+
+def _cache_reason(cache: str | None) -> str | None:
+    """The kernels read bfloat16 and E4M3."""
+    return None if cache in (None, "fp8") else f"its KV cache is {cache}"
 
 
 def _capability_reason(model: nn.Module, device: torch.device, *, fp8_cache: bool) -> str | None:

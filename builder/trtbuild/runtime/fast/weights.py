@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from trtbuild.runtime.attention import LayerCall
+from trtbuild.runtime.codes import unpack_int4
 from trtbuild.runtime.fast.packing import pack, unpack
 from trtbuild.runtime.fast.shapes import Heads, Rotation
-from trtbuild.runtime.linear import Fp8Linear, Int4Linear, unpack_int4
+from trtbuild.runtime.linear import CodedLinear, Fp8Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ def _layer(layer: Any, call: LayerCall, config: Any) -> Layer:
 
 def _join(modules: list[Any]) -> Matrix:
     """One matrix of `modules`, whose weights become views of it; `choice` made sure that they go together."""
-    if isinstance(modules[0], Int4Linear):
+    if isinstance(modules[0], CodedLinear):
         return _join_int4(modules)
     weight = modules[0].weight.detach()
     if len(modules) > 1:
