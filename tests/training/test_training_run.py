@@ -92,9 +92,9 @@ def test_training_lowers_the_loss_and_learns_the_answers(method: str, request: p
     result = request.getfixturevalue(method)[1]
     losses = [loss for _, loss in result["loss"]]
     assert [step for step, _ in result["loss"]] == list(range(1, result["steps"] + 1))
-    assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
     acceptance = result["acceptance"]
-    assert acceptance["learned"]["match"][0] > 0.15  # by chance: 1 in 320
+    assert acceptance["learned"]["match"][0] > 0.4  # by chance: 1 in 320
     for part in acceptance.values():
         assert part["accepted"][0] == part["match"][0]
         assert all(0 <= chain <= match <= 1 for chain, match in zip(part["accepted"], part["match"], strict=True))

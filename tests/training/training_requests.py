@@ -42,8 +42,8 @@ def make_request(checkpoint: Path, folder: Path, method: str, **changes: Any) ->
     request: dict[str, Any] = {
         "method": method, "checkpoint": str(checkpoint), "prompts": str(prompts), "output": str(folder / "draft"),
         "work": str(folder / "work"), "key": "key", "weights": "w" * 64, "format": "none", "column": None,
-        "samples": 20, "held_out": 0.2, "max_seq_len": 64, "max_answer_tokens": 12, "epochs": 6, "batch_size": 8,
-        "learning_rate": 3e-3, "num_layers": 1, "seed": 0, "device": "cpu", "trust_remote_code": False,
+        "samples": 20, "held_out": 0.2, "max_seq_len": 64, "max_answer_tokens": 12, "epochs": 15, "batch_size": 8,
+        "learning_rate": 1e-2, "num_layers": 1, "seed": 0, "device": "cpu", "trust_remote_code": False,
     }  # fmt: skip
     return request | own | changes
 

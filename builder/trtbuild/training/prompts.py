@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from trtbuild.compress.chat import Chat, render_chat
 from trtbuild.compress.textdata import load_tokenizer
-from trtbuild.compress.textfiles import Message, Row, TextFile, read_rows
+from trtbuild.compress.textfiles import Row, TextFile, read_rows
 from trtbuild.errors import Problem, RecipeError
 from trtbuild.training.request import Request
 
@@ -60,7 +61,7 @@ def load_prompts(request: Request) -> Prompts:
 
 def _token_ids(file: TextFile, tokenizer: Any) -> Iterator[tuple[int, ...]]:
     for row in read_rows(file):
-        for prompt in _prompts(row, file):
+        for prompt in _prompts(row):
             if isinstance(prompt, str):
                 ids = tokenizer(prompt, verbose=False)["input_ids"]
             else:
@@ -69,27 +70,21 @@ def _token_ids(file: TextFile, tokenizer: Any) -> Iterator[tuple[int, ...]]:
                 yield tuple(ids)
 
 
-def _prompts(row: Row, file: TextFile) -> Sequence[str | list[Message]]:
+def _prompts(row: Row) -> Sequence[str | Chat]:
     """The prompts of one row: each line of a plain text; of a conversation all but an answer that ends it."""
-    if isinstance(row.value, list):
-        ends = row.value[-1]["role"] == "assistant"
-        asked = row.value[:-1] if ends else row.value
-        return [asked] if asked else []
-    if file.path.suffix.lower() in {".txt", ".md"}:
-        return [line for line in row.value.splitlines() if line.strip()]
-    return [row.value]
+    if isinstance(row.value, Chat):
+        messages = row.value.messages
+        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return [replace(row.value, messages=asked)] if asked else []
+    return [line for line in row.value.splitlines() if line.strip()] if row.section else [row.value]
 
 
-def _chat(where: str, messages: list[Message], tokenizer: Any, file: TextFile) -> list[int]:
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        hint = "give a column of text, or a tokenizer with a chat template"
-        raise file.problem(f"holds chat messages ({where}), but the tokenizer has no chat template", hint)
+def _chat(where: str, chat: Chat, tokenizer: Any, file: TextFile) -> list[int]:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise file.problem(f"has messages in {where} that the chat template refuses: {error}") from error
+        text = render_chat(chat, tokenizer, add_generation_prompt=True)
+    except ValueError as error:
+        hint = "give a column of text, or a tokenizer with a chat template"
+        raise file.problem(f"holds chat messages ({where}) that cannot be read: {error}", hint) from error
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
