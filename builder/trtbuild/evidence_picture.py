@@ -50,8 +50,9 @@ def _bars(acceptance: Mapping[str, Mapping[str, Sequence[float]]], left: float) 
         for kind in acceptance
         for share in ("accepted", "match")
     ]
-    parts = [*_frame(left, "share of tokens that the draft foresees", 1.0), _below(left, "tokens ahead")]
+    parts = _frame(left, "share of tokens that the draft foresees", 1.0)
     count = max((len(values) for _, values in series), default=0)
+    parts += [_below(left + _WIDTH / count * (place + 0.4), f"{place + 1} ahead") for place in range(count)]
     for place, (name, values) in enumerate(series):
         colour = _COLOURS[place % len(_COLOURS)]
         width = _WIDTH / max(count, 1) / (len(series) + 1)

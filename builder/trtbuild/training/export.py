@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +114,3 @@ def _eagle_config(model: Any, request: Request, tensors: dict[str, Tensor]) -> d
         "rope_scaling": None if plain else rotary,
         "eagle_config": EAGLE_CONFIG | {"eagle_aux_hidden_state_layer_ids": list(request.captured or ())},
     }
-
-
-def acceptance_json(acceptance: Any) -> dict[str, Any]:
-    """Acceptance as the result has it."""
-    return asdict(acceptance) | {"tokens_per_step": acceptance.tokens_per_step}

@@ -38,6 +38,16 @@ class Acceptance:
         """Tokens of an average step."""
         return 1 + sum(self.accepted)
 
+    def to_json(self) -> dict[str, Any]:
+        """As the result of a training has it."""
+        return {
+            "places": self.places,
+            "answers": self.answers,
+            "match": list(self.match),
+            "accepted": list(self.accepted),
+            "tokens_per_step": self.tokens_per_step,
+        }
+
 
 def measure(
     model: Any, draft: Draft, answered: Sequence[Answered], request: Request, advance: Callable[[], None]

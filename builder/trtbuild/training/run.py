@@ -16,7 +16,7 @@ from trtbuild.compress.source import pick_device
 from trtbuild.training.answers import Answered, answer_all, end_tokens
 from trtbuild.training.batches import frequent_tokens
 from trtbuild.training.drafting import EagleDraft
-from trtbuild.training.export import acceptance_json, exported, write
+from trtbuild.training.export import exported, write
 from trtbuild.training.loop import Training
 from trtbuild.training.measure import Draft, eagle_draft, measure, medusa_draft
 from trtbuild.training.prompts import Prompts, load_prompts
@@ -122,7 +122,7 @@ def _measure(
     learned, held = len(prompts.learned), len(prompts.held_out)
     parts = {"held_out": answered[learned:], "learned": answered[: min(held, learned)]}
     return {
-        name: acceptance_json(measure(model, draft, part, request, lambda: meter.advance(1, "acceptance measured")))
+        name: measure(model, draft, part, request, lambda: meter.advance(1, "acceptance measured")).to_json()
         for name, part in parts.items()
     }
 
