@@ -138,8 +138,8 @@ def test_an_engine_with_trained_heads(tiny_llama: Path, store: Path, tmp_path: P
                 ("lm_head.weight", [160, 64]),
             )
         }
-    script = (package / "engine" / "build.sh").read_text()
-    assert "--speculative_decoding_mode medusa" in script.replace("'", "")
+    spec = json.loads((package / "engine" / "engine.json").read_text())["spec"]
+    assert spec["speculation"] == {"mode": "medusa", "max_draft_len": 2, "more_len": 0}
     lines = cli("verify", package).stdout.splitlines()
     assert all(line.startswith(("passed", "not run")) for line in lines), lines
     trained = Path(cli("build", recipe, "--until", "draft").stdout.strip())
