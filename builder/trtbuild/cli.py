@@ -264,29 +264,31 @@ def _log_beside(package: Path, verb: str) -> Path:
 @click.option("--model", metavar="MODEL", help="The original checkpoint, where SOURCE does not say it.")
 @click.option("--gpu", metavar="GPU", help="The GPU that will serve, for example H100.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("recipe.yaml"), show_default=True)
+@click.option("--repository", type=click.Path(path_type=Path), help="Write the new model repository there as well.")
 @_JSON
-def migrate(source: str, output: Path, *, as_json: bool, **wanted: Any) -> None:
+def migrate(source: str, output: Path, repository: Path | None, *, as_json: bool, **wanted: Any) -> None:
     """Write a recipe for an older deployment of TensorRT-LLM, and say what becomes of each of its settings.
 
     SOURCE is a Triton model repository, an engine directory, a model.yaml, or a text (- reads one) with the arguments
     of fill_template or trtllm-build.
     """
     from trtbuild.console import migration_text
-    from trtbuild.migrate.run import migrate as run
-    from trtbuild.migrate.run import next_command, remaining_problems, write_recipe
+    from trtbuild.migrate import new_repository, run
 
-    done = run(source, **wanted)
-    write_recipe(done, output)
+    new_repository.refuse_place(repository)
+    done = run.migrate(source, **wanted)
+    run.write_recipe(done, output)
     if as_json:
         click.echo(json.dumps(done.to_json() | {"path": str(output)}, indent=2, ensure_ascii=False))
     else:
         click.echo(migration_text(done.rows, done.unset))
     for note in done.notes:
         click.echo(f"note: {note}", err=True)
-    for problem in remaining_problems(done, output):
+    for problem in run.remaining_problems(done, output):
         click.echo(f"to mend in {output}: {problem}", err=True)
     click.echo(f"{output}: {done.summary()}", err=True)
-    click.echo(f"next: {next_command(done, output)}", err=True)
+    new_repository.write_repository(output, repository, run.open_fields(done))
+    click.echo(f"next: {run.next_command(done, output)}", err=True)
 
 
 @main.command()
@@ -310,8 +312,7 @@ def doctor(*, versions: bool, as_json: bool) -> None:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         click.echo(table((finding.name, finding.status, finding.detail) for finding in findings))
-    missing = [finding.name for finding in findings if finding.status == "missing"]
-    if missing:
+    if missing := [finding.name for finding in findings if finding.status == "missing"]:
         raise HostError(f"this host lacks {', '.join(missing)}", "the table above says what to do")
 
 

@@ -1,4 +1,4 @@
-"""What one recipe gets from the engines and the LLM API of its TensorRT-LLM release, and from the newest LLM API."""
+"""What one recipe gets from engines and LLM API of its TensorRT-LLM release, and from the newest LLM API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trtbuild.model import ModelFacts
 from trtbuild.model_classes import class_list, refused_class
 from trtbuild.plan import Cell, Comparison, Row
 from trtbuild.recipe import Recipe
-from trtbuild.releases import Flow, Release, newest_of_all
+from trtbuild.releases import Flow, Release, newest, newest_of_all
 from trtbuild.setting_values import Settings
 from trtbuild.support import (
     QUANT_ALGO,
@@ -43,12 +43,15 @@ def compare(settings: Settings, facts: ModelFacts) -> Comparison:
     recipe = settings.recipe
     for_engine = recipe.runtime.kind == trtllm_engine_settings.KIND
     release = (trtllm_engine_settings if for_engine else trtllm_settings).planned_release(recipe)
-    columns = [_Column(release, "engine"), _Column(release, "llm-api")]
-    newest = newest_of_all()
-    if newest.version != release.version:
-        columns.append(_Column(newest, "llm-api"))
+    # Where the release has a flow no more or not yet, the newest in a container that has it: there is a choice to show.
+    has_api = "llm-api" in release.line.flows and release.version != newest_of_all().version
+    columns = [
+        _Column(release if "engine" in release.line.flows else newest("engine"), "engine"),
+        _Column(release if has_api else newest("llm-api"), "llm-api"),
+        _Column(newest_of_all(), "llm-api"),
+    ]
     asks: list[tuple[str, Callable[[_Column], Cell]]] = [
-        ("runtime", _runtime),
+        ("runtime", lambda column: _runtime(column, release)),
         (f"model {facts.architecture}", lambda column: _model(facts.architecture, column)),
     ]
     asks += [(f"format {name}", _format(settings, name)) for name in recipe.compress.formats or ("none",)]
@@ -71,22 +74,16 @@ def compare(settings: Settings, facts: ModelFacts) -> Comparison:
     asks += [(f"runtime.extra.{flag}", _flag) for flag in flags]
     return Comparison(
         columns=tuple(column.title for column in columns),
-        rows=tuple(Row(what, tuple(_cell(column, look) for column in columns)) for what, look in asks),
+        rows=tuple(Row(what, tuple(look(column) for column in columns)) for what, look in asks),
     )
 
 
-def _cell(column: _Column, look: Callable[[_Column], Cell]) -> Cell:
-    """A runtime that the release does not have has nothing else either."""
-    if column.flow in column.release.line.flows or look is _runtime:
-        return look(column)
-    return Cell("not available")
-
-
-def _runtime(column: _Column) -> Cell:
-    if column.flow not in column.release.line.flows:
-        return Cell("not available", "engines ended with 1.3.0rc20" if column.flow == "engine" else "no LLM API")
+def _runtime(column: _Column, planned: Release) -> Cell:
     container = column.release.container
-    return Cell("available", f"container {container.tag}" if container else "no Triton container")
+    where = f"container {container.tag}" if container else "no Triton container"
+    if column.flow in planned.line.flows:
+        return Cell("available", where)
+    return Cell("available", f"{where}; {planned.version} has no {'engines' if column.flow == 'engine' else 'LLM API'}")
 
 
 def _refusable(reason: str | None) -> Cell:

@@ -187,8 +187,11 @@ def _say_script(job: EngineJob, why: str) -> None:
     package = "the package's " if job.out is None else f"{job.out}/"
     folder = f"{package}{Path(job.place).parent}"
     whose = "the engine" if job.place == PLACE else "the draft model's engine"
+    image, option = parameters["image"], ""
+    if image is None:
+        image, option = f"an image with TensorRT-LLM {parameters['version']}", " --image IMAGE"
     job.reporter.note(
-        f"{whose} was not built here ({why}): run {folder}/{SCRIPT} in reach of {parameters['image']}, on {gpus}, "
+        f"{whose} was not built here ({why}): run {folder}/{SCRIPT}{option} in reach of {image}, on {gpus}, "
         "then this build again"
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trtbuild.build_flags import flag_tables
 from trtbuild.compat import facts
 from trtbuild.errors import Problem
 from trtbuild.llm_schema import Field, Kind, Schema, Union, load_schema, parse_kind, schema_names
@@ -192,6 +193,8 @@ def unknown_argument(schema: Schema, path: str, key: str, known: Iterable[str]) 
             f"is not an argument of {_version(schema)}; {_when(schema, others)}",
             "remove it, or change runtime.version",
         )
+    if any(key in table.flags for table in flag_tables()):
+        return f"is not an argument of {_version(schema)} but a flag of trtllm-build", "remove it; engines have it"
     near = difflib.get_close_matches(key, list(known), n=1)
     return f"is not an argument of {_version(schema)}", f"did you mean {near[0]}?" if near else "remove it"
 

@@ -219,9 +219,12 @@ def refuse_to_serve_here(package: Path) -> None:
     if is_for_engines(package / "engine"):
         engine = read_json(package / "engine" / "engine.json")
         first = "" if (package / PLACE).is_dir() else "engine/build.sh, then "
+        image, start = engine.get("image"), "deploy/launch.sh"
+        if image is None:  # and then there are no deployment files either
+            image, start = f"a Triton container with TensorRT-LLM {engine.get('version')}", "its tritonserver"
         raise HostError(
-            f"{package} is for a TensorRT engine, which is built and served in {engine.get('image')}",
-            f"there, run {first}deploy/launch.sh with the package at /package",
+            f"{package} is for a TensorRT engine, which is built and served in {image}",
+            f"there, run {first}{start} with the package at /package",
         )
 
 

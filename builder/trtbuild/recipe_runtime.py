@@ -69,7 +69,9 @@ class Runtime(Section):
     )
     version: NonEmpty | None = Field(default=None, description="Version of TensorRT-LLM, or a Triton container tag.")
     allow_unknown_version: bool = Field(
-        default=False, description="Take a version that no table has, with the argument schema of its release line."
+        default=False,
+        description="Take a version that no table has, with the argument schema or the flags of its release line; for "
+        "engines also one without a container.",
     )
     build_in: BuildIn = Field(
         default="auto",

@@ -13,13 +13,14 @@ from trtbuild.recipe import Recipe
 from trtbuild.setting_values import Settings, recipe_value
 from trtbuild.training_settings import training_refusals
 from trtbuild.trtllm_common import unread_speculative
-from trtbuild.trtllm_engine_refusals import engine_refusals
+from trtbuild.trtllm_engine_refusals import NOT_WRITTEN, engine_refusals
 from trtbuild.trtllm_refusals import trtllm_refusals
 
 _NOT_HERE = "cannot be done by this version of trtbuild"
 _ONE_DEVICE = "the embedded runtime runs on one device"
 _ENGINES = "only TensorRT engines are served without text"
 _TRTLLM_ONLY = "only the trtllm runtime has it"
+_VENDOR_ONLY = "only the runtimes trtllm and trtllm-engine have it"
 # Fields that not every runtime has.
 _ONLY = {
     "runtime.build_in": ("trtllm-engine",),
@@ -80,12 +81,13 @@ def _embedded(recipe: Recipe) -> list[Problem]:
         ("serving.layout", "llm" if recipe.serving.layout == "ensemble" else recipe.serving.layout, "llm", _ENGINES),
         ("speculative.method", recipe.speculative.method, "none", _NOT_HERE),
         ("speculative.draft", recipe.speculative.draft, None, "of no use without a speculative.method"),
+        ("runtime.allow_unknown_version", runtime.allow_unknown_version, False, _VENDOR_ONLY),
         ("target.count", recipe.target.count if (recipe.target.count or 0) > 1 else 1, 1, _ONE_DEVICE),
     ]
     silent = Recipe.model_validate({"schema_version": 1, "model": {"path": "."}, "runtime": {"kind": "embedded"}})
     demands += [
-        (path, recipe_value(recipe, path), recipe_value(silent, path), _TRTLLM_ONLY)
-        for path in ("runtime.allow_unknown_version", *LLM_ARGUMENT)
+        (path, recipe_value(recipe, path), recipe_value(silent, path), _whose(path))
+        for path in LLM_ARGUMENT
         if path not in _OWN
     ]
     refused = [
@@ -106,6 +108,13 @@ def _formats(recipe: Recipe) -> Iterable[Problem]:
     if searched and recipe.runtime.device == "cpu":
         message = f"{searched[0]}: ModelOpt searches it on NVIDIA GPUs alone, and runtime.device is cpu"
         yield Problem("compress.format", message, "use nvfp4, or another device")
+
+
+def _whose(path: str) -> str:
+    """Which runtimes have a field that this one has not."""
+    names = compat.facts("engine_names")
+    engines_too = path not in NOT_WRITTEN and any(path in names[part] for part in ("build", "checkpoint", "triton"))
+    return _VENDOR_ONLY if engines_too else _TRTLLM_ONLY
 
 
 def _show(value: object) -> str:

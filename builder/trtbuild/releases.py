@@ -207,7 +207,7 @@ def _unknown(text: str, wanted: Version, *, allow_unknown: bool, flow: Flow) -> 
         line = newest_line
     if not allow_unknown:
         hint = f"the nearest are {near}"
-        if flow != "engine":  # engines need a container, which no unknown version has
+        if flow in line.flows and (flow != "engine" or line.unserved is None):
             hint += "; or set runtime.allow_unknown_version: true"
         return Problem("runtime.version", f"{text} is no known release of TensorRT-LLM", hint)
     return Release(version=text, line=line, container=None, known=False)

@@ -191,14 +191,18 @@ def _converted_engine(work: Work) -> dict[str, Any]:
     return record
 
 
-def _repository(work: Work) -> dict[str, Any]:
-    parameters = dict(work.step.parameters)
+def repository_spec(step: Step) -> triton.RepositorySpec:
+    """What the step `repository` renders."""
+    parameters = dict(step.parameters)
     if "engine" in parameters:
         parameters |= {name: _server_parameters(parameters[name]) for name in ("engine", "draft") if name in parameters}
     if "llm_args" in parameters:
         parameters["llm_args"] = trtllm.llm_arguments(parameters["llm_args"])
-    spec = triton.RepositorySpec(**parameters)
-    triton.render_repository(spec, work.staging.content)
+    return triton.RepositorySpec(**parameters)
+
+
+def _repository(work: Work) -> dict[str, Any]:
+    triton.render_repository(repository_spec(work.step), work.staging.content)
     return {}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from trtbuild.build_flags import Flag, FlagTable, elsewhere
 from trtbuild.errors import Problem
+from trtbuild.llm_schema import load_schema, schema_names
 
 _SCRIPT = ("the build script says it", "remove it")
 _DRAFTS = ("speculative.method says it", "set it there")
@@ -73,6 +74,11 @@ def _flag(name: str, value: Any, table: FlagTable) -> Iterable[Problem]:
         yield Problem(at, *_RESERVED[name])
     elif flag is None:
         others = elsewhere(name, table)
+        if not others and any(load_schema(schema).has(name) for schema in schema_names()):
+            yield Problem(
+                at, "is an argument of the LLM API, not a flag of trtllm-build", "remove it; kind trtllm has it"
+            )
+            return
         near = difflib.get_close_matches(
             name.lstrip("-"), [known for known in table.flags if known not in _RESERVED], n=1
         )

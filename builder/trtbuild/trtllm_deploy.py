@@ -25,12 +25,11 @@ _PER_HOST = "gpus_per_node"
 def deploy_files(settings: Settings) -> tuple[tuple[str, ...], str]:
     """The deployment files that there can be, and why."""
     recipe = settings.recipe
-    if recipe.runtime.kind == _ENGINE:
-        return DEPLOY_FILES, "default"
-    release = trtllm_settings.planned_release(recipe)
+    is_engine = recipe.runtime.kind == _ENGINE
+    release = (trtllm_engine_settings if is_engine else trtllm_settings).planned_release(recipe)
     if release.container is None:
         return (), f"no Triton container has TensorRT-LLM {release.version}"
-    if hosts(recipe) > 1:
+    if not is_engine and hosts(recipe) > 1:
         return ("dockerfile", "launch"), f"a compose file starts one host, and these are {hosts(recipe)}"
     return DEPLOY_FILES, "default"
 

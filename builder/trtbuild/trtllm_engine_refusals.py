@@ -12,7 +12,7 @@ from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.model_classes import version_with
 from trtbuild.recipe import Recipe
-from trtbuild.setting_values import Settings
+from trtbuild.setting_values import Settings, recipe_value
 from trtbuild.support import QUANT_ALGO, refused_architecture, refused_in_line
 from trtbuild.trtllm_build import choose
 from trtbuild.trtllm_build_extra import extra_problems
@@ -25,6 +25,7 @@ from trtbuild.trtllm_common import (
     group_refusals,
     unread_speculative,
 )
+from trtbuild.trtllm_deploy import deploy_refusals
 from trtbuild.trtllm_engine_drafts import draft_spec, speculative_refusals, speculative_warnings
 from trtbuild.trtllm_engine_lora import lora_refusals, lora_warnings
 from trtbuild.trtllm_engine_settings import (
@@ -107,15 +108,27 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += lora_refusals(settings, facts)
     problems += unread_speculative(recipe)
     problems += speculative_refusals(settings, facts)
+    problems += deploy_refusals(settings)
     return problems if problems or engine_mistakes(settings) else _arguments(settings, facts)
 
 
 def engine_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
     """What is allowed and may still surprise."""
-    version = planned_release(settings.recipe).version
-    flags, line = flag_table(version), planned_release(settings.recipe).line
+    release = planned_release(settings.recipe)
+    version, line, flags = release.version, release.line, flag_table(release.version)
     warnings = idle_gpus(settings.recipe, ranks(settings.recipe))
-    warnings += [] if version in flags.releases else [flags.note(version)]
+    if not release.known:
+        warnings.append(
+            f"TensorRT-LLM {version} is in no table of trtbuild; {flags.note(version)}; classes, formats and the "
+            f"backend's parameters are those of {line.name}"
+        )
+    elif version not in flags.releases:
+        warnings.append(flags.note(version))
+    if release.container is None:
+        warnings.append(
+            f"no Triton container with TensorRT-LLM {version} is known: engine/build.sh must be told one (--image), "
+            "and there are no deployment files"
+        )
     if line.unread is not None:
         warnings.append(f"TensorRT-LLM {version}: {line.unread}")
     if short_window(settings, facts) and not settings.has("runtime.kv_cache.max_attention_window"):
@@ -147,7 +160,7 @@ def _fields(settings: Settings) -> Iterable[Problem]:
             continue
         if path not in known:
             yield Problem(path, "TensorRT engines have no counterpart of it", "remove it, or use runtime.kind: trtllm")
-        elif path in NOT_WRITTEN:
+        elif path in NOT_WRITTEN and recipe_value(settings.recipe, path) != 1:
             yield Problem(path, NOT_WRITTEN[path], "remove it, or use runtime.kind: trtllm")
 
 

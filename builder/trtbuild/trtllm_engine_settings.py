@@ -10,7 +10,7 @@ from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Choice
 from trtbuild.recipe import Recipe
-from trtbuild.releases import Container, Flow, Release, containers, find_release, newest, oldest_served
+from trtbuild.releases import Flow, Release, containers, find_release, newest, oldest_served
 from trtbuild.setting_values import Settings
 from trtbuild.settings import FROM_GPU_MEMORY, check_capacity, take_limits
 from trtbuild.support import quant_algo, sm_version
@@ -46,7 +46,10 @@ def planned_release(recipe: Recipe) -> Release:
 
 
 def wanted_release(recipe: Recipe) -> Release | Problem:
-    """The release that the recipe means, if it builds engines, trtbuild knows its flags, and a container has it."""
+    """The release that the recipe means, if it builds engines and trtbuild knows its flags.
+
+    One that no known container has is taken on the user's word: `build.sh` must then be told an image.
+    """
     runtime, at = recipe.runtime, "runtime.version"
     found = find_release(runtime.version, allow_unknown=runtime.allow_unknown_version, flow=FLOW)
     if isinstance(found, Problem):
@@ -62,17 +65,11 @@ def wanted_release(recipe: Recipe) -> Release | Problem:
     if found.line.unserved is not None:
         message = f"TensorRT-LLM {found.version} builds engines, but {found.line.unserved}"
         return Problem(at, message, f"use {usual}, or {oldest_served()} at least")
-    if found.container is None:
+    if found.container is None and not runtime.allow_unknown_version:
         message = f"trtbuild knows no Triton container with TensorRT-LLM {found.version}"
-        more = ", whatever runtime.allow_unknown_version says" if runtime.allow_unknown_version else ""
-        return Problem(at, f"{message}, and engines are built and served in one{more}", f"use {usual}")
+        hint = f"use {usual}, or set runtime.allow_unknown_version: true and name an image to engine/build.sh"
+        return Problem(at, f"{message}, and engines are built and served in one", hint)
     return found
-
-
-def _container(release: Release) -> Container:
-    if release.container is None:
-        raise ValueError(f"{release.version} has no container")
-    return release.container
 
 
 def ranks(recipe: Recipe) -> int:
@@ -103,10 +100,13 @@ def take_engine(settings: Settings, facts: ModelFacts) -> None:
 
 
 def _where(release: Release) -> str:
+    flags = flag_table(release.version).note(release.version)
+    if release.container is None:
+        return f"no Triton container has it; {flags}"
     tags = [container.tag for container in containers() if container.tensorrt_llm == release.version]
-    tag = _container(release).tag
+    tag = release.container.tag
     newest_tag = "" if tag == tags[0] else f", newest container {tags[0]}"
-    return f"container {tag}{newest_tag}; {flag_table(release.version).note(release.version)}"
+    return f"container {tag}{newest_tag}; {flags}"
 
 
 def _kv_cache(settings: Settings, facts: ModelFacts) -> None:
@@ -154,12 +154,12 @@ def engine_spec(settings: Settings, facts: ModelFacts) -> EngineSpec:
 
 def engine_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
     """What decides the engine directory: the release, its container, and everything that the engine is built for."""
-    spec, container = engine_spec(settings, facts), _container(planned_release(settings.recipe))
+    spec, container = engine_spec(settings, facts), planned_release(settings.recipe).container
     engine = {
         "runtime": KIND,
         "version": spec.version,
-        "container": container.tag,
-        "image": container.image,
+        "container": container.tag if container else None,
+        "image": container.image if container else None,
         "world_size": spec.world_size,
         "dtype": DTYPE,
         "trust_remote_code": settings["model.trust_remote_code"],

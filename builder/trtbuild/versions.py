@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -11,8 +13,10 @@ from trtbuild.console import table
 from trtbuild.llm_schema import load_schema, schema_header, schema_names
 from trtbuild.model_classes import class_lists
 from trtbuild.releases import Container, Line, containers, lines
+from trtbuild.schema_changes import changes
 
 UNKNOWN = "unknown"
+_WIDTH = 120  # of the widest column
 _SCHEMA_HEAD = ["schema", "fields", "read from", "commit", "holds for"]
 _FLAG_HEAD = ["lines", "flags", "read from", "commit", "holds for", "packages", "against the table before"]
 _CONTAINERS = (
@@ -43,7 +47,7 @@ def versions_json() -> dict[str, Any]:
             | {"date": str(table.date), "flags": {name: asdict(flag) for name, flag in table.flags.items()}}
             for table in flag_tables()
         ],
-        "schemas": [asdict(schema_header(name)) | {"date": str(schema_header(name).date)} for name in schema_names()],
+        "schemas": [_schema_json(name) for name in schema_names()],
         "quantization": [row | {"date": str(row["date"])} for row in facts("gpus")["support"]],
         "gpus": facts("gpus")["names"]["sm"],
         "speculation": [row | {"date": str(row["date"])} for row in facts("speculative")["method"]],
@@ -70,6 +74,7 @@ def versions_text() -> str:
         (_CONTAINERS, [[*names, "flows"], *images]),
         ("TensorRT-LLM release lines", [["line", "versions", "flows", "LLM arguments", *_BASE], *releases]),
         ("LLM arguments", [_SCHEMA_HEAD, *map(_schema_row, schema_names())]),
+        ("LLM arguments against the schema before", [["schema", "class", "what is other"], *_argument_rows()]),
         ("flags of trtllm-build", [_FLAG_HEAD, *_flag_rows()]),
         ("quantization: the SM versions that run a format, by release line", _format_rows()),
         ("speculative decoding", [["method", "LLM API", "trtllm-build", "needs a draft"], *_speculation_rows()]),
@@ -82,6 +87,22 @@ def _schema_row(name: str) -> list[str]:
     header, schema = schema_header(name), load_schema(name)
     count = sum(map(len, schema.classes.values()))
     return [name, str(count), header.repo, header.commit[:8], header.release or f"no release: {header.era}"]
+
+
+def _schema_json(name: str) -> dict[str, Any]:
+    """Where a schema was read, and every argument of every class: type, default, bounds, status, other spellings."""
+    schema = load_schema(name)
+    classes = {one: {field: asdict(entry) for field, entry in known.items()} for one, known in schema.classes.items()}
+    return asdict(schema.header) | {"date": str(schema.header.date), "classes": classes}
+
+
+def _argument_rows() -> list[list[str]]:
+    rows = []
+    for old, new in itertools.pairwise(load_schema(name) for name in schema_names()):
+        for name, said in changes(old, new):
+            pieces = textwrap.wrap(said, _WIDTH, break_on_hyphens=False)
+            rows += [[new.header.name, name, pieces[0]], *(["", "", piece] for piece in pieces[1:])]
+    return rows
 
 
 def _flag_rows() -> list[list[str]]:

@@ -81,6 +81,7 @@ class TrtllmBackend:
         self._llm = llm
         self._model = model
         self._can = Abilities.detect(args)
+        self._drafts = args.get("speculative_config") is not None
         self._adapters = {name: (number, place) for number, (name, place) in enumerate(sorted(adapters.items()), 1)}
         self._salts = "cache_salt" in inspect.signature(llm.generate_async).parameters
         self._runs: set[_Run] = set()
@@ -121,7 +122,8 @@ class TrtllmBackend:
                 # `_prepare_sampling_params`); these are our own tokenizer's ids, with and without a space in front.
                 params._bad_word_ids = [list(word) for word in bad_words]  # noqa: SLF001
             lora = self._lora_request(sampling.lora)
-            run = _Run(self._loop, Reader(prompt, sampling, self._model.ends), on_output, self._runs.discard)
+            reader = Reader(prompt, sampling, self._model.ends, drafts=self._drafts)
+            run = _Run(self._loop, reader, on_output, self._runs.discard)
             begin = self._begin(run, prompt, params, lora, sampling)
             return asyncio.run_coroutine_threadsafe(begin, self._loop).result()
         except (ValueError, TypeError) as error:

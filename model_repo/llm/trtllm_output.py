@@ -2,6 +2,10 @@
 
 Facts of NVIDIA/TensorRT-LLM: tensorrt_llm/executor/result.py @a678b91a (1.2) and as of August 2026
 (Maxritz/TensorRT-LLM-RDNA4 @123741b1); tensorrt_llm/executor/base_worker.py @000bd1a6 for prompt log-probabilities.
+Drafts: before pull request 17082 of July 2026 no sampler of the PyTorch backend but TRTLLMSampler, which has no drafts,
+fills `speculative_decoding` of a request's metrics; it stays at zero. But every version counts a request's steps, the
+prompt's included (`py_decoding_iter`, tensorrt_llm/_torch/speculative/spec_sampler_base.py @006567a7 and
+tensorrt_llm/_torch/pyexecutor/sampler.py @00026bd1), and each step gives one token and the accepted drafts.
 """
 
 from __future__ import annotations
@@ -21,10 +25,11 @@ _UNKNOWN = float("nan")
 class Reader:
     """One request's results, from the LLM API's growing lists to what is new."""
 
-    def __init__(self, prompt: Sequence[int], sampling: Sampling, ends: Sequence[int]) -> None:
+    def __init__(self, prompt: Sequence[int], sampling: Sampling, ends: Sequence[int], *, drafts: bool = False) -> None:
         self._prompt = prompt
         self._sampling = sampling
         self._ends = () if sampling.ignore_eos else tuple(ends)
+        self._drafts = drafts
         self._tokens = 0
         self._prompt_told = sampling.prompt_logprobs is None
 
@@ -53,8 +58,13 @@ class Reader:
             finished=bool(result.finished),
             finish_reason=reason,
             stop_reason=stop,
-            metrics=_metrics(getattr(completion, "request_perf_metrics", None)) if result.finished else None,
+            metrics=self._metrics(result) if result.finished else None,
         )
+
+    def _metrics(self, result: Any) -> Metrics | None:
+        found = getattr(result.outputs[0], "request_perf_metrics", None)
+        steps = getattr(result, "decoding_iter", 0) if self._drafts else 0
+        return None if found is None else _metrics(found, max(0, self._tokens - steps) if steps else None)
 
     def _ending(self, completion: Any, ids: Sequence[int]) -> tuple[str, int | None]:
         """Why it has ended, and the stop token that did it; the LLM API calls a stop token at the limit "length"."""
@@ -123,10 +133,11 @@ def _from_logits(token: int, row: Any, top: int) -> TokenLogprob:
     return TokenLogprob(token, float(logprobs[token]), rank, best)
 
 
-def _metrics(found: Any) -> Metrics | None:
-    """The numbers of `RequestPerfMetrics` (the fields that upstream's own llmapi model.py @044a90d2 reads)."""
-    if found is None:
-        return None
+def _metrics(found: Any, accepted: int | None) -> Metrics:
+    """The numbers of `RequestPerfMetrics` (the fields that upstream's own llmapi model.py @044a90d2 reads).
+
+    `accepted` are the accepted drafts by the count of steps, for versions that do not say how many were drafted.
+    """
     blocks, times, drafts = found.kv_cache_metrics, found.timing_metrics, found.speculative_decoding
     drafted = drafts is not None and drafts.total_draft_tokens > 0
     return Metrics(
@@ -140,7 +151,7 @@ def _metrics(found: Any) -> Metrics | None:
         kv_cache_alloc_total_blocks=blocks.num_total_allocated_blocks,
         kv_cache_hit_rate=blocks.kv_cache_hit_rate,
         acceptance_rate=drafts.acceptance_rate if drafted else None,
-        total_accepted_draft_tokens=drafts.total_accepted_draft_tokens if drafted else None,
+        total_accepted_draft_tokens=drafts.total_accepted_draft_tokens if drafted else accepted,
         total_draft_tokens=drafts.total_draft_tokens if drafted else None,
     )
 

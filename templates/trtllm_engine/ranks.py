@@ -1,6 +1,6 @@
 """Build the ranks of a TensorRT engine that are not finished yet; build.sh starts this in the container.
 
-Arguments: FACTS (JSON: key, image, version, gpu, ranks), then those of ``trtllm-build``. A finished rank has
+Arguments: FACTS (JSON: key, version, gpu, ranks), then those of ``trtllm-build``. A finished rank has
 ``rank{i}.done`` beside its engine, with the key of this build and the engine's size, and is left as it is. When all are
 finished, the record that trtbuild reads back is written beside them.
 
@@ -98,7 +98,7 @@ def _write_record(place: Path, facts: dict[str, Any], gpus: list[str], engines: 
     record = {
         "schema_version": 1,
         "key": facts["key"],
-        "image": facts["image"],
+        "image": os.environ["TRTBUILD_IMAGE"],
         "tensorrt_llm": facts["version"],
         "tensorrt": tensorrt,
         "compute_capability": facts["gpu"],

@@ -223,6 +223,19 @@ def test_linear_scaling(name: str, tmp_path: Path) -> None:
     assert_same_logits(Run.open(tmp_path / "out").logits(TOKENS), wanted)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_dynamic_scaling(name: str, tmp_path: Path) -> None:
+    """It begins beyond max_position_embeddings, which is as far as an engine is built."""
+    rope = {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}
+    source = plain(tmp_path / "plain", name, rope_parameters=rope)
+    wanted = transformers_logits(source)
+    convert(source, tmp_path / "out", 2, 1)
+    assert_same_logits(Run.open(tmp_path / "out").logits(TOKENS), wanted)
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert (config["rotary_base"], config["rotary_scaling"]) == (5000.0, None)
+    assert config["max_position_embeddings"] >= len(TOKENS)
+
+
 def test_llama3_rope_and_a_real_window_are_carried(tmp_path: Path) -> None:
     """Rotary scaling of Llama 3 reaches the config and the logits; a window becomes a note."""
     rope = {

@@ -137,8 +137,6 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, int], type[TrtbuildError], str
      CompatibilityError, "are one layer in TensorRT-LLM, but only some of them are quantized"),
     ("architecture", {"config": set_key("architectures", ["FalconForCausalLM"])}, (1, 1), CompatibilityError,
      "FalconForCausalLM (llama) has no conversion"),
-    ("rope by length", {"config": rope(rope_type="dynamic", factor=4.0)}, (1, 1), CompatibilityError,
-     "rotary scaling 'dynamic' has no form in a TensorRT-LLM checkpoint: its table is made once"),
     ("unknown rope", {"config": rope(rope_type="longrope")}, (1, 1), CompatibilityError,
      "'longrope' has no form in a TensorRT-LLM checkpoint: it computes linear, llama3, yarn"),
     ("rope of Phi-3", {"name": "phi3", "config": rope(rope_type="yarn", factor=4.0)}, (1, 1), CompatibilityError,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from trtbuild.recipe import Recipe
 from trtbuild.recipe_fields import Format, KvCacheFormat
 from trtbuild.recipe_speculative import Speculative
 from trtbuild.releases import Release, containers, find_release, known_versions, lines, newest, newest_of_all
+from trtbuild.schema_changes import changes
 from trtbuild.setting_values import recipe_value
 from trtbuild.support import QUANT_ALGO, group_sizes, refused_format, sm_version, speculative_method
 
@@ -64,6 +67,41 @@ def test_rows_have_a_source_and_a_date(name: str) -> None:
     covered = {path.removeprefix(f"{name}.").partition("[")[0].partition(".")[0] for path, _ in named}
     loose = {key for key, value in table.items() if isinstance(value, (dict, list))} - covered
     assert not loose or "source" in table, loose
+
+
+def unsourced(value: Any, path: str = "", *, sourced: bool = False, dated: bool = False) -> Iterator[str]:
+    """Every value that neither has a source and a date nor stands in a table, or a row, that has them."""
+    if isinstance(value, dict):
+        sourced |= "source" in value or {"repo", "path", "commit", "proof"} <= set(value)
+        dated |= isinstance(value.get("date"), dt.date)
+        for key, inner in value.items():
+            if key != "date" and (path, key) != ("", "schema_version"):
+                yield from unsourced(inner, f"{path}.{key}", sourced=sourced, dated=dated)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from unsourced(inner, f"{path}[{index}]", sourced=sourced, dated=dated)
+    elif not (sourced and dated):
+        yield path
+
+
+@pytest.mark.parametrize(
+    "path", [DATA.with_name("compat.toml"), *sorted(DATA.rglob("*.toml"))], ids=lambda path: path.stem
+)
+def test_no_value_is_without_a_source(path: Path) -> None:
+    assert list(unsourced(tomllib.loads(path.read_text(encoding="utf-8")))) == []
+
+
+def test_a_value_without_a_source_is_found() -> None:
+    """One row among others, a table among others, a date that is missing."""
+    for name, rows in (("lines", "line"), ("lines", "renamed"), ("speculative", "method"), ("gpus", "support")):
+        table = dict(facts(name))
+        first, *others = table[rows]
+        table[rows] = [{key: value for key, value in first.items() if key != "source"}, *others]
+        assert f".{rows}[0].{next(key for key in first if key != 'source')}" in list(unsourced(table)), name
+        assert f".{rows}[0].source" not in list(unsourced(facts(name)))
+    assert list(unsourced({"a": {"source": "x", "value": 1}})) == [".a.source", ".a.value"], "no date"
+    dated = {"date": dt.date(2026, 1, 1), "a": {"source": "x", "b": {"c": 1}}, "d": 1}
+    assert list(unsourced(dated)) == [".d"], "a date alone is no source"
 
 
 def test_rows_have_no_unknown_keys() -> None:
@@ -195,6 +233,21 @@ def test_known_differences_between_the_schemas() -> None:
     )
     assert (old.has("model_kwargs"), new.has("model_kwargs")) == (False, True)
     assert (old.has("enable_sleep"), new.has("enable_sleep"), new.has("sleep_config")) == (True, False, True)
+
+
+def test_what_became_of_arguments() -> None:
+    found = dict(changes(load_schema("1.1.0"), load_schema("1.2.1")))
+    assert "build_config" in found["TorchLlmArgs"].partition("removed ")[2].partition(";")[0]
+    assert "speculative_model_dir is now speculative_model" in found["AutoDecodingConfig"]
+    assert "added max_total_draft_tokens, draft_len_schedule" in found["AutoDecodingConfig"], "but no new name"
+    assert found["KvCacheConfig"] == "free_gpu_memory_fraction defaults to 0.9 instead of None"
+    newest = dict(changes(load_schema("1.3rc"), load_schema("newest")))
+    assert newest["KVEventsConfig"].startswith("new: enable_kv_cache_events, publisher")
+    assert newest["MedusaDecodingConfig"] == "removed"
+    assert "no more Medusa" in newest["SpeculativeConfig"]
+    assert "onboard_blocks" in dict(changes(load_schema("1.2.1"), load_schema("newest")))["KvCacheConfig"]
+    for name in schema_names():
+        assert changes(load_schema(name), load_schema(name)) == []
 
 
 def test_recipe_fields_and_arguments_exist() -> None:

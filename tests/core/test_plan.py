@@ -258,11 +258,11 @@ def test_layout_ensemble_has_fixed_names_and_a_batch_size(tiny_llama: Path, tmp_
         ),
         (
             "runtime.kv_cache.host_cache_size=9",
-            "runtime.kv_cache.host_cache_size: 9: only the trtllm runtime has it; rem",
+            "runtime.kv_cache.host_cache_size: 9: only the runtimes trtllm and trtllm-engine have it; rem",
         ),
         (
             "runtime.allow_unknown_version=true",
-            "runtime.allow_unknown_version: True: only the trtllm runtime has it; re",
+            "runtime.allow_unknown_version: True: only the runtimes trtllm and trtllm-engine have it; remove it",
         ),
         ("runtime.version=1.2.1", "runtime.version: 1.2.1: the embedded runtime has trtbuild's own version; remove it"),
         (

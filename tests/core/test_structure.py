@@ -55,6 +55,7 @@ LAYERS = [
         "model_classes",
         "llm_keys",
         "llm_schema",
+        "schema_changes",
         "build_flags",
         "llm_validate",
     },

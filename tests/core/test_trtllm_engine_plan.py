@@ -10,6 +10,7 @@ import pytest
 
 from core.test_model import edit_config
 from tiny import save_checkpoint
+from trtbuild.build_flags import flag_table
 from trtbuild.checkpoint_files import open_directory
 from trtbuild.compat import facts
 from trtbuild.console import plan_text
@@ -188,8 +189,16 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
             "runtime.version: trtbuild knows no Triton container with TensorRT-LLM 1.3.0rc5, and engines are",
         ),
         (
-            ["runtime.version=1.2.9", "runtime.allow_unknown_version=true"],
-            "engines are built and served in one, whatever runtime.allow_unknown_version says; use 1.2.1",
+            ["runtime.version=1.2.9"],
+            "no known release of TensorRT-LLM; the nearest are 1.3.0rc0, 1.2.1, 1.2.0; or set runtime.allow_unknown",
+        ),
+        (
+            ["runtime.version=1.4.9", "runtime.allow_unknown_version=true"],
+            "TensorRT-LLM 1.4.9 builds no engines, the last that did is 1.3.0rc20; use 1.2.1, or runtime.kind: trtllm",
+        ),
+        (
+            ["runtime.version=0.19.9", "runtime.allow_unknown_version=true"],
+            "TensorRT-LLM 0.19.9 builds engines, but its backend has the inputs random_seed and min_length",
         ),
         (["runtime.kv_cache.tokens_per_block=48"], "48: TensorRT-LLM's blocks hold a power of two of tokens; use 32"),
         (["serving.layout=llm"], "serving.layout: llm: TensorRT engines are served by the five models of layout ensem"),
@@ -264,7 +273,10 @@ def test_what_engines_do_not_do(tiny_llama: Path, tmp_path: Path, overrides: lis
         (["serving.layout=tokens", "serving.model_name=chat"], "'chat': the model of layout tokens has a fixed name"),
         (["target.gpu=null"], "target.gpu: is missing, and an engine is built for one GPU architecture; name the GPU"),
         (["runtime.extra.gemm_plugins=auto"], "is no flag of trtllm-build 1.2; did you mean gemm_plugin?"),
-        (["runtime.extra.kv_cache_config={}"], "runtime.extra.kv_cache_config: is no flag of trtllm-build 1.2"),
+        (
+            ["runtime.extra.kv_cache_config={}"],
+            "runtime.extra.kv_cache_config: is an argument of the LLM API, not a flag of trtllm-build; remove it; ",
+        ),
         (
             ["runtime.extra.gemm_plugin=int4"],
             "runtime.extra.gemm_plugin: 'int4' is not allowed by trtllm-build 1.2; wr",
@@ -295,6 +307,35 @@ def test_mistakes(tiny_llama: Path, tmp_path: Path, overrides: list[str], senten
     assert len(caught.value.problems) == 1, "one mistake, one sentence"
 
 
+def test_one_rank_of_a_kind_is_no_demand(tiny_llama: Path, tmp_path: Path) -> None:
+    """A migrated recipe may say so."""
+    one = plan_for(tiny_llama, tmp_path, "runtime.context_parallel_size=1")
+    assert one.step("engine").parameters == plan_for(tiny_llama, tmp_path).step("engine").parameters
+
+
+def test_versions_that_no_table_has(tiny_llama: Path, tmp_path: Path) -> None:
+    allowed = "runtime.allow_unknown_version=true"
+    plan = plan_for(tiny_llama, tmp_path, "runtime.version=1.2.9", allowed)
+    newest = flag_table("1.2.1")
+    assert newest.releases == ("1.2.0", "1.2.1")
+    assert (
+        f"TensorRT-LLM 1.2.9 is in no table of trtbuild; flags of trtllm-build: {newest.commit[:8]}, not proven "
+        "identical to 1.2.9; classes, formats and the backend's parameters are those of 1.2" in plan.warnings
+    )
+    assert any(warning.startswith("no Triton container with TensorRT-LLM 1.2.9 is known") for warning in plan.warnings)
+    assert "no Triton container has it; flags of trtllm-build: " in origins(plan)["runtime.version"]
+    engine = plan.step("engine").parameters
+    assert (engine["version"], engine["container"], engine["image"]) == ("1.2.9", None, None)
+    assert engine["arguments"] == plan_for(tiny_llama, tmp_path).step("engine").parameters["arguments"]
+    assert plan.value("deploy.files") == ()
+    # Known, and in no container: the tables hold for it, and its image must be told as well.
+    plan = plan_for(tiny_llama, tmp_path, "runtime.version=1.3.0rc5", allowed)
+    assert any(warning.startswith("flags of trtllm-build: ") for warning in plan.warnings)
+    assert any(warning.startswith("no Triton container with TensorRT-LLM 1.3.0rc5") for warning in plan.warnings)
+    with pytest.raises(CompatibilityError, match="compose: no Triton container has TensorRT-LLM 1.2.9; remove it"):
+        plan_for(tiny_llama, tmp_path, "runtime.version=1.2.9", allowed, "deploy.files=[compose]")
+
+
 def test_stages_may_leave_out_the_same_layers(tiny_llama: Path, tmp_path: Path) -> None:
     """Of three layers on two stages, the second is alone in its place; the others are first in theirs."""
     for size, pattern in ((3, "*.mlp.*"), (2, "*.1.mlp.*"), (2, "*.[02].mlp.*")):
@@ -310,7 +351,11 @@ def test_what_the_conversion_would_refuse_is_refused_before_anything_is_compress
     recipe.write_text(f"schema_version: 1\nmodel: {{path: {checkpoint}}}\n{RUNTIME}")
     assert prepare(recipe).plan.value("runtime.kind") == "trtllm-engine"
     edit_config(checkpoint, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0})
-    with pytest.raises(CompatibilityError, match="dynamic"):
+    assert prepare(recipe).plan.value("runtime.max_seq_len") == 512, "where the scaling begins"
+    with pytest.raises(RecipeError, match="1024 is more than the 512 positions the model knows"):
+        prepare(recipe, ["runtime.max_seq_len=1024"])
+    edit_config(checkpoint, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False})
+    with pytest.raises(CompatibilityError, match="truncate: false: TensorRT-LLM rounds"):
         prepare(recipe)
     assert prepare(recipe, ["runtime.kind=trtllm"]).plan.value("runtime.kind") == "trtllm"
 

@@ -377,6 +377,10 @@ def test_what_the_llm_api_does_not_do(tiny_llama: Path, tmp_path: Path, override
             "runtime.extra.max_batch_size: the recipe says it in runtime.max_batch_size",
         ),
         (
+            ["runtime.extra.gemm_plugin=auto"],
+            "gemm_plugin: is not an argument of TensorRT-LLM 1.2.1 but a flag of trtllm-build; remove it; engines have",
+        ),
+        (
             ["runtime.extra.kv_cache_config.max_tokens=4"],
             "runtime.extra.kv_cache_config.max_tokens: the recipe says it in runtime.kv_cache.max_tokens; set it there",
         ),
@@ -489,9 +493,17 @@ def test_what_runs_where(tiny_llama: Path, tmp_path: Path) -> None:
 def test_a_release_without_engines(tiny_llama: Path, tmp_path: Path) -> None:
     plan = plan_for(tiny_llama, tmp_path, "runtime.version=1.4.0rc1", "runtime.max_batch_size=2")
     found = plan.to_json()["comparison"]
-    assert found["columns"] == ("1.4.0rc1 engine", "1.4.0rc1 LLM API")
-    assert {row["cells"][0]["status"] for row in found["rows"]} == {"not available"}
-    assert found["rows"][0]["cells"][0]["detail"] == "engines ended with 1.3.0rc20"
+    assert found["columns"] == ("1.2.1 engine", "1.2.1 LLM API", "1.4.0rc1 LLM API"), "there is still the choice"
+    assert found["rows"][0]["cells"][0]["detail"] == "container 26.07; 1.4.0rc1 has no engines"
+    earlier = plan_for(tiny_llama, tmp_path, "runtime.version=1.3.0rc22").to_json()["comparison"]["columns"]
+    assert earlier == ("1.2.1 engine", "1.3.0rc22 LLM API", "1.4.0rc1 LLM API")
+
+
+def test_a_release_without_the_llm_api(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = plan_for(tiny_llama, tmp_path, "runtime.kind=trtllm-engine", "target.gpu=H100", "runtime.version=0.21.0")
+    found = plan.to_json()["comparison"]
+    assert found["columns"] == ("0.21.0 engine", "1.2.1 LLM API", "1.4.0rc1 LLM API")
+    assert found["rows"][0]["cells"][1]["detail"] == "container 26.07; 0.21.0 has no LLM API"
 
 
 @pytest.mark.parametrize(

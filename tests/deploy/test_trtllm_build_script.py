@@ -82,8 +82,9 @@ def test_shellcheck_finds_nothing(place: Place) -> None:
 
 
 def payload(build: Path) -> list[str]:
-    facts = {"key": KEY, "image": IMAGE, "version": "1.2.1", "gpu": "9.0", "ranks": 2}
-    start = ["env", "HOME=/build/home", "USER=trtbuild", "PYTHONUNBUFFERED=1", "python3", "/build/ranks.py"]
+    facts = {"key": KEY, "version": "1.2.1", "gpu": "9.0", "ranks": 2}
+    start = ["env", "HOME=/build/home", "USER=trtbuild", "PYTHONUNBUFFERED=1", f"TRTBUILD_IMAGE={IMAGE}"]
+    start += ["python3", "/build/ranks.py"]
     return [*start, json.dumps(facts), *arguments(choose(SPEC), "/checkpoint", "/build/engine.part")]
 
 
@@ -129,6 +130,27 @@ def test_podman(place: Place, tmp_path: Path) -> None:
         "--workdir", "/build", "--volume", f"{place.checkpoint}:/checkpoint:ro", "--volume", f"{place.work}:/build",
         IMAGE, *payload(place.work),
     ]  # fmt: skip
+
+
+def test_an_image_that_the_script_is_told(place: Place, tmp_path: Path) -> None:
+    """For a release that no known container has, or where the planned image lies in another registry."""
+    host = EngineHost(tmp_path / "host", "nvidia-smi", "enroot")
+    place.script.write_text(build_script(replace(SPEC, version="1.2.9"), image=None, name="model", key=KEY))
+    for options in ([], ["--check"], ["--with", "enroot"]):
+        done = place.run(host, *options)
+        assert done.returncode == 2
+        assert "no container with TensorRT-LLM 1.2.9 is known: name one with --image" in done.stderr
+    assert place.run(host, "--check", "--image", "lab/triton:1.2.9").stdout == "enroot\n"
+    assert place.run(host, "--image", "").returncode == 2
+    place.script.write_text(SCRIPT)
+    assert place.run(host, "--image", "lab/one:1", FAKE_IMAGE="lab/one:1", FAKE_MODE="fails").returncode == 4
+    (place.work / "timing.cache").write_text("of lab/one:1")
+    other = "lab.example:5000/team/two:1"
+    assert engine_is_right(place, place.run(host, "--image", other, FAKE_IMAGE=other))
+    imported = [call[3] for call in host.calls("enroot", "import")]
+    assert imported == ["docker://lab/one:1", "docker://lab.example:5000#team/two:1"], "another image, another file"
+    assert "of lab/one:1" not in (place.work / "timing.cache").read_text()
+    assert json.loads((place.engine / RECORD).read_text())["image"] == other
 
 
 def test_enroot_imports_once_and_removes_what_it_created(place: Place, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Each takes only the arguments that it is to be given, notes them in FAKE_LOG, and runs what a container would run with
 ``/build`` and ``/checkpoint`` where the mounts say, over the packages in ``site/``. A container of docker or podman is
-no child of its client: it lives on until ``rm``, as the real ones do. FAKE_BROKEN names tools that do not work.
+no child of its client: it lives on until ``rm``, as the real ones do. FAKE_BROKEN names tools that do not work,
+FAKE_IMAGE the one image that there is.
 """
 
 import json
@@ -14,7 +15,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 STATE = Path(os.environ["FAKE_LOG"]).parent
-IMAGE = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
+IMAGE = os.environ.get("FAKE_IMAGE", "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3")
+# As enroot and pyxis have it: [USER@][REGISTRY#]IMAGE[:TAG]; the first part of a name need not be a registry.
+REMOTE = IMAGE.replace("/", "#", 1) if "." in IMAGE.split("/")[0] else IMAGE
 
 
 def main() -> int:
@@ -129,7 +132,7 @@ def inside(command: list[str], mounts: dict[str, str], directory: str) -> int:
 def enroot(verb: str, *arguments: str) -> int:
     if verb == "import":
         flag, path, uri = arguments
-        if flag != "--output" or uri != f"docker://{IMAGE.replace('/', '#', 1)}":
+        if flag != "--output" or uri != f"docker://{REMOTE}":
             return refuse(f"enroot import {arguments}")
         Path(path).write_bytes(b"sqsh")
         return 0
@@ -167,7 +170,7 @@ def srun(*arguments: str) -> int:
     fixed = {
         "--nodes": "1", "--ntasks": "1", "--gpus": str(len(os.environ["FAKE_GPUS"].split())), "--mpi": "none",
         "--kill-on-bad-exit": "1", "--quit-on-interrupt": "", "--unbuffered": "",
-        "--container-image": IMAGE.replace("/", "#", 1), "--container-workdir": "/build",
+        "--container-image": REMOTE, "--container-workdir": "/build",
         "--no-container-mount-home": "", "--no-container-remap-root": "",
     }  # fmt: skip
     free = {"--job-name", "--container-mounts"}

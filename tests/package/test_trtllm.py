@@ -248,16 +248,25 @@ def test_doctor_versions(cli: Cli) -> None:
     assert "unknown" in next(line for line in lines if line.startswith("25.11")), "no source for 1.0.3.2510"
     assert any(line.startswith("1.3 ") and "not proven for a release" in line for line in lines)
     # Every table is there, and the flags of each line say what they hold for and what changed.
-    for title in ("flags of trtllm-build", "quantization: the SM versions", "speculative decoding", "architectures"):
+    for title in (
+        "LLM arguments against the schema before",
+        "flags of trtllm-build",
+        "quantization: the SM versions",
+        "speculative decoding",
+        "architectures",
+    ):
         assert any(line.startswith(title) for line in lines), title
     assert any("58fb435e" in line and "removed auto_parallel, cluster_key, gpus_per_node" in line for line in lines)
     assert any(line.startswith("W4A16_AWQ") and line.split()[1:5] == ["80", "86", "89", "90"] for line in lines)
+    assert any("speculative_model_dir is now speculative_model" in line for line in lines)
     found = json.loads(cli("doctor", "--versions", "--json").stdout)
     assert {row["name"]: row["releases"] for row in found["build_flags"]}["1.2"] == ["1.2.0", "1.2.1"]
     assert all(row["commit"] and row["proof"] and row["date"] for row in found["build_flags"])
     assert found["containers"][0]["image"] == "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
     assert (found["containers"][0]["transformers"], found["containers"][0]["modelopt"]) == ("==4.57.3", "~=0.37.0")
     assert next(row for row in found["containers"] if row["tag"] == "25.11")["transformers"] is None
+    old = next(row for row in found["schemas"] if row["name"] == "1.2.1")
+    assert old["classes"]["KvCacheConfig"]["tokens_per_block"]["default"] == 32
     assert {row["name"] for row in found["schemas"]} == {"1.0.0", "1.1.0", "1.2.1", "1.3.0rc3", "1.3rc", "newest"}
 
 

@@ -89,6 +89,15 @@ def test_verify_reports_every_check(engine_package: tuple[Path, str], cli: Cli) 
     )
 
 
+def test_a_repository_for_more_than_the_engine_will_be(package: Path, cli: Cli) -> None:
+    """All five models agree with each other, and not with the plan of an engine that is not built yet."""
+    for path in (package / "model_repository").glob("*/config.pbtxt"):
+        path.chmod(0o644)
+        path.write_text(path.read_text().replace("max_batch_size: 4", "max_batch_size: 9"))
+    (problem,) = checks(cli, package, 5)["model repository"]["problems"]
+    assert problem == "tensorrt_llm/config.pbtxt: max_batch_size is 9, and the engine is for 4; at most 4"
+
+
 def test_what_cannot_be_served_here_says_where(engine_package: tuple[Path, str], cli: Cli) -> None:
     sentence = f"is for a TensorRT engine, which is built and served in {IMAGE}; there, run engine/build.sh, then"
     assert sentence in cli("serve", engine_package[0], check=6).stderr
@@ -212,8 +221,8 @@ def test_a_repository_that_does_not_fit_the_engine(package: Path, tmp_path: Path
     path = package / "model_repository" / "tensorrt_llm" / "config.pbtxt"
     path.write_text(path.read_text().replace("max_batch_size: 4", "max_batch_size: 9"))
     problems = checks(cli, package, 5)["model repository"]["problems"]
-    assert any("max_batch_size is 9, and the engine was built for 4; at most 4" in problem for problem in problems)
+    assert any("max_batch_size is 9, and the engine is for 4; at most 4" in problem for problem in problems)
     path = package / "model_repository" / "preprocessing" / "config.pbtxt"
     path.write_text(path.read_text().replace('string_value: "200"', 'string_value: "220"'))
     problems = checks(cli, package, 5)["model repository"]["problems"]
-    assert any("max_input_tokens is 220, and the engine was built for max_input_len 200" in one for one in problems)
+    assert any("max_input_tokens is 220, and the engine is for max_input_len 200" in one for one in problems)

@@ -48,7 +48,8 @@ def test_the_draft_is_found_and_counted(engine_dir: Path, flavour: str, tmp_path
         assert start["args"]["speculative_config"] == {**EAGLE3, "speculative_model": str(engine_dir / "draft")}
         metrics = run(backend, PROMPT, perf_metrics=True, max_tokens=4).wait().metrics
         numbers = (metrics.acceptance_rate, metrics.total_accepted_draft_tokens, metrics.total_draft_tokens)
-        assert numbers == (0.5, 6, 12)
+        # Four tokens in three steps. Only newer versions say how many tokens were drafted.
+        assert numbers == ((1 / 6, 1, 6) if flavour == "newest" else (None, 1, None))
         run(backend, PROMPT, temperature=2.0)
 
 

@@ -32,14 +32,13 @@ def place(directory: Path) -> Path:
 
 
 def check_engine(model: Model, directory: Path) -> list[Problem]:
-    """Faults between the model's parameters and the engine in `directory`; none where there is no such directory."""
-    if not directory.is_dir():
-        return []
-    config, problems = _config(directory)
+    """Faults between the model's parameters and the engine in `directory`, or what it will be, where that is said."""
+    problems: list[Problem] = []
+    config = _config(directory, problems) if directory.is_dir() else _planned(directory.parent)
     if config is None:
         return problems
     build, world = config.get("build_config", {}), world_size(config)
-    for rank in range(world):
+    for rank in range(world) if directory.is_dir() else ():
         if not (directory / f"rank{rank}.engine").is_file():
             message = f"the file is missing, and the engine has {world} ranks"
             problems.append(Problem(f"engine/rank{rank}.engine", message, "build the engine again"))
@@ -50,19 +49,28 @@ def check_engine(model: Model, directory: Path) -> list[Problem]:
 
 def check_limits(model: Model, limits: Mapping[str, int], directory: Path) -> list[Problem]:
     """What preprocessing lets in must fit into the engine, where one lies beside the tokenizer."""
-    directory = place(directory)
-    if not (directory / "config.json").is_file():
-        return []
-    config, problems = _config(directory)
+    problems: list[Problem] = []
+    built = place(directory)
+    config = _config(built, problems) if (built / "config.json").is_file() else _planned(directory)
     if config is None or "build_config" not in config:
         return problems  # a checkpoint with the tokenizer, not an engine
     build = config["build_config"]
     for ours, theirs in (("max_seq_len", "max_seq_len"), ("max_input_tokens", "max_input_len")):
         most = build.get(theirs)
         if ours in limits and isinstance(most, int) and limits[ours] > most:
-            message = f"{ours} is {limits[ours]}, and the engine was built for {theirs} {most}"
+            message = f"{ours} is {limits[ours]}, and the engine is for {theirs} {most}"
             problems.append(model.problem(message, f"at most {most}"))
     return problems
+
+
+def _planned(directory: Path) -> dict[str, Any] | None:
+    """What an engine that is not built yet will say of itself, from our engine.json; None where there is none."""
+    try:
+        said = json.loads((directory / "engine.json").read_text(encoding="utf-8"))
+        mapping = {"world_size": int(said["world_size"])}
+        return {"build_config": dict(said["limits"]), "pretrained_config": {"mapping": mapping}}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not ours, or damaged, which other checks say
 
 
 def world_size(config: Mapping[str, Any]) -> int:
@@ -72,26 +80,28 @@ def world_size(config: Mapping[str, Any]) -> int:
     return int(ranks)
 
 
-def _config(directory: Path) -> tuple[dict[str, Any] | None, list[Problem]]:
-    path = directory / "config.json"
+def _config(directory: Path, problems: list[Problem]) -> dict[str, Any] | None:
+    """The engine's own description; what is wrong with the file goes to `problems`."""
+    path, why = directory / "config.json", "does not hold a JSON object"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict):
+            return data
     except (OSError, ValueError) as error:
-        return None, [Problem("engine/config.json", f"cannot be read ({error})", "build the engine again")]
-    if not isinstance(data, dict):
-        return None, [Problem("engine/config.json", "does not hold a JSON object", "build the engine again")]
-    return data, []
+        why = f"cannot be read ({error})"
+    problems.append(Problem("engine/config.json", why, "build the engine again"))
+    return None
 
 
 def _sizes(model: Model, build: Mapping[str, Any]) -> list[Problem]:
     problems = []
     batch = build.get("max_batch_size")
     if isinstance(batch, int) and model.config.max_batch_size > batch:
-        message = f"max_batch_size is {model.config.max_batch_size}, and the engine was built for {batch}"
+        message = f"max_batch_size is {model.config.max_batch_size}, and the engine is for {batch}"
         problems.append(model.problem(message, f"at most {batch}"))
     beams, given = build.get("max_beam_width"), model.parameter("max_beam_width") or "1"
     if isinstance(beams, int) and given.isdecimal() and int(given) > beams:
-        message = f"max_beam_width is {given}, and the engine was built for {beams}"
+        message = f"max_beam_width is {given}, and the engine is for {beams}"
         problems.append(model.problem(message, f"at most {beams}"))
     return problems
 

@@ -105,19 +105,20 @@ def planned_script(parameters: Mapping[str, Any], key: str) -> str:
     return build_script(spec, image=parameters["image"], name=spec.architecture, key=key)
 
 
-def build_script(spec: EngineSpec, *, image: str, name: str, key: str) -> str:
+def build_script(spec: EngineSpec, *, image: str | None, name: str, key: str) -> str:
     """A bash script that builds the engine in `image` with docker, podman, enroot or Slurm's srun, and resumes.
 
     It takes the checkpoint's and the engine's directories as arguments (by default those beside it), keeps finished
     ranks and TensorRT's timing cache beside the engine, and renames a finished engine into place, so that a second run
     after a kill goes on and a run after success does nothing. With ``--check`` it prints what would run it here, or
-    ends with exit code 6 and one sentence on standard error.
+    ends with exit code 6 and one sentence on standard error. Without an `image` it must be told one (``--image``).
     """
     gpu = f"{spec.gpu // 10}.{spec.gpu % 10}"
-    facts = {"key": key, "image": image, "version": spec.version, "gpu": gpu, "ranks": spec.world_size}
+    facts = {"key": key, "version": spec.version, "gpu": gpu, "ranks": spec.world_size}
     context = {
-        "image": image, "name": name, "key": key, "gpu": gpu, "ranks": spec.world_size, "facts": json.dumps(facts),
-        "arguments": arguments(choose(spec), "/checkpoint", "/build/engine.part"), "record": RECORD, "built": BUILT,
+        "image": image or "", "version": spec.version, "name": name, "key": key, "gpu": gpu, "ranks": spec.world_size,
+        "facts": json.dumps(facts), "record": RECORD, "built": BUILT,
+        "arguments": arguments(choose(spec), "/checkpoint", "/build/engine.part"),
         "ranks_py": (data_dir("templates") / "trtllm_engine" / "ranks.py").read_text(encoding="utf-8"),
     }  # fmt: skip
     return render("trtllm_engine/build.sh.j2", context)

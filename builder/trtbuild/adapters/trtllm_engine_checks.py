@@ -155,7 +155,8 @@ def _built(directory: Path, spec: EngineSpec, engine: Mapping[str, Any]) -> Engi
     """The engine that was built, if it was."""
     built, name = directory / BUILT, "TensorRT engine"
     if not built.is_dir():
-        return EngineCheck(name, (), f"not built yet: engine/{SCRIPT} builds it in {engine['image']}", ran=False)
+        image = engine["image"] or "an image that it is told (--image)"
+        return EngineCheck(name, (), f"not built yet: engine/{SCRIPT} builds it in {image}", ran=False)
     again = f"move engine/{BUILT} away and run engine/{SCRIPT}"
     found = tuple(f"{problem}; {again}" for problem in check_built(built, spec, key=engine["key"]))
     return EngineCheck(name, found, f"TensorRT-LLM {spec.version}, {spec.world_size} ranks, SM{spec.gpu}")

@@ -15,7 +15,10 @@ from trtbuild.convert.model import Model
 from trtbuild.errors import CompatibilityError
 
 Parameters = Mapping[str, Any]
-# "dynamic" is left out: its table does not depend on the length there, and wants a key `alpha` of Hunyuan's.
+# Up to max_position_embeddings, beyond which no plan lets an engine go, "dynamic" is no scaling (Transformers,
+# src/transformers/modeling_rope_utils.py, _compute_dynamic_ntk_parameters @5.14.1). TensorRT-LLM's own kind of that
+# name has a constant factor `alpha`, Hunyuan's.
+_UNSCALED = ("default", "dynamic")
 _SCALED = ("linear", "llama3", "yarn")
 
 
@@ -31,7 +34,7 @@ def rope(model: Model) -> tuple[float, dict[str, Any] | None]:
     parameters = parameters.get("full_attention", parameters)
     base = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
     kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
-    if kind == "default" or (model.row.family == "phi3" and kind in {"longrope", "su"}):
+    if kind in _UNSCALED or (model.row.family == "phi3" and kind in {"longrope", "su"}):
         return base, None
     if (reason := _refused(model, kind)) is not None:
         raise CompatibilityError(
@@ -55,8 +58,6 @@ def _refused(model: Model, kind: str) -> str | None:
         )
     if model.row.family == "phi3":
         return "Phi-3's layers pass no scaling to the attention (models/phi3/model.py @1479eaf5b72c)"
-    if kind == "dynamic":
-        return "its table is made once, the scaling depends on the length of the request"
     if kind not in _SCALED:
         return f"it computes {', '.join(_SCALED)}"
     return None

@@ -116,7 +116,7 @@ def write_recipe(migration: Migration, out: Path) -> None:
 
 def remaining_problems(migration: Migration, out: Path) -> list[str]:
     """What `trtbuild check` says of the written recipe, where the model lies on this machine and nothing is open."""
-    if _open_fields(migration) or not Path(migration.document["model"]["path"]).expanduser().is_dir():
+    if open_fields(migration) or not Path(migration.document["model"]["path"]).expanduser().is_dir():
         return []
     try:
         prepare(out)
@@ -128,12 +128,13 @@ def remaining_problems(migration: Migration, out: Path) -> list[str]:
 def next_command(migration: Migration, out: Path) -> str:
     """What to do with the written recipe."""
     name = shlex.quote(str(out))
-    todo = [f"--set {path}=..." for path in _open_fields(migration)]
+    todo = [f"--set {path}=..." for path in open_fields(migration)]
     package = shlex.quote(out.stem)
     return " ".join(["trtbuild build", name, "-o", package, *todo])
 
 
-def _open_fields(migration: Migration) -> list[str]:
+def open_fields(migration: Migration) -> list[str]:
+    """What the recipe leaves to the user."""
     fields = []
     if str(migration.document["model"]["path"]).startswith("/FILL-IN/"):
         fields.append("model.path")

@@ -41,6 +41,7 @@ class Flavour:
     honours: frozenset[str]
     reports_sampled_token: bool
     raises_errors: bool
+    counts_drafts: bool
     arguments: frozenset[str]
 
 
@@ -113,7 +114,7 @@ class GenerationResult:
         self.prompt_token_ids = prompt
         self.outputs = [CompletionOutput(0)]
         self.context_logits: Any = None
-        self.reused = 0
+        self.reused = self.decoding_iter = 0
         self.error: str | None = None
 
     @property
@@ -151,6 +152,7 @@ class GenerationResult:
 
     def _end(self, output: CompletionOutput, reason: str, response: dict[str, Any]) -> None:
         self._done = True
+        self.decoding_iter = response["steps"]
         output.request_perf_metrics = response["metrics"]
         output.finish_reason = {"end_id": "stop", "stop_words": "stop"}.get(reason, reason)
         if reason == "stop_words":
@@ -269,7 +271,8 @@ class BaseLLM:
                 time.sleep(0.05)
             if result._streaming or reason is not None:
                 metrics = self._metrics(prompt, params, times, len(times) - 1) if reason else None
-                result.put(held | context | {"reason": reason, "metrics": metrics})
+                ending = {"reason": reason, "metrics": metrics, "steps": self._steps(len(times) - 1)}
+                result.put(held | context | ending)
                 held, context = {"tokens": [], "logprobs": []}, dict.fromkeys(context)
 
     def _tokens(
@@ -350,11 +353,16 @@ class BaseLLM:
         text = '{"a": 1}' if guide.json_object else texts[kinds[0]]
         return [*self._tokenizer().encode(text, add_special_tokens=False), params.end_id]
 
+    def _steps(self, tokens: int) -> int:
+        """Steps that so many tokens have taken: the prompt's gives one, each other one as if half a draft held."""
+        return 1 + -(-(tokens - 1) // (1 + self._draft_len // 2))
+
     def _metrics(self, prompt: list[int], params: Any, times: list[float], steps: int) -> Any:
         if not params.return_perf_metrics:
             return None
         blocks = -(-(len(prompt) + steps) // BLOCK)
-        drafted = self._draft_len * steps
+        drafted = self._draft_len * (self._steps(steps) - 1) if self.flavour.counts_drafts else 0
+        accepted = steps - self._steps(steps) if drafted else 0
         moments = [timedelta(seconds=times[place]) for place in (0, 0, 1, -1)]
         names = ("arrival_time", "first_scheduled_time", "first_token_time", "last_token_time")
         return SimpleNamespace(
@@ -364,7 +372,7 @@ class BaseLLM:
             ),
             timing_metrics=SimpleNamespace(**dict(zip(names, moments, strict=True))),
             speculative_decoding=SimpleNamespace(
-                acceptance_rate=0.5 if drafted else 0.0, total_accepted_draft_tokens=drafted // 2,
+                acceptance_rate=accepted / drafted if drafted else 0.0, total_accepted_draft_tokens=accepted,
                 total_draft_tokens=drafted,
             ),
         )  # fmt: skip

@@ -44,6 +44,7 @@ class LLM(BaseLLM):
         honours=frozenset(["bad", "min_p", "min_tokens", "penalties", "seed"]),
         reports_sampled_token=True,
         raises_errors=False,
+        counts_drafts=True,
         arguments=_ARGUMENTS,
     )
 

@@ -45,6 +45,7 @@ class LLM(BaseLLM):
         honours=frozenset([]),
         reports_sampled_token=False,
         raises_errors=True,
+        counts_drafts=False,
         arguments=_ARGUMENTS,
     )
 
