@@ -10,24 +10,19 @@ from trtbuild.draft import DRAFT_ROLES, HEADS, Draft, other_tokens, read_draft
 from trtbuild.draft_checks import refuse_other_sizes
 from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.llm_speculation import TAKES_DRAFT
-from trtbuild.model import ModelFacts
 from trtbuild.plan import Plan
-from trtbuild.planned_draft import planned_draft
 from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.source import local_path
 from trtbuild.trtllm_engine_drafts import DRAFT_TARGET
 
 
-def draft_of(loaded: LoadedRecipe, facts: ModelFacts) -> Draft | None:
-    """What the files of ``speculative.draft`` say, for a runtime that takes them, or what is to be trained.
+def draft_of(loaded: LoadedRecipe) -> Draft | None:
+    """What the files of ``speculative.draft`` say, for a runtime that takes them.
 
     Raises:
         RecipeError, ArtifactError, CompatibilityError: see `read_draft`.
     """
     speculative = loaded.recipe.speculative
-    planned = planned_draft(speculative, facts)
-    if planned is not None:
-        return planned
     methods = {"trtllm-engine": (DRAFT_TARGET, *HEADS), "trtllm": TAKES_DRAFT}.get(loaded.recipe.runtime.kind, ())
     if speculative.draft is None or speculative.method not in methods:
         return None

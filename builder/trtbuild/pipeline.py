@@ -21,6 +21,7 @@ from trtbuild.manifest import canonical_json, digest_entries, digest_json, entri
 from trtbuild.model import read_facts
 from trtbuild.paths import cache_dir
 from trtbuild.plan import STEP_KINDS, Plan, Step, step_key, until
+from trtbuild.planned_draft import planned_draft
 from trtbuild.planner import make_plan
 from trtbuild.recipe_file import LoadedRecipe, load_recipe
 from trtbuild.report import Reporter
@@ -87,7 +88,7 @@ def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
         return [*missing, *container.check_deploy(deploy), *(() if missing else adapter_problems(loaded, plan))]
 
     facts = read_facts(files)
-    draft = draft_of(loaded, facts)
+    draft = planned_draft(loaded.recipe.speculative, facts) or draft_of(loaded)
     plan = make_plan(loaded, facts, source, tool_versions(), check=check, draft=draft)
     refuse_unconvertible(plan, loaded, draft)
     configured = loaded.recipe.store
