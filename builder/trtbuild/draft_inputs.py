@@ -10,7 +10,8 @@ from trtbuild.draft import MEDUSA_ROLE
 from trtbuild.store import Artifact, Staging
 
 STEP = "draft"
-_Inputs, _Files = Mapping[str, Artifact], Mapping[str, Path]
+_Inputs = Mapping[str, Artifact]
+_Files = Mapping[str, Path]
 
 
 def draft_directory(inputs: _Inputs, files: _Files, role: str) -> Path | None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from trtbuild.checkpoint_files import open_directory
 from trtbuild.convert.model import Model
-from trtbuild.convert.plan import Output, Piece
-from trtbuild.convert.shape import Span, share
+from trtbuild.convert.plan import Output, Piece, Span
+from trtbuild.convert.shape import share
 from trtbuild.convert.source import Stored, stored_in
 from trtbuild.convert.values import caster
 from trtbuild.errors import CompatibilityError
