@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trtbuild.embedded_speculation import take_speculation
 from trtbuild.model import ModelFacts
 from trtbuild.serving_settings import DEPLOY_FILES
 from trtbuild.setting_values import Settings
@@ -21,6 +22,7 @@ def take_embedded(settings: Settings, facts: ModelFacts) -> None:
         settings.take(f"runtime.{name}")
     take_limits(settings, facts, _DEFAULT_MAX_NUM_TOKENS, "default")
     _kv_cache(settings)
+    take_speculation(settings, facts)
 
 
 def _kv_cache(settings: Settings) -> None:

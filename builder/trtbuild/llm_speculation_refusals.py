@@ -78,7 +78,7 @@ def speculation_refusals(settings: Settings, facts: ModelFacts, release: Release
     if method == "none":
         return
     yield from _fields(settings, schema, method)
-    yield from _lengths(settings)
+    yield from length_refusals(settings)
     if method in TAKES_DRAFT and recipe.speculative.draft is None and recipe.speculative.train is None:
         what = "a draft model" if method == "draft_target" else "a draft that was trained for the model"
         hint = (
@@ -104,7 +104,8 @@ def _fields(settings: Settings, schema: Schema, method: str) -> Iterable[Problem
         yield Problem(f"speculative.{name}", f"{message} ({key})", hint)
 
 
-def _lengths(settings: Settings) -> Iterable[Problem]:
+def length_refusals(settings: Settings) -> Iterable[Problem]:
+    """Drafts that are longer than a request can be, and schedules that contradict themselves."""
     longest, at = settings["speculative.max_draft_len"], "speculative.max_draft_len"
     room = settings["runtime.max_seq_len"]
     if longest >= room:

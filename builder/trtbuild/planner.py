@@ -10,6 +10,7 @@ from trtbuild.comparison import compare
 from trtbuild.compress_settings import is_compressed, sparsity_warnings
 from trtbuild.draft import Draft
 from trtbuild.embedded_settings import embedded_files, take_embedded
+from trtbuild.embedded_speculation import embedded_draft_files, speculation_parameters, speculation_warnings
 from trtbuild.errors import CompatibilityError, Problem, RecipeError
 from trtbuild.llm_speculation import llm_draft_files
 from trtbuild.memory_settings import memory_mistakes, peak_bytes
@@ -188,8 +189,8 @@ def _adapter_files(settings: Settings) -> dict[str, str]:
 
 def _engine_files(settings: Settings) -> dict[str, str]:
     """What the engine step reads of the user's besides the checkpoint."""
-    drafts = {_ENGINE: draft_files, _TRTLLM: llm_draft_files}.get(_kind(settings))
-    return _adapter_files(settings) | (drafts(settings) if drafts else {})
+    drafts = {_ENGINE: draft_files, _TRTLLM: llm_draft_files, _EMBEDDED: embedded_draft_files}[_kind(settings)]
+    return _adapter_files(settings) | drafts(settings)
 
 
 def _kind(settings: Settings) -> str:
@@ -231,12 +232,16 @@ def _embedded_parameters(settings: Settings) -> dict[str, Any]:
     cache = ("tokens_per_block", "max_tokens", "free_gpu_memory_fraction", "enable_block_reuse")
     kv_cache = {name: settings[f"runtime.kv_cache.{name}"] for name in cache}
     kv_cache["dtype"] = _kv_cache_dtype(settings)
-    return {
-        "schema_version": 1,
-        "runtime": settings["runtime.kind"],
-        "kv_cache": kv_cache,
-        "trust_remote_code": settings["model.trust_remote_code"],
-    } | {name: settings[f"runtime.{name}"] for name in names}
+    return (
+        {
+            "schema_version": 1,
+            "runtime": settings["runtime.kind"],
+            "kv_cache": kv_cache,
+            "trust_remote_code": settings["model.trust_remote_code"],
+        }
+        | {name: settings[f"runtime.{name}"] for name in names}
+        | speculation_parameters(settings)
+    )
 
 
 def _repository_parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
@@ -249,6 +254,7 @@ def _repository_parameters(settings: Settings, facts: ModelFacts) -> dict[str, A
     if _kind(settings) == _ENGINE:
         parameters["engine"] = trtllm_engine_settings.server_parameters(settings, facts)
         parameters |= trtllm_engine_settings.draft_server_parameters(settings, facts)
+        parameters |= trtllm_engine_settings.older_line(settings)
         parameters |= {"lora_adapters_dir": ADAPTERS} if settings.recipe.model.adapters else {}
     if settings["serving.layout"] != "llm":
         parameters["max_batch_size"] = settings["runtime.max_batch_size"]
@@ -289,6 +295,8 @@ def _warnings(settings: Settings, facts: ModelFacts) -> tuple[str, ...]:
     warnings = [*mixed_settings.warnings(settings), *sparsity_warnings(settings)]
     if not facts.has_chat_template:
         warnings.append("the checkpoint has no chat template: requests with `messages` will be refused")
+    if _kind(settings) == _EMBEDDED:
+        warnings += speculation_warnings(settings)
     if _kind(settings) == _TRTLLM:
         warnings += trtllm_warnings(settings, facts)
     if _kind(settings) == _ENGINE:

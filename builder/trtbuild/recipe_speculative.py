@@ -21,12 +21,13 @@ class Speculative(Section):
 
     method: SpeculativeMethod = Field(
         default="none",
-        description="How tokens are drafted; medusa, eagle, lookahead and redrafter: trtllm-engine only; ngram, eagle3 "
-        "and mtp: trtllm only.",
+        description="How tokens are drafted; draft_target: all runtimes; ngram and eagle3: embedded and trtllm; "
+        "medusa: embedded and trtllm-engine; mtp: trtllm only; eagle, lookahead and redrafter: trtllm-engine only.",
     )
     draft: NonEmpty | None = Field(
         default=None,
-        description="Checkpoint of the draft model; of medusa, eagle and redrafter TensorRT-LLM's own, with the heads.",
+        description="Checkpoint of the draft model; of medusa, eagle and redrafter TensorRT-LLM's own, with the heads; "
+        "for embedded, Medusa heads alone or ModelOpt's export.",
     )
     train: Train | None = Field(
         default=None, description="medusa, eagle3: heads or draft are trained for this model, instead of `draft`."
@@ -43,11 +44,12 @@ class Speculative(Section):
         default=None, description="medusa, eagle: paths through the tree of drafts, for example [[0], [0, 0], [1]]."
     )
     max_concurrency: PositiveInt | None = Field(
-        default=None, description="trtllm: no drafts while more requests than this run at once."
+        default=None, description="embedded, trtllm: no drafts while more requests than this run at once."
     )
     draft_len_schedule: dict[PositiveInt, Annotated[int, Field(ge=0)]] | None = Field(
         default=None,
-        description="trtllm: draft length by the least number of running requests, for example {1: 4, 8: 2, 32: 0}.",
+        description="embedded, trtllm: draft length by the least number of running requests, for example {1: 4, 8: 2, "
+        "32: 0}.",
     )
     allow_advanced_sampling: bool | None = Field(
         default=None,

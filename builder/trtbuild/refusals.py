@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from trtbuild import compat
+from trtbuild.embedded_speculation import speculation_refusals
 from trtbuild.errors import Problem
 from trtbuild.format_support import needs_gpu, refused_embedded
 from trtbuild.llm_keys import LLM_ARGUMENT
@@ -12,7 +13,6 @@ from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.setting_values import Settings, recipe_value
 from trtbuild.training_settings import training_refusals
-from trtbuild.trtllm_common import unread_speculative
 from trtbuild.trtllm_engine_refusals import NOT_WRITTEN, engine_refusals
 from trtbuild.trtllm_refusals import trtllm_refusals
 
@@ -52,7 +52,7 @@ def embedded_takes(path: str) -> bool:
 def recipe_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     """Every demand of the recipe that its runtime cannot meet, with the value to use instead."""
     recipe = settings.recipe
-    refusals = {"embedded": lambda: _embedded(recipe), "trtllm": lambda: trtllm_refusals(settings, facts)}
+    refusals = {"embedded": lambda: _embedded(settings, facts), "trtllm": lambda: trtllm_refusals(settings, facts)}
     ours = refusals.get(recipe.runtime.kind, lambda: engine_refusals(settings, facts))()
     return [*ours, *_of_others(settings), *training_refusals(settings, facts)]
 
@@ -70,8 +70,8 @@ def _of_others(settings: Settings) -> list[Problem]:
     return problems
 
 
-def _embedded(recipe: Recipe) -> list[Problem]:
-    runtime = recipe.runtime
+def _embedded(settings: Settings, facts: ModelFacts) -> list[Problem]:
+    recipe, runtime = settings.recipe, settings.recipe.runtime
     demands: list[tuple[str, object, object, str]] = [
         ("runtime.version", runtime.version, None, "the embedded runtime has trtbuild's own version"),
         ("runtime.tensor_parallel_size", runtime.tensor_parallel_size, 1, _ONE_DEVICE),
@@ -79,8 +79,6 @@ def _embedded(recipe: Recipe) -> list[Problem]:
         ("runtime.extra", dict(runtime.extra), {}, "the embedded runtime has no further keys"),
         ("model.adapters", recipe.model.adapters, (), _NOT_HERE),
         ("serving.layout", "llm" if recipe.serving.layout == "ensemble" else recipe.serving.layout, "llm", _ENGINES),
-        ("speculative.method", recipe.speculative.method, "none", _NOT_HERE),
-        ("speculative.draft", recipe.speculative.draft, None, "of no use without a speculative.method"),
         ("runtime.allow_unknown_version", runtime.allow_unknown_version, False, _VENDOR_ONLY),
         ("target.count", recipe.target.count if (recipe.target.count or 0) > 1 else 1, 1, _ONE_DEVICE),
     ]
@@ -95,7 +93,7 @@ def _embedded(recipe: Recipe) -> list[Problem]:
         for path, value, only, why in demands
         if value != only
     ]
-    return [*refused, *_formats(recipe), *unread_speculative(recipe)]
+    return [*refused, *_formats(recipe), *speculation_refusals(settings, facts)]
 
 
 def _formats(recipe: Recipe) -> Iterable[Problem]:

@@ -92,10 +92,11 @@ def check_capacity(settings: Settings) -> None:
 
 def _quality(settings: Settings) -> None:
     names, kv_cache = settings.recipe.compress.formats or ("none",), settings["compress.kv_cache"]
+    sparsity = settings["compress.sparsity"]
     settings.take(
         "quality.max_perplexity_ratio",
-        max(default_max_perplexity_ratio(name, kv_cache) for name in names),
-        f"default for {' and '.join(names)}",
+        max(default_max_perplexity_ratio(name, kv_cache, sparsity) for name in names),
+        f"default for {' and '.join(names)}{'' if sparsity == 'none' else f' with {sparsity}'}",
     )
     for name in ("max_kl_divergence", "min_top1_agreement", "tokens", "data"):
         settings.take(f"quality.{name}")

@@ -29,8 +29,9 @@ from trtbuild.compress_memory import parse_bytes
 from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE, MEDUSA_ROLE, other_tokens
 from trtbuild.draft_inputs import conversion_request, draft_digest, draft_directory, training_request
 from trtbuild.errors import CompatibilityError, ToolError
+from trtbuild.foresight import refuse_scaling
 from trtbuild.linking import place_tree
-from trtbuild.manifest import FileEntry, canonical_json, digest_json, write_atomic
+from trtbuild.manifest import FileEntry, canonical_json, digest_json, read_json, write_atomic
 from trtbuild.plan import Plan, Step
 from trtbuild.process import run_worker
 from trtbuild.report import Reporter
@@ -122,7 +123,14 @@ def _engine(work: Work) -> dict[str, Any]:
         return _trtllm_engine(work)
     if work.step.parameters["runtime"] == "trtllm-engine":
         return _converted_engine(work)
-    place_tree(work.inputs["compress"].content, work.staging.content)
+    checkpoint, draft = work.inputs["compress"].content, draft_directory(work.inputs, work.files, DRAFT_ROLE)
+    place_tree(checkpoint, work.staging.content)
+    if draft is not None:
+        speculation = work.step.parameters["speculative"]
+        problem = other_tokens(checkpoint, draft)
+        if problem is not None:
+            raise CompatibilityError(str(problem))
+        trtllm_draft.place(draft, work.staging.content / speculation["draft"], speculation["method"])
     write_atomic(work.staging.content / ENGINE_FILE, canonical_json(dict(work.step.parameters)))
     return {}
 
@@ -162,6 +170,8 @@ def _converted_engine(work: Work) -> dict[str, Any]:
         record = trtllm_engine.copy_checkpoint(parameters, work.files[HEADS_ROLE], work.staging.content)
     else:
         record = _in_child("trtbuild.convert", request | conversion_request(parameters, work.inputs, work.files), work)
+        # Where the model came from a hub, the plan was made without its rotary embedding.
+        refuse_scaling(parameters["version"], read_json(Path(request["output"]) / "config.json"))
     if "medusa" in parameters:
         heads = draft_digest(work.inputs, work.file_digests, MEDUSA_ROLE)
         checkpoint_digest = digest_json([checkpoint_digest, heads])

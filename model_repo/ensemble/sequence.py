@@ -100,7 +100,7 @@ class SequenceStream:
             values["num_output_tokens"] = [[len(new_ids) - max(self._echoed - ids_sent, 0)]]
         if request.return_perf_metrics and self._metrics is not None:
             for name in PERF_METRICS:
-                values[name] = [[getattr(self._metrics, _METRIC_FIELDS.get(name, name), 0)]]
+                values[name] = [[getattr(self._metrics, _METRIC_FIELDS.get(name, name), None) or 0]]
         return values
 
     def _take(self, output: Any) -> None:

@@ -18,7 +18,7 @@ class Handle(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """A moment's counts of one runtime, KV cache blocks and requests; None: this runtime does not tell."""
+    """A moment's counts of one runtime: KV cache blocks, requests, draft tokens; None: this runtime does not tell."""
 
     max_blocks: int | None = None
     used_blocks: int | None = None
@@ -26,6 +26,8 @@ class Gauges:
     reusable_blocks: int | None = None
     running: int | None = None
     waiting: int | None = None
+    draft_tokens: int | None = None
+    accepted_draft_tokens: int | None = None
 
 
 class Backend(Protocol):

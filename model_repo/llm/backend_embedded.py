@@ -56,7 +56,8 @@ class EmbeddedBackend:
             f"{facts.architecture} on {facts.device} in {facts.compute_dtype}, weights {facts.weights}, KV cache "
             f"{facts.kv_cache_dtype} for {facts.kv_cache_tokens} tokens"
         )
-        return "; ".join([line, *facts.notes])
+        drafts = [] if facts.speculation == "none" else [f"speculation by {facts.speculation}"]
+        return "; ".join([line, *drafts, *facts.notes])
 
     def submit(
         self,
@@ -100,6 +101,7 @@ class EmbeddedBackend:
     def gauges(self) -> Gauges:
         """Counts of this moment."""
         stats = self._engine.stats()
+        drafts = self._engine.facts.speculation != "none"
         return Gauges(
             max_blocks=stats.total_blocks,
             used_blocks=stats.used_blocks,
@@ -107,6 +109,8 @@ class EmbeddedBackend:
             reusable_blocks=stats.cached_blocks,
             running=stats.running,
             waiting=stats.waiting,
+            draft_tokens=stats.draft_tokens if drafts else None,
+            accepted_draft_tokens=stats.accepted_draft_tokens if drafts else None,
         )
 
     def close(self) -> None:

@@ -254,7 +254,10 @@ def _code(error: Exception) -> Any:
 
 
 class _Metrics:
-    """Gauges on the server's metrics port, named as those of TensorRT-LLM's C++ backend, so that dashboards work."""
+    """Gauges on the server's metrics port, named as those of TensorRT-LLM's C++ backend, so that dashboards work.
+
+    That backend has none of drafts: theirs has a name of our own, and is there only where the runtime drafts.
+    """
 
     def __init__(self, model_name: str, instance: str | None, read: Callable[[], Any]) -> None:
         self._read = read
@@ -274,6 +277,13 @@ class _Metrics:
             "running": (requests, {**labels, "request_type": "active"}),
             "waiting": (requests, {**labels, "request_type": "waiting"}),
         }
+        if getattr(read(), "draft_tokens", None) is not None:
+            drafts = pb_utils.MetricFamily(name="trtbuild_draft_tokens", description="Verified drafts", kind=gauge)
+            self._families.append(drafts)
+            self._places |= {
+                "draft_tokens": (drafts, {**labels, "draft_token_type": "verified"}),
+                "accepted_draft_tokens": (drafts, {**labels, "draft_token_type": "accepted"}),
+            }
         self._gauges: dict[str, Any] = {}
         self.update()
 

@@ -230,13 +230,13 @@ def test_several_contradictions_come_together(tiny_llama: Path, tmp_path: Path) 
 
 
 def test_mistakes_demands_and_further_checks_come_together(tiny_llama: Path, tmp_path: Path) -> None:
-    overrides = ["compress.group_size=64", "speculative.method=ngram", "deploy.image=A B"]
+    overrides = ["compress.group_size=64", "speculative.method=lookahead", "deploy.image=A B"]
     with pytest.raises(RecipeError) as caught:
         plan_for(tiny_llama, tmp_path, *overrides, check=lambda plan: [Problem("seen", plan.value("deploy.image"))])
     assert [problem.path for problem in caught.value.problems] == ["compress.group_size", "seen", "speculative.method"]
     with pytest.raises(CompatibilityError) as refused:
-        plan_for(tiny_llama, tmp_path, "speculative.method=ngram", "runtime.version=1.2.1")
-    assert "speculative.method: ngram" in str(refused.value)
+        plan_for(tiny_llama, tmp_path, "speculative.method=lookahead", "runtime.version=1.2.1")
+    assert "speculative.method: lookahead" in str(refused.value)
     assert "runtime.version: 1.2.1" in str(refused.value)
 
 
@@ -272,7 +272,10 @@ def test_layout_ensemble_has_fixed_names_and_a_batch_size(tiny_llama: Path, tmp_
         ("runtime.pipeline_parallel_size=2", "runtime.pipeline_parallel_size: 2"),
         ("runtime.extra={a: 1}", "runtime.extra: a: the embedded runtime has no further keys; remove it"),
         ("model.adapters=[x]", "model.adapters: x: cannot be done"),
-        ("speculative.method=ngram", "speculative.method: ngram: cannot be done by this version of trtbuild; use none"),
+        (
+            "speculative.method=lookahead",
+            "speculative.method: lookahead: the embedded engine has no such method; use ngram, draft_target, medu",
+        ),
         ("target.count=2", "target.count: 2: the embedded runtime runs on one device; use 1"),
     ],
 )
@@ -332,6 +335,7 @@ def test_int4_group_follows_the_model(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_what_sparsity_buys(tiny_llama: Path, tmp_path: Path) -> None:
     plan = plan_for(tiny_llama, tmp_path, "compress.sparsity='2:4'")
+    assert plan.gates["max_perplexity_ratio"] == 4.04  # four times what bf16 may lose
     assert any("brings the embedded engine no speed" in warning for warning in plan.warnings)
     assert not any("2:4" in warning for warning in plan_for(tiny_llama, tmp_path).warnings)
 

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tiny import save_checkpoint
+from trtbuild.runtime import Engine, EngineConfig, SamplingParams
+
 pytestmark = pytest.mark.triton
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -60,6 +63,25 @@ def test_refusals_of_the_server_are_sentences(urls: tuple[str, str], cli: Cli) -
     assert "max_tokens" in done.stderr
     assert "Traceback" not in done.stderr
     assert cli("ask", "x", "--url", urls[1], "--model", "other", check=None).returncode != 0
+
+
+def test_a_recipe_with_a_draft_becomes_a_package_that_drafts(
+    recipe: Path, tiny_llama: Path, cli: Cli, tmp_path: Path
+) -> None:
+    draft = save_checkpoint(tmp_path / "draft", overrides={"num_hidden_layers": 1, "intermediate_size": 64})
+    options = [f"speculative.{one}" for one in ("method=draft_target", f"draft={draft}", "draft_len_schedule={1: 5}")]
+    cli("build", recipe, "-o", tmp_path / "p", *(item for one in options for item in ("--set", one)))
+    engine = tmp_path / "p" / "engine"
+    with Engine.load(engine) as drafting, Engine.load(tiny_llama, config=EngineConfig(device="cpu")) as plain:
+        params = SamplingParams(max_tokens=20, ignore_eos=True)
+        found, expected = (one.generate([[5, 6, 7]], params)[0] for one in (drafting, plain))
+        assert found.token_ids == expected.token_ids
+        assert found.metrics.total_draft_tokens > 20
+    assert "passed" in cli("verify", tmp_path / "p").stdout
+    tokenizer = draft / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text(encoding="utf-8").replace("<|im_start|>", "<|start|>"), encoding="utf-8")
+    arguments = [item for one in options for item in ("--set", one)]
+    assert "has another tokenizer than the model" in cli("check", recipe, *arguments, check=3).stderr
 
 
 def test_nobody_answers(cli: Cli) -> None:

@@ -19,6 +19,8 @@ ENGINE = {
     "max_seq_len": 512,
     "kv_cache": {"dtype": "auto", "tokens_per_block": 32, "max_tokens": 4096},
     "device": "cpu",
+    # Drafts change no answer, so that every test of a server is one of speculation too.
+    "speculative": {"method": "ngram", "max_draft_len": 3},
 }
 
 

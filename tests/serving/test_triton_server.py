@@ -8,9 +8,11 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from llm_helpers import START_S, gauge, spec
 
@@ -20,6 +22,7 @@ from trtbuild.serving.client import Answer, ask
 from trtbuild.serving.server import TritonServer
 
 pytestmark = pytest.mark.triton
+DRAFTS = "trtbuild_draft_tokens"
 KV, REQUESTS = "nv_trt_llm_kv_cache_block_metrics", "nv_trt_llm_request_metrics"
 
 
@@ -47,10 +50,11 @@ def wait_for(server: TritonServer, family: str, kind: str, value: float, limit_s
 
 
 def test_served_tokens_are_the_engine_s(server: TritonServer, package: Path, tokenizer: Any) -> None:
-    from trtbuild.runtime import Engine, SamplingParams
+    from trtbuild.runtime import Engine, EngineConfig, SamplingParams
 
     texts = ["hello", "The quick brown fox", "é 漢 👩‍🚀"]
-    with Engine.load(package / "engine") as engine:
+    plain = replace(EngineConfig.read(package / "engine"), speculative=None)
+    with Engine.load(package / "engine", config=plain) as engine:
         for text in texts:
             expected = engine.submit(tokenizer.encode(text), SamplingParams(max_tokens=24)).result().token_ids
             found = same(answers(server, prompt=text, max_tokens=24))
@@ -117,6 +121,21 @@ def test_logprobs_and_metrics_over_the_wire(server: TritonServer) -> None:
         flat = [value[0] if isinstance(value, list) else value for value in times]
         assert all(isinstance(value, int) for value in flat)
         assert flat == sorted(flat)
+
+
+def test_drafts_are_counted_in_the_answer_and_in_the_metrics(server: TritonServer) -> None:
+    asked: dict[str, Any] = {"input_ids": [5, 6, 7, 5, 6], "max_tokens": 60, "ignore_eos": True}
+    asked["sampling_param_return_perf_metrics"] = True
+    ask(server.http_url, streaming=False, **asked)  # the pool knows the answer from here on
+    before = [gauge(server, DRAFTS, kind) for kind in ("verified", "accepted")]
+    for found in answers(server, **asked):
+        names = ("total_draft_tokens", "total_accepted_draft_tokens")
+        drafted, accepted = (int(np.ravel(found.outputs[name])[0]) for name in names)
+        assert 20 < accepted <= drafted
+        assert float(np.ravel(found.outputs["acceptance_rate"])[0]) == pytest.approx(accepted / drafted, abs=1e-6)
+        before = [before[0] + drafted, before[1] + accepted]
+    wait_for(server, DRAFTS, "verified", before[0])
+    wait_for(server, DRAFTS, "accepted", before[1])
 
 
 def test_several_answers(server: TritonServer) -> None:

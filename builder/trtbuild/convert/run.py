@@ -65,13 +65,17 @@ def run(raw: dict[str, Any], progress: Progress) -> dict[str, Any]:
     }
 
 
-def refuse_source(source: Path, *, tp_size: int, pp_size: int) -> None:
+def refuse_source(source: Path, *, tp_size: int, pp_size: int) -> dict[str, Any]:
     """Refuse an original checkpoint whose conversion would be refused for its sizes or its config, without tensor data.
+
+    Returns the config that the conversion would write, but for its quantization.
 
     Raises:
         CompatibilityError, ArtifactError: as `run`.
     """
-    checkpoint_config(_read(Request(source=source, output=source, tp_size=tp_size, pp_size=pp_size, dtype="auto")))
+    return checkpoint_config(
+        _read(Request(source=source, output=source, tp_size=tp_size, pp_size=pp_size, dtype="auto"))
+    )
 
 
 def _read(request: Request) -> Model:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trtbuild.runtime.config import EngineConfig, KvCacheConfig
+    from trtbuild.runtime.drafts.config import SpeculativeConfig
     from trtbuild.runtime.engine import Engine
     from trtbuild.runtime.joined import JoinedScales
     from trtbuild.runtime.outputs import (
@@ -32,6 +33,7 @@ _HOMES = {
     "Request": "request",
     "RequestMetrics": "outputs",
     "SamplingParams": "sampling_params",
+    "SpeculativeConfig": "drafts.config",
     "TokenLogprob": "outputs",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "Request",
     "RequestMetrics",
     "SamplingParams",
+    "SpeculativeConfig",
     "TokenLogprob",
 ]
 

@@ -101,7 +101,7 @@ class PagedLayer:
         # One cell, shared by all layers of an engine: the runner puts the running step there.
         self._context = context
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: _Options) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> torch.Tensor:
         """The attention output [T, Hq, D] of query [Hq, T, D] and the step's own key and value [H, T, D]."""
         step = self._context[0]
         if step.probing:
@@ -132,16 +132,17 @@ class PagedLayer:
 
 
 @dataclass(slots=True)
-class _Options:
+class Options:
     """The arguments of one attention call. `sinks` [Hq]: a logit per head that takes probability and gives nothing."""
 
     scaling: float
-    window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
-    strange: tuple[str, ...]
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    strange: tuple[str, ...] = ()
 
     def describe(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> LayerCall:
+        """How the layer called, with the shapes of its tensors."""
         return LayerCall(
             query_heads=query.shape[0],
             key_shape=(key.shape[0], key.shape[2]),
@@ -175,7 +176,7 @@ def paged_attention(
     if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
         strange.append("is_causal=False")
     scaling = kwargs.get("scaling")
-    options = _Options(
+    options = Options(
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         window=kwargs.get("sliding_window") or None,
         softcap=kwargs.get("softcap") or None,
@@ -196,9 +197,7 @@ def register() -> None:
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
 
 
-def _decode(
-    out: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, options: _Options
-) -> None:
+def _decode(out: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, options: Options) -> None:
     """One token: the G query heads of a group are the queries of that group's keys; all [H, ., D]."""
     if options.softcap is None and options.sinks is None:
         # With the group as the rows of one head, nothing is expanded and nothing is masked.
@@ -210,7 +209,7 @@ def _decode(
 
 
 def _prefill(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, options: _Options
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, options: Options
 ) -> torch.Tensor:
     """Several tokens: [H, G, count, D] of query [H, G, count, D] and keys and values [H, L, D]."""
     heads, groups, count, size = query.shape
@@ -229,7 +228,7 @@ def _prefill(
     return torch.bmm(weights.to(values.dtype).flatten(1, 2), values).view(heads, groups, count, -1)
 
 
-def _weights(scores: torch.Tensor, mask: torch.Tensor | None, options: _Options) -> torch.Tensor:
+def _weights(scores: torch.Tensor, mask: torch.Tensor | None, options: Options) -> torch.Tensor:
     """The attention probabilities of raw `scores` [H, G, L] or [H, G, count, L]; changes `scores`."""
     if options.scaling != 1.0:
         scores *= options.scaling

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.errors import ArtifactError
+from trtbuild.runtime.drafts.config import SpeculativeConfig
 
 SCHEMA_VERSION = 1
 RUNTIME = "embedded"
@@ -45,6 +46,7 @@ class EngineConfig:
     compute_dtype: str = "auto"
     weights: str = "auto"
     trust_remote_code: bool = False
+    speculative: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no engine can run with.
@@ -78,10 +80,11 @@ class EngineConfig:
         kv_cache = data.pop("kv_cache", {})
         if not isinstance(kv_cache, dict):
             raise ArtifactError(f"{path}: kv_cache is {kv_cache!r}, not an object", "build the package again")
+        speculative = SpeculativeConfig.of(data.pop("speculative", None), str(path))
         _refuse_unknown(path, data, cls, "")
         _refuse_unknown(path, kv_cache, KvCacheConfig, "kv_cache.")
         try:
-            return cls(kv_cache=KvCacheConfig(**kv_cache), **data)
+            return cls(kv_cache=KvCacheConfig(**kv_cache), speculative=speculative, **data)
         except ArtifactError as error:
             raise ArtifactError(f"{path}: {error.message}", error.hint) from error
 
@@ -101,7 +104,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _refuse_unknown(path: Path, data: Mapping[str, Any], cls: type[Any], prefix: str) -> None:
-    known = [each.name for each in fields(cls) if each.name != "kv_cache"]
+    known = [each.name for each in fields(cls) if each.name not in ("kv_cache", "speculative")]
     unknown = sorted(set(data) - set(known))
     if unknown:
         raise ArtifactError(

@@ -13,8 +13,11 @@ from typing import Self
 import torch
 
 from trtbuild.errors import RequestError, ToolError, TrtbuildError
+from trtbuild.runtime.advance import StepResult
 from trtbuild.runtime.config import EngineConfig
-from trtbuild.runtime.facts import engine_facts
+from trtbuild.runtime.drafts.load import draft_bytes, load_speculation
+from trtbuild.runtime.drafts.speculation import Speculation
+from trtbuild.runtime.facts import engine_facts, engine_stats
 from trtbuild.runtime.intake import Intake
 from trtbuild.runtime.joined import JoinedScales
 from trtbuild.runtime.model import ModelRunner
@@ -23,7 +26,7 @@ from trtbuild.runtime.request import Request, final_output
 from trtbuild.runtime.sampling_params import SamplingParams
 from trtbuild.runtime.scheduler import Chunk, Scheduler
 from trtbuild.runtime.sequence import Sequence as EngineSequence
-from trtbuild.runtime.step import StepResult, finish_promised, finish_step, promise_tokens
+from trtbuild.runtime.step import finish_promised, finish_step, promise_tokens
 from trtbuild.runtime.step_logits import StepLogits
 
 logger = logging.getLogger(__name__)
@@ -42,10 +45,13 @@ class Engine:
                 print(output.token_ids)
     """
 
-    def __init__(self, runner: ModelRunner, config: EngineConfig, intake: Intake) -> None:
+    def __init__(
+        self, runner: ModelRunner, config: EngineConfig, intake: Intake, speculation: Speculation | None = None
+    ) -> None:
         self.facts = engine_facts(runner, config, intake.end_ids)
         self._runner = runner
         self._intake = intake
+        self._speculation = speculation
         self._scheduler = Scheduler(config, runner.num_blocks)
         self._requests: dict[int, Request] = {}
         # The step that the device works on while the next one is scheduled: its tokens are promised.
@@ -79,8 +85,9 @@ class Engine:
         """
         engine_dir = Path(engine_dir)
         config = config or EngineConfig.read(engine_dir)
-        runner = ModelRunner.load(engine_dir, config, joined=joined)
-        return cls(runner, config, Intake.read(engine_dir, runner, config))
+        runner = ModelRunner.load(engine_dir, config, joined=joined, set_aside=draft_bytes(engine_dir, config))
+        speculation = load_speculation(engine_dir, config, runner)
+        return cls(runner, config, Intake.read(engine_dir, runner, config), speculation)
 
     def __enter__(self) -> Self:
         return self
@@ -144,21 +151,9 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts of this moment."""
-        scheduler, blocks = self._scheduler, self._scheduler.blocks
-        free = blocks.num_free
-        return EngineStats(
-            total_blocks=blocks.num_blocks,
-            free_blocks=free,
-            used_blocks=blocks.num_blocks - free,
-            cached_blocks=blocks.num_cached,
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(self._arrived),
-            preemptions=scheduler.preemptions,
-            reused_blocks=scheduler.reused_blocks,
-            missed_blocks=scheduler.missed_blocks,
-            evicted_blocks=blocks.evicted,
-            steps=self._steps,
-            generated_tokens=self._generated,
+        waiting = len(self._scheduler.waiting) + len(self._arrived)
+        return engine_stats(
+            self._scheduler, self._speculation, waiting=waiting, steps=self._steps, generated=self._generated
         )
 
     def close(self) -> None:
@@ -230,6 +225,8 @@ class Engine:
 
     def _step(self) -> None:
         """Launch a step, and only then look at what the one before has brought, if that could wait."""
+        if self._speculation is not None:
+            self._speculation.propose(self._scheduler)
         chunks = self._scheduler.schedule()
         if not chunks:
             self._settle_ahead()
@@ -241,7 +238,8 @@ class Engine:
             self._fail(chunks, error)
             return
         self._scheduler.commit(chunks)
-        promised = promise_tokens(chunks, step)
+        # A draft needs to know the tokens before it.
+        promised = self._speculation is None and promise_tokens(chunks, step)
         self._settle_ahead()
         if promised:
             self._ahead = chunks, step
@@ -265,6 +263,8 @@ class Engine:
             return
         self._failures = 0
         self._steps += 1
+        if self._speculation is not None:
+            self._speculation.observe(chunks, step)
         self._scheduler.publish(chunks)
         settled = [self._settle(result) for result in results]
         for request, output in settled:
@@ -284,6 +284,8 @@ class Engine:
         """Free a sequence's blocks. The device may still write into them; whoever gets them writes later."""
         sequence.finished = True
         self._scheduler.remove(sequence)
+        if self._speculation is not None:
+            self._speculation.forget(sequence)
         del self._sequences[sequence.request_id]
 
     def _fail(self, chunks: list[Chunk], error: Exception) -> None:
@@ -313,4 +315,6 @@ class Engine:
         for sequence in list(self._sequences.values()):
             output = final_output("error" if reason else "cancelled", error=reason, metrics=sequence.metrics())
             self._finish(sequence, output)
+        if self._speculation is not None:
+            self._speculation.release()
         self._runner.release()

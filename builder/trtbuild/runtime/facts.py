@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from trtbuild.runtime.config import EngineConfig
+from trtbuild.runtime.drafts.speculation import Speculation
 from trtbuild.runtime.model import ModelRunner
-from trtbuild.runtime.outputs import EngineFacts
+from trtbuild.runtime.outputs import EngineFacts, EngineStats
+from trtbuild.runtime.scheduler import Scheduler
 
 
 def engine_facts(runner: ModelRunner, config: EngineConfig, end_ids: frozenset[int]) -> EngineFacts:
@@ -23,6 +25,31 @@ def engine_facts(runner: ModelRunner, config: EngineConfig, end_ids: frozenset[i
         path=runner.path,
         eos_token_ids=tuple(sorted(end_ids)),
         notes=tuple(runner.notes),
+        speculation="none" if config.speculative is None else config.speculative.method,
+    )
+
+
+def engine_stats(
+    scheduler: Scheduler, speculation: Speculation | None, *, waiting: int, steps: int, generated: int
+) -> EngineStats:
+    """The counts of this moment; `waiting` requests are not running yet."""
+    blocks = scheduler.blocks
+    free = blocks.num_free
+    return EngineStats(
+        total_blocks=blocks.num_blocks,
+        free_blocks=free,
+        used_blocks=blocks.num_blocks - free,
+        cached_blocks=blocks.num_cached,
+        running=len(scheduler.running),
+        waiting=waiting,
+        preemptions=scheduler.preemptions,
+        reused_blocks=scheduler.reused_blocks,
+        missed_blocks=scheduler.missed_blocks,
+        evicted_blocks=blocks.evicted,
+        steps=steps,
+        generated_tokens=generated,
+        draft_tokens=speculation.drafted if speculation else 0,
+        accepted_draft_tokens=speculation.accepted if speculation else 0,
     )
 
 

@@ -13,13 +13,14 @@ from transformers import AutoConfig
 from trtbuild.errors import ArtifactError, CompatibilityError, HostError
 from trtbuild.runtime.architecture import check_calls, check_config, check_rope, prepare
 from trtbuild.runtime.attention import ATTENTION_NAME, LAYER_ATTRIBUTE, LayerCall, PagedLayer, Segment, Step, register
+from trtbuild.runtime.capture import Capture
 from trtbuild.runtime.checkpoint import LoadedModel, load_model
 from trtbuild.runtime.config import EngineConfig
 from trtbuild.runtime.fast.choice import why_general
 from trtbuild.runtime.joined import JoinedScales
 from trtbuild.runtime.kv_cache import LayerCache, bytes_per_slot
+from trtbuild.runtime.places import segment_of, slots_of
 from trtbuild.runtime.scheduler import Chunk
-from trtbuild.runtime.sequence import Sequence
 from trtbuild.runtime.step_logits import StepLogits
 
 if TYPE_CHECKING:  # these need the Triton language, which only the fast path loads
@@ -34,7 +35,7 @@ _LOGITS_AT_ONCE = 2**25
 class ModelRunner:
     """A loaded model with its paged cache; `path` says which path its steps take, and why if not the fast one."""
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, *, set_aside: int = 0) -> None:
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.compute_dtype, self.device)
         self.model = loaded.model
@@ -48,14 +49,19 @@ class ModelRunner:
         self.kv_form = None if config.kv_cache.dtype == "auto" else config.kv_cache.dtype
         self.calls = [call for _, call in layers]
         weights = self._fuse(config)
-        self.num_blocks = self._allocate(layers, config, loaded.kv_scales)
+        self.num_blocks = self._allocate(layers, config, loaded.kv_scales, set_aside)
         self.fast: FastPath | None = None
+        self.capture: Capture | None = None
         if weights is not None:
             self.fast = self._fast_path(weights, [layer for layer, _ in layers], config)
 
     @classmethod
-    def load(cls, engine_dir: Path, config: EngineConfig, *, joined: JoinedScales | None = None) -> ModelRunner:
+    def load(
+        cls, engine_dir: Path, config: EngineConfig, *, joined: JoinedScales | None = None, set_aside: int = 0
+    ) -> ModelRunner:
         """The runner of the checkpoint in `engine_dir`, with the scales of its projections joined where that is given.
+
+        `set_aside` bytes of a GPU's memory are left to others before the cache takes what is free.
 
         Raises:
             ArtifactError: a file is missing or damaged.
@@ -80,7 +86,7 @@ class ModelRunner:
         if device.type == "cuda":
             torch.cuda.synchronize()
             loaded.notes.append(f"the checkpoint was read in {time.monotonic() - started:.1f} s")
-        return cls(loaded, config)
+        return cls(loaded, config, set_aside=set_aside)
 
     @property
     def chunk_limit(self) -> int:
@@ -101,17 +107,20 @@ class ModelRunner:
         segments: list[Segment] = []
         for chunk in chunks:
             sequence, row, first = chunk.sequence, len(token_ids), len(wanted)
-            token_ids += sequence.token_ids[chunk.start : chunk.end]
+            token_ids += chunk.token_ids
             positions += range(chunk.start, chunk.end)
-            slots += self._slots(sequence, chunk.start, chunk.end)
-            segments.append(self._segment(chunk, row))
+            slots += slots_of(sequence, chunk.start, chunk.end, self.block_size)
+            segments.append(
+                segment_of(sequence, chunk.start, chunk.end, row, block_size=self.block_size, device=self.device)
+            )
             if sequence.wants_every_position and chunk.start < sequence.prompt_len:
                 wanted += range(row, len(token_ids))
             elif chunk.is_last:
-                wanted.append(len(token_ids) - 1)
+                wanted += range(len(token_ids) - 1 - chunk.num_drafted, len(token_ids))
             rows.append(slice(first, len(wanted)))
         step = Step(segments=segments, slots=self._tensor(slots))
-        return StepLogits(self._forward(token_ids, positions, wanted, step), rows)
+        logits = self._forward(token_ids, positions, wanted, step)
+        return StepLogits(logits, rows, states=None if self.capture is None else self.capture.take(wanted))
 
     def release(self) -> None:
         """Give the memory of weights and cache back; the runner cannot be used afterwards."""
@@ -140,23 +149,6 @@ class ModelRunner:
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
-    def _slots(self, sequence: Sequence, start: int, end: int) -> range | list[int]:
-        if sequence.base is not None:
-            return range(sequence.base + start, sequence.base + end)
-        table, size = sequence.block_table, self.block_size
-        return [table[position // size] * size + position % size for position in range(start, end)]
-
-    def _segment(self, chunk: Chunk, row: int) -> Segment:
-        sequence = chunk.sequence
-        slots = None
-        if sequence.base is None:
-            if sequence.slots is None:
-                sequence.slots = self._tensor(
-                    list(self._slots(sequence, 0, len(sequence.block_table) * self.block_size))
-                )
-            slots = sequence.slots[: chunk.end]
-        return Segment(row, row + chunk.end - chunk.start, chunk.start, chunk.end, sequence.base or 0, slots)
-
     def _examine(self) -> list[tuple[PagedLayer, LayerCall]]:
         """Run a few tokens to learn how each layer calls its attention."""
         layers = prepare(self.model, self._context)
@@ -173,6 +165,8 @@ class ModelRunner:
     def _fuse(self, config: EngineConfig) -> Weights | None:
         """The weights of the fast path if it takes this model; `path` says so."""
         reason = why_general(self.model, self.calls, device=self.device, dtype=self.dtype, cache=self.kv_form)
+        if reason is None and config.speculative is not None:
+            reason = "it verifies no drafts"
         self.path = "fast" if reason is None else f"general: {reason}"
         if self.device.type == "cuda":
             self.notes.append(
@@ -208,6 +202,7 @@ class ModelRunner:
         layers: list[tuple[PagedLayer, LayerCall]],
         config: EngineConfig,
         scales: dict[int, tuple[float, float]] | None,
+        set_aside: int,
     ) -> int:
         """Make the pools and return their number of blocks."""
         form = self.kv_form
@@ -216,8 +211,8 @@ class ModelRunner:
         if scales and not form:
             self.notes.append("the checkpoint's k_scale and v_scale are not used: kv_cache.dtype is auto")
         shapes = [(call.key_shape, call.value_shape) for _, call in layers]
-        token_bytes = bytes_per_slot(shapes, self.dtype, form)
-        tokens = config.kv_cache.max_tokens or self._tokens_in_free_memory(token_bytes, config)
+        slot = bytes_per_slot(shapes, self.dtype, form)
+        tokens = config.kv_cache.max_tokens or self._tokens_in_free_memory(slot, config, set_aside)
         num_blocks = tokens // self.block_size
         slots = num_blocks * self.block_size
         if num_blocks < 1:
@@ -237,13 +232,14 @@ class ModelRunner:
             )
         return num_blocks
 
-    def _tokens_in_free_memory(self, token_bytes: int, config: EngineConfig) -> int:
+    def _tokens_in_free_memory(self, token_bytes: int, config: EngineConfig, set_aside: int) -> int:
         if self.device.type != "cuda":
             raise ArtifactError(
                 "kv_cache.max_tokens: null is allowed only on a GPU", "give the number of tokens that the cache holds"
             )
         free, _ = torch.cuda.mem_get_info(self.device)
-        return int(free * config.kv_cache.free_gpu_memory_fraction) // token_bytes
+        share = 0.0 if config.speculative is None else config.speculative.draft_kv_cache_share
+        return int((free - set_aside) * config.kv_cache.free_gpu_memory_fraction * (1 - share)) // token_bytes
 
 
 def choose_device(name: str) -> torch.device:

@@ -25,7 +25,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """Times of one request (`time.monotonic_ns`; 0: never reached) and what it took of the KV cache, in blocks."""
+    """Times of one request (`time.monotonic_ns`; 0: never reached), its blocks of the KV cache, and its drafts.
+
+    `acceptance_rate` is the share of verified draft tokens that were right; it and the counts are None without drafts.
+    """
 
     arrival_time_ns: int = 0
     first_scheduled_time_ns: int = 0
@@ -36,6 +39,9 @@ class RequestMetrics:
     kv_cache_reused_block: int = 0
     kv_cache_missed_block: int = 0
     kv_cache_hit_rate: float = 0.0
+    acceptance_rate: float | None = None
+    total_accepted_draft_tokens: int | None = None
+    total_draft_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A moment's counts. `cached_blocks` are free blocks whose contents can still be reused; they count as free too."""
+    """A moment's counts. `cached_blocks` are free blocks whose contents can still be reused; they count as free too.
+
+    `draft_tokens` were verified, `accepted_draft_tokens` of them were right.
+    """
 
     total_blocks: int
     free_blocks: int
@@ -86,13 +95,16 @@ class EngineStats:
     evicted_blocks: int
     steps: int
     generated_tokens: int
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
     """What a loaded engine is; `notes` are sentences that a user should see at load.
 
-    `path` is "fast", or "general: " and the reason why the fast path does not take the model.
+    `path` is "fast", or "general: " and the reason why the fast path does not take the model. `speculation` is the
+    method.
     """
 
     architecture: str
@@ -108,3 +120,4 @@ class EngineFacts:
     path: str
     eos_token_ids: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    speculation: str = "none"

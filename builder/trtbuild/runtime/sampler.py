@@ -28,12 +28,7 @@ class Choice:
 
 def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
     """The next token of each sequence from `logits` [B, V], which stay as they are."""
-    adjusted = logits
-    changing = [row for row, sequence in enumerate(sequences) if sequence.params.changes_logits]
-    if changing:
-        adjusted = logits.clone()
-        for row in changing:
-            _adjust(adjusted[row], sequences[row])
+    adjusted = adjust(logits, sequences)
     best, greedy = adjusted.max(dim=-1)
     finite = best.isfinite().tolist()
     tokens: list[int] = greedy.tolist()
@@ -41,11 +36,38 @@ def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
         chosen = _sample(adjusted[rows], [sequences[row] for row in rows])
         for row, token_id in zip(rows, chosen, strict=True):
             tokens[row] = token_id
+    return choices(logits, sequences, tokens, finite)
+
+
+def adjust(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    """`logits` [B, V] with each sequence's penalties and bans; they stay as they are."""
+    changing = [row for row, sequence in enumerate(sequences) if sequence.params.changes_logits]
+    if not changing:
+        return logits
+    adjusted = logits.clone()
+    for row in changing:
+        _adjust(adjusted[row], sequences[row])
+    return adjusted
+
+
+def choices(logits: torch.Tensor, sequences: list[Sequence], tokens: list[int], finite: list[bool]) -> list[Choice]:
+    """What is said of the `tokens` chosen from `logits` [B, V]; where they are not `finite` none could be."""
     logprobs = _chosen_logprobs(logits, sequences, tokens)
     return [
         Choice(token, logprobs[row]) if good else Choice(0, error=no_token(logits[row]))
         for row, (token, good) in enumerate(zip(tokens, finite, strict=True))
     ]
+
+
+def distribution(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    """The probabilities [V] (float64) by which a token of adjusted `logits` [V] is drawn for a sampling sequence."""
+    probs = torch.softmax(logits / (sequence.params.temperature or 1.0), dim=-1).double()
+    if _num_candidates(sequence) == 0:
+        return probs
+    every, order = probs.sort(descending=True, stable=True)
+    keep, _ = _keep(every[None], [sequence])
+    kept = torch.zeros_like(probs).scatter_(0, order, every * keep[0])
+    return kept / kept.sum()
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: list[int], count: int) -> list[TokenLogprob]:

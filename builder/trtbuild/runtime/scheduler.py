@@ -5,25 +5,38 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from trtbuild.runtime.blocks import BlockManager, block_hashes
 from trtbuild.runtime.config import EngineConfig
+from trtbuild.runtime.drafts.draft import Draft
 from trtbuild.runtime.sequence import Sequence
+from trtbuild.runtime.tables import BlockTables
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Positions `start`..`end` of one sequence, to be computed in the next step."""
+    """Positions `start`..`end` of one sequence, to be computed in the next step; those of `draft` are the last."""
 
     sequence: Sequence
     start: int
     end: int
     # Whether the step computes the sequence's last token, so that the next one can be chosen.
     is_last: bool
+    draft: Draft | None = None
 
     @property
     def is_known(self) -> bool:
         """Whether the host knows the last token of the chunk; else it is the newest step's choice."""
         return not self.is_last or self.sequence.unknown == 0
+
+    @property
+    def num_drafted(self) -> int:
+        """How many of the tokens are drafted."""
+        return 0 if self.draft is None else len(self.draft.tokens)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens at these positions."""
+        known = self.sequence.token_ids[self.start : self.end]
+        return known if self.draft is None else known + self.draft.tokens
 
 
 class Scheduler:
@@ -35,7 +48,8 @@ class Scheduler:
     """
 
     def __init__(self, config: EngineConfig, num_blocks: int) -> None:
-        self.blocks = BlockManager(num_blocks)
+        self.tables = BlockTables(config.kv_cache, num_blocks)
+        self.blocks = self.tables.blocks
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -44,12 +58,20 @@ class Scheduler:
         self._config = config
         self._block_size = config.kv_cache.tokens_per_block
         self._reserves = config.capacity_scheduler_policy == "GUARANTEED_NO_EVICT"
-        self._reuses = config.kv_cache.enable_block_reuse
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
         return bool(self.waiting or self.running)
+
+    @property
+    def decoding(self) -> list[Sequence]:
+        """The sequences of which only the last token is left to compute, and more than one is still to come."""
+        return [
+            one
+            for one in self.running
+            if one.num_output > 0 and len(one.token_ids) == one.num_computed + 1 and one.tokens_left > 1
+        ]
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has checked that it can run alone."""
@@ -61,7 +83,7 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        self._release(sequence)
+        self.tables.release(sequence)
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, in no more than `max_num_tokens` tokens together."""
@@ -73,6 +95,8 @@ class Scheduler:
             # Without blocks it was pre-empted just now.
             if sequence.block_table and not sequence.is_spent:
                 budget -= self._schedule_one(sequence, budget, chunks)
+                if sequence.draft is not None:
+                    budget -= self._schedule_draft(sequence, budget, chunks)
         if self.preemptions == preempted:
             while self.waiting and budget > 0 and len(self.running) < self._config.max_batch_size:
                 sequence = self.waiting[0]
@@ -83,28 +107,18 @@ class Scheduler:
         return list(chunks.values())
 
     def commit(self, chunks: list[Chunk]) -> None:
-        """Note that `chunks` are computed, or launched: whatever is launched later finds them computed."""
+        """Note that `chunks` are computed, or launched: whatever is launched later finds them computed.
+
+        Of drafts nothing is, until they are verified.
+        """
         for chunk in chunks:
-            chunk.sequence.num_computed = chunk.end
+            chunk.sequence.num_computed = chunk.end - chunk.num_drafted
 
     def publish(self, chunks: list[Chunk]) -> None:
         """Offer the full blocks of `chunks`, whose tokens are all known now, for reuse."""
-        if not self._reuses:
-            return
         for chunk in chunks:
-            sequence = chunk.sequence
-            full = chunk.end // self._block_size
-            # Without blocks the sequence was pre-empted or cancelled since.
-            if full <= sequence.num_published or not sequence.block_table:
-                continue
-            hashes = block_hashes(sequence.token_ids, self._block_size, sequence.hashes, full)
-            for index in range(sequence.num_published, full):
-                self.blocks.publish(sequence.block_table[index], hashes[index])
-            sequence.num_published = full
-
-    def blocks_for(self, tokens: int) -> int:
-        """How many blocks `tokens` tokens take."""
-        return -(-tokens // self._block_size)
+            # A draft's chunk may end in tokens that were refused.
+            self.tables.publish(chunk.sequence, min(chunk.end, chunk.sequence.num_computed))
 
     def _schedule_one(self, sequence: Sequence, budget: int, chunks: dict[Sequence, Chunk]) -> int:
         """Schedule what fits of `sequence`; returns the tokens taken, less those of sequences pre-empted for it."""
@@ -121,7 +135,7 @@ class Scheduler:
         if end <= sequence.num_computed:
             return 0
         given_back = 0
-        missing = self.blocks_for(end) - len(sequence.block_table)
+        missing = self.tables.blocks_for(end) - len(sequence.block_table)
         while missing > self.blocks.num_free:
             victim = self.running[-1]
             dropped = chunks.pop(victim, None)
@@ -130,9 +144,27 @@ class Scheduler:
             if victim is sequence:
                 return -given_back
         if missing > 0:
-            self._extend(sequence, missing)
+            self.tables.extend(sequence, missing)
         chunks[sequence] = Chunk(sequence, sequence.num_computed, end, is_last=end == length)
         return end - sequence.num_computed - given_back
+
+    def _schedule_draft(self, sequence: Sequence, budget: int, chunks: dict[Sequence, Chunk]) -> int:
+        """Put a sequence's draft behind its last token; returns the tokens taken. A draft never takes others' room."""
+        draft, sequence.draft = sequence.draft, None
+        chunk = chunks.get(sequence)
+        if draft is None or chunk is None or not chunk.is_last:
+            return 0
+        free = max(0, self.blocks.num_free - len(self.running))
+        room = (len(sequence.block_table) + free) * self._block_size - chunk.end
+        count = min(len(draft.tokens), budget, room)
+        if count <= 0:
+            return 0
+        end = chunk.end + count
+        missing = self.tables.blocks_for(end) - len(sequence.block_table)
+        if missing > 0:
+            self.tables.extend(sequence, missing)
+        chunks[sequence] = Chunk(sequence, chunk.start, end, is_last=True, draft=draft.cut(count))
+        return count
 
     def _chunk_end(self, sequence: Sequence, budget: int) -> int:
         length = len(sequence.token_ids)
@@ -150,49 +182,26 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Hold the blocks that `sequence` starts with, if they are there."""
-        size = self._block_size
-        shared: list[int] = []
-        # The last token is always computed: its logits choose the next one.
-        full = (len(sequence.token_ids) - 1) // size
-        if self._reuses and not sequence.wants_every_position:
-            shared = self.blocks.lookup(block_hashes(sequence.token_ids, size, sequence.hashes, full)[:full])
-        wanted = self.blocks_for(sequence.final_length if self._reserves else len(sequence.token_ids))
+        shared = self.tables.known_prefix(sequence)
+        wanted = self.tables.blocks_for(sequence.final_length if self._reserves else len(sequence.token_ids))
         fresh = wanted - len(shared)
         taken_from_free = fresh + len(shared) - self.blocks.num_held(shared)
         # Without reservations every running sequence may soon want one more block; leave it those.
         spare = 0 if self._reserves else len(self.running)
         if taken_from_free + spare > self.blocks.num_free:
             return False
-        self.blocks.share(shared)
-        sequence.block_table = shared
-        sequence.num_computed = len(shared) * size
-        sequence.num_published = len(shared)
+        # The last token is always computed: its logits choose the next one.
+        full = (len(sequence.token_ids) - 1) // self._block_size
         sequence.reused_blocks += len(shared)
         sequence.missed_blocks += full - len(shared)
         self.reused_blocks += len(shared)
         self.missed_blocks += full - len(shared)
-        self._extend(sequence, fresh)
+        self.tables.start(sequence, shared, fresh)
         return True
-
-    def _extend(self, sequence: Sequence, count: int) -> None:
-        table = sequence.block_table
-        table.extend(self.blocks.take(count, after=table[-1] if table else None))
-        sequence.new_blocks += count
-        run = all(block == table[0] + index for index, block in enumerate(table))
-        sequence.base = table[0] * self._block_size if run else None
-        sequence.table_version += 1
-        sequence.slots = None
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
         self.running.remove(sequence)
-        self._release(sequence)
+        self.tables.release(sequence)
+        sequence.draft = None
         self.waiting.appendleft(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.blocks.release(sequence.block_table)
-        sequence.block_table = []
-        sequence.table_version += 1
-        sequence.num_computed = 0
-        sequence.num_published = 0
-        sequence.slots = None

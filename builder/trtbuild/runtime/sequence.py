@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from trtbuild.runtime.drafts.draft import Draft
 from trtbuild.runtime.outputs import RequestMetrics, TokenLogprob
 from trtbuild.runtime.sampling_params import SamplingParams
 
@@ -44,6 +45,11 @@ class Sequence:
     base: int | None = 0
     slots: torch.Tensor | None = None
 
+    # What may come next, for the step that is being scheduled; then how many such tokens were verified, and were right.
+    draft: Draft | None = None
+    drafted: int = 0
+    accepted: int = 0
+
     output_counts: Counter[int] = field(default_factory=Counter)
     seen_ids: dict[int, None] = field(default_factory=dict)
 
@@ -59,6 +65,11 @@ class Sequence:
     def num_output(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens may still be generated."""
+        return self.params.max_tokens - self.num_output if self.logits is None else 0
 
     @property
     def wants_every_position(self) -> bool:
@@ -106,4 +117,7 @@ class Sequence:
             kv_cache_reused_block=self.reused_blocks,
             kv_cache_missed_block=self.missed_blocks,
             kv_cache_hit_rate=self.reused_blocks / full if full else 0.0,
+            acceptance_rate=self.accepted / self.drafted if self.drafted else None,
+            total_accepted_draft_tokens=self.accepted if self.drafted else None,
+            total_draft_tokens=self.drafted or None,
         )

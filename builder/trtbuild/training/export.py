@@ -1,7 +1,7 @@
 """Write what was trained in the formats that are loaded: TensorRT-LLM's of Medusa heads and of EAGLE-3 drafts.
 
 Sources: `medusa_draft` and `eagle3_draft`. Decoder layers are called `layers.N`, as ModelOpt and vLLM do. The norm in
-front of a later layer's attention is `hidden_norm` to TensorRT-LLM, and `input_layernorm` to the class that is trained.
+front of a later layer's attention is `hidden_norm` to TensorRT-LLM and `input_layernorm` to others: it is written twice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _READABLE = 0o644
 
 def served_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What learned, under the names that are loaded."""
-    return {_LATER_NORM.sub(r"\1hidden_norm", name): tensor for name, tensor in tensors.items()}
+    later = {_LATER_NORM.sub(r"\1hidden_norm", name): one for name, one in tensors.items() if _LATER_NORM.match(name)}
+    return {**tensors, **later}
 
 
 def exported(learning: nn.Module) -> dict[str, Tensor]:
