@@ -90,6 +90,21 @@ def test_a_second_build_trains_nothing(eagle3_recipe: Path, eagle3_package: Path
     assert "--until: draft: this recipe has no such step" in refused
 
 
+def test_the_embedded_engine_takes_the_same_draft(eagle3_recipe: Path, eagle3_package: Path, cli: Cli) -> None:
+    embedded = ("--set", "runtime={kind: embedded, max_seq_len: 256}")
+    done = cli("build", eagle3_recipe, "--until", "engine", *embedded)
+    engine = Path(done.stdout.strip())
+    assert json.loads((engine / "engine.json").read_text())["speculative"] == {
+        "method": "eagle3",
+        "draft": "draft",
+        "max_draft_len": 3,
+    }
+    files = sorted(path.name for path in (engine / "draft").iterdir())
+    assert files == ["config.json", "model.safetensors", "target.json"]
+    for name in files:
+        assert (engine / "draft" / name).read_bytes() == (eagle3_package / "engine" / "draft" / name).read_bytes()
+
+
 def test_a_trained_draft_is_for_its_own_target_alone(
     eagle3_package: Path, tiny_llama: Path, store: Path, tmp_path: Path, cli: Cli
 ) -> None:

@@ -1,7 +1,7 @@
 """Write what was trained in the formats that are loaded: TensorRT-LLM's of Medusa heads and of EAGLE-3 drafts.
 
-Sources: `medusa_draft` and `eagle3_draft`. Decoder layers are called `layers.N`, as ModelOpt and vLLM do. The norm in
-front of a later layer's attention is `hidden_norm` to TensorRT-LLM and `input_layernorm` to others: it is written twice.
+Sources: `medusa_draft` and `eagle3_draft`. Decoder layers are called `layers.N`, as ModelOpt and vLLM do. The norm
+before a later layer's attention is `hidden_norm` to TensorRT-LLM and `input_layernorm` to others: it is written twice.
 """
 
 from __future__ import annotations
