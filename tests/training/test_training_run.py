@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from training_requests import make_request, silent
 
 from trtbuild.checkpoint_files import LocalFiles
+from trtbuild.compress.run import run as compress
 from trtbuild.eagle3_draft import misfits, read_eagle3
 from trtbuild.errors import ToolError
 from trtbuild.manifest import digest_json
@@ -73,6 +74,21 @@ def test_a_draft_of_two_layers(tiny_llama: Path, tmp_path: Path) -> None:
     assert draft.num_layers == 2
     assert "midlayer.1.hidden_norm.weight" in draft.shapes
     assert misfits(draft, read_facts(LocalFiles(tiny_llama)), captured=2) == []
+
+
+def test_a_target_in_fp8(tiny_llama: Path, tmp_path: Path) -> None:
+    """Answers and hidden states are those of the quantized model."""
+    request: dict[str, Any] = {
+        "source": str(tiny_llama), "output": str(tmp_path / "fp8"), "format": "fp8", "group_size": None,
+        "sparsity": "none", "kv_cache": "none", "calibration": {"data": None, "column": None, "count": 4, "length": 32,
+        "seed": 0}, "device": "cpu",
+    }  # fmt: skip
+    compress(request, silent)
+    result = run(make_request(tmp_path / "fp8", tmp_path, "medusa", format="fp8"), silent)
+    assert result["acceptance"]["learned"]["match"][0] > 0.4
+    record = read_record(tmp_path / "draft")
+    assert record is not None
+    assert record.format == "fp8"
 
 
 def test_both_record_their_target(medusa: Trained, eagle3: Trained, tiny_llama: Path) -> None:
