@@ -23,7 +23,8 @@ from trtbuild.tokenizer_file import TOKENIZER_FILE, vocabulary
 
 CONFIG = "config.json"
 # Roles in the engine step; no adapter can have such a name.
-DRAFT_ROLE, HEADS_ROLE = "speculative/draft", "speculative/heads"
+DRAFT_ROLE, HEADS_ROLE, MEDUSA_ROLE = "speculative/draft", "speculative/heads", "speculative/medusa"
+DRAFT_ROLES = (DRAFT_ROLE, HEADS_ROLE, MEDUSA_ROLE)
 AT = "speculative.draft"
 # The classes of MODEL_MAP (tensorrt_llm/models/__init__.py) that decode with heads.
 HEADS: Mapping[str, tuple[str, ...]] = {

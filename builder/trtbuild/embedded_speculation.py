@@ -116,7 +116,7 @@ def speculation_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Prob
     if section.draft_len_schedule is not None and section.max_concurrency is not None:
         message = f"{section.max_concurrency}: draft_len_schedule says from how many requests on nothing is drafted"
         yield Problem("speculative.max_concurrency", message, "remove one of the two")
-    if method in TAKES_DRAFT and section.draft is None:
+    if method in TAKES_DRAFT and section.draft is None and section.train is None:
         what = "a draft model" if method == "draft_target" else "a draft that was trained for the model"
         yield Problem(_DRAFT, f"is missing, and {method} needs {what}", "name its directory")
     yield from _choices(settings)

@@ -8,7 +8,8 @@ from typing import Any
 
 from trtbuild.adapters import trtllm, trtllm_checkpoint, trtllm_draft, trtllm_tokenizer
 from trtbuild.checkpoint_files import LocalFiles
-from trtbuild.draft import DRAFT_ROLE, HEADS, HEADS_ROLE, Draft, other_tokens, read_draft
+from trtbuild.draft import DRAFT_ROLES, HEADS, Draft, other_tokens, read_draft
+from trtbuild.draft_checks import refuse_other_sizes
 from trtbuild.embedded_draft import read_embedded_draft
 from trtbuild.embedded_speculation import TAKES_DRAFT as EMBEDDED_DRAFTS
 from trtbuild.errors import CompatibilityError, Problem
@@ -40,9 +41,10 @@ def refuse_unconvertible(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) 
     """Refuse a local checkpoint that the engine step could not convert; one on a hub is judged once it is here.
 
     Raises:
-        CompatibilityError: the conversion's own sentence.
+        CompatibilityError: the conversion's own sentence, or what speaks against a draft.
     """
     engine = plan.step("engine").parameters
+    refuse_other_sizes(plan, loaded, _tokenizer(plan, loaded))
     if engine["runtime"] in ("trtllm", "embedded"):
         _refuse_draft(plan, loaded, draft)
     if engine["runtime"] != "trtllm-engine":
@@ -75,7 +77,7 @@ def refuse_scaling(version: str, config: Mapping[str, Any]) -> None:
 
 def _refuse_draft(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) -> None:
     """Refuse a draft that the engine step would refuse too: its tokens, and for the LLM API how it is stored."""
-    if draft is None:
+    if draft is None or loaded.recipe.speculative.draft is None:
         return
     engine = plan.step("engine").parameters
     directory = local_path(loaded, loaded.recipe.speculative.draft or "", at="speculative.draft")
@@ -100,7 +102,7 @@ def _tokenizer(plan: Plan, loaded: LoadedRecipe) -> Path | None:
 def adapter_problems(loaded: LoadedRecipe, plan: Plan) -> list[Problem]:
     """What is wrong with the LoRA adapters of a recipe, before anything is compressed."""
     engine = plan.step("engine")
-    adapters = {role: path for role, path in engine.files.items() if role not in (DRAFT_ROLE, HEADS_ROLE)}
+    adapters = {role: path for role, path in engine.files.items() if role not in DRAFT_ROLES}
     places = {name: local_path(loaded, path, at="model.adapters") for name, path in adapters.items()}
     if "lora" in engine.parameters:
         from trtbuild.convert.lora.adapter import Limits, read_adapter

@@ -13,6 +13,7 @@ from trtbuild.recipe_fields import (
     Section,
     SpeculativeMethod,
 )
+from trtbuild.recipe_training import Train
 
 
 class Speculative(Section):
@@ -27,6 +28,9 @@ class Speculative(Section):
         default=None,
         description="Checkpoint of the draft model; of medusa, eagle and redrafter TensorRT-LLM's own, with the heads; "
         "for embedded, Medusa heads alone or ModelOpt's export.",
+    )
+    train: Train | None = Field(
+        default=None, description="medusa, eagle3: heads or draft are trained for this model, instead of `draft`."
     )
     max_draft_len: PositiveInt | None = Field(
         default=None,

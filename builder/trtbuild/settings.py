@@ -9,6 +9,7 @@ from trtbuild.gates import default_max_perplexity_ratio
 from trtbuild.model import ModelFacts
 from trtbuild.serving_settings import take_deploy, take_serving
 from trtbuild.setting_values import Settings
+from trtbuild.training_settings import take_training
 
 _DEFAULT_MAX_SEQ_LEN = 2048
 FROM_GPU_MEMORY = "from the free GPU memory at start"
@@ -33,6 +34,7 @@ def resolve(
     _model(settings)
     take_compress(settings, facts)
     settings.take("speculative.method")
+    take_training(settings, facts)
     take_runtime(settings, facts)
     take_serving(settings)
     take_deploy(settings, deploy_files(settings))

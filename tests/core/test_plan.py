@@ -41,7 +41,7 @@ def test_plan_is_complete_and_deterministic(tiny_llama: Path, tmp_path: Path) ->
     plan = plan_for(tiny_llama, tmp_path)
     again = plan_for(tiny_llama, tmp_path)
     assert json.dumps(plan.to_json()) == json.dumps(again.to_json())
-    assert tuple(step.kind for step in plan.steps) == STEP_KINDS
+    assert tuple(step.kind for step in plan.steps) == tuple(kind for kind in STEP_KINDS if kind != "draft")
     origins = {value.path: value.origin for value in plan.values}
     assert origins["runtime.kind"] == "recipe"
     assert origins["runtime.max_batch_size"] == "default"
@@ -57,7 +57,7 @@ def test_the_place_of_the_checkpoint_does_not_change_the_digest(tiny_llama: Path
     assert plan_for(elsewhere, tmp_path).digest == plan.digest
 
 
-ALL = set(STEP_KINDS) - {"fetch"}
+ALL = set(STEP_KINDS) - {"fetch", "draft"}  # nothing is trained
 
 
 @pytest.mark.parametrize(
