@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from runtime.conftest import engine_config
 from trtbuild.runtime import Engine, SamplingParams
 from trtbuild.runtime.kv_cache import decode_e4m3, encode_e4m3
+from trtbuild.runtime.places import segment_of
 
 # Powers of two and others; one so small that keys saturate.
 SCALES = {0: (0.01, 0.02), 1: (0.0005, 0.003), 2: (0.125, 0.25)}
@@ -101,7 +102,7 @@ def test_the_scales_matter_and_the_cache_is_smaller(scaled: Path, checkpoint: Ca
     assert (narrow - plain).abs().max() > 1e-3
 
 
-def test_scattered_blocks_are_gathered(checkpoint: Callable[..., Path]) -> None:
+def test_scattered_blocks_are_gathered(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences that grow side by side do not lie in runs; their answers are those of a roomy cache."""
     prompts = [[3 + number] * (3 + number) for number in range(4)]
     params = SamplingParams(max_tokens=40, ignore_eos=True)
@@ -110,14 +111,13 @@ def test_scattered_blocks_are_gathered(checkpoint: Callable[..., Path]) -> None:
     config = engine_config(capacity_scheduler_policy="MAX_UTILIZATION", tokens_per_block=4, max_tokens=400)
     scattered = 0
     with Engine.load(checkpoint("llama"), config=config) as engine:
-        segment = engine._runner._segment
 
-        def count(*args: Any) -> Any:
+        def count(*args: Any, **more: Any) -> Any:
             nonlocal scattered
-            made = segment(*args)
+            made = segment_of(*args, **more)
             scattered += made.slots is not None
             return made
 
-        engine._runner._segment = count  # type: ignore[method-assign]
+        monkeypatch.setattr("trtbuild.runtime.model.segment_of", count)
         assert [one.token_ids for one in engine.generate(prompts, params)] == expected
     assert scattered > 40
