@@ -159,5 +159,7 @@ def test_clients_keep_their_names(served: RestartingServer, model: str) -> None:
     if model == "tensorrt_llm_bls":
         refused = post(served, model, guided_decoding_guide_type="json")
         assert "guided_decoding_guide_type: the backend of this package's TensorRT-LLM has no such" in refused["error"]
+    for url in (served.grpc_url, served.http_url):
+        assert ask(url, "hello", model=model, layout=ENSEMBLE, streaming=False, max_tokens=100).text == SAID
     with pytest.raises(RequestError, match="unexpected inference input 'return_num_output_tokens'"):
-        ask(served.grpc_url, "hello", model=model, layout=ENSEMBLE, streaming=False, max_tokens=3)
+        ask(served.grpc_url, "hello", model=model, layout=ENSEMBLE, max_tokens=3, return_num_output_tokens=True)
