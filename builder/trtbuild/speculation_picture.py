@@ -67,8 +67,13 @@ class _Panel:
     @classmethod
     def of_steps(cls, rows: Sequence[Mapping[str, Any]]) -> _Panel:
         """The tokens of a step."""
-        what = f", {rows[0]['batch']} at once" if rows and rows[0]["batch"] > 1 else ""
-        return cls(f"tokens a step{what}", _points(rows, "tokens_per_step"), None, None)
+        batch = rows[0]["batch"] if rows else 1
+        return cls(
+            f"tokens a step, {'1 request' if batch == 1 else f'{batch} requests'}",
+            _points(rows, "tokens_per_step"),
+            None,
+            None,
+        )
 
     def drawn(self, left: float, color: Mapping[str, str]) -> Iterator[str]:
         """The panel with its left edge at `left`."""

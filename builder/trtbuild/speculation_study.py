@@ -11,7 +11,7 @@ from typing import Any
 
 from trtbuild.errors import Problem, RecipeError, ToolError
 from trtbuild.manifest import write_atomic
-from trtbuild.pipeline import Prepared, build, prepare_loaded
+from trtbuild.pipeline import build, prepare_loaded
 from trtbuild.process import run_worker
 from trtbuild.recipe_edit import with_section
 from trtbuild.recipe_file import LoadedRecipe, load_recipe, parse_recipe
@@ -23,6 +23,7 @@ from trtbuild.speculation_picture import draw
 
 STEP = "speculate"
 _ROUNDS = 3
+_LOUD = 0.2  # runs that differ by more hide what speculation brings
 _NUMERICS = ("device", "compute_dtype", "weights")
 _LIMITS = ("max_batch_size", "max_num_tokens", "max_seq_len", "enable_chunked_prefill", "capacity_scheduler_policy")
 ELSEWHERE = (
@@ -100,7 +101,7 @@ def study(asked: Asked, reporter: Reporter) -> Study:
     found = Study(kind, possible.candidates, measured, advice, (*possible.refused, *notes))
     write_atomic(asked.picture, draw(found.to_json()))
     if asked.write and advice is not None:
-        reporter.note(_write(loaded, asked, advice))
+        reporter.note(write_advice(loaded, asked, advice))
     return found
 
 
@@ -175,6 +176,9 @@ def _notes(kind: str, measured: Mapping[str, Any], beyond: str | None) -> list[s
     if largest > prompts["used"]:
         notes.append(f"{prompts['used']} prompts were repeated to make {largest} requests at once")
     for plain in measured["plain"]:
+        if (plain["noise"] or 0.0) > _LOUD:
+            where = requests(plain["batch"])
+            notes.append(f"{where}: equal runs differ by {plain['noise']:.0%}; measure again on a quieter machine")
         if plain["missed"]:
             where = requests(plain["batch"])
             notes.append(f"{where}: no time was left for {plain['missed']} settings; --time-limit gives more")
@@ -185,22 +189,21 @@ def _notes(kind: str, measured: Mapping[str, Any], beyond: str | None) -> list[s
     return notes
 
 
-def _write(loaded: LoadedRecipe, asked: Asked, advice: Advice) -> str:
-    """Write the advice into the recipe; returns what was done, as a sentence."""
+def write_advice(loaded: LoadedRecipe, asked: Asked, advice: Advice) -> str:
+    """Write the advice into the recipe, method none where nothing helps; returns what was done, as a sentence.
+
+    Raises:
+        RecipeError, CompatibilityError: the new recipe would not plan; it is not written.
+    """
     section = advice.section
     if section is None and loaded.recipe.speculative.method == "none":
         return f"{asked.recipe} is left as it is: it drafts nothing"
     text = with_section(loaded.text, "speculative", section or {"method": "none"})
-    _check(parse_recipe(text, loaded.path, asked.overrides))
+    prepare_loaded(parse_recipe(text, loaded.path, asked.overrides))
     write_atomic(asked.recipe.resolve(), text)
     gone = sorted(set(loaded.document.get("speculative") or {}) - set(section or {"method": "none"}))
     lost = f"; removed: {', '.join(f'speculative.{name}' for name in gone)}" if gone else ""
     return f"{asked.recipe}: speculative is written{lost}"
-
-
-def _check(loaded: LoadedRecipe) -> Prepared:
-    """The plan of the new recipe: one that does not plan is not written."""
-    return prepare_loaded(loaded)
 
 
 def _kept(row: Mapping[str, Any], advice: Advice | None) -> dict[str, Any]:
