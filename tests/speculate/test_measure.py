@@ -98,8 +98,11 @@ def test_a_time_that_is_over_leaves_candidates_out_and_says_how_many(monkeypatch
 
 def test_a_drafter_that_fails_ends_the_measurement(tiny_llama: Path) -> None:
     class Broken:
-        def __getattr__(self, _: str) -> Any:
+        def propose(self, _: Any) -> Any:
             raise RuntimeError("no")
+
+        def release(self) -> None:
+            pass
 
     config = EngineConfig(device="cpu", kv_cache=KvCacheConfig(max_tokens=512, enable_block_reuse=False))
     with Bench(tiny_llama, config, [SpeculativeConfig("ngram")]) as made:
