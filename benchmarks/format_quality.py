@@ -1,115 +1,181 @@
 """Quality of every format on one model: perplexity, KL divergence, top-1 agreement, bits per weight; and a picture.
 
-    PYTHONPATH=builder python benchmarks/format_quality.py MODEL_DIR [--only fp8,nvfp4] [--work DIR] [--picture FILE]
+    PYTHONPATH=builder python benchmarks/format_quality.py MODEL_DIR --work DIR [--only fp8,nvfp4] [--picture FILE.svg]
 
-Each format is compressed as the build does, and its exported files are measured as the build's evaluation does: by the
-embedded engine, against Transformers in float32. "ModelOpt in memory" is `mtq.quantize` on the same calibration text,
-measured on the same windows through ModelOpt's own fake quantization, for the formats that it can compute on a CPU.
-Formats that the model's shape does not allow are named. One process for each format; results are kept in --work, so
-that a second run only draws. The picture needs matplotlib (the extra `bench`).
+Each case is compressed as the build does, and its exported files are measured as the build's evaluation does: by the
+embedded engine, against Transformers in float32. "ModelOpt in memory" is ModelOpt's own compression of the whole model
+on the same calibration text, measured on the same windows through its fake quantization, before any export, where it
+can compute that on a CPU. Formats that the model's shape or a CPU does not allow are named. One process for each case;
+a finished one is kept as DIR/CASE.json, so that a run which was ended goes on there, and one with all cases only draws.
+The original model's logits are computed once and kept under DIR/reference (0.8 GB for SmolLM2).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quality_picture import draw
+
 CALIBRATION = {"data": None, "column": None, "count": 8, "length": 256, "seed": 0}
-TOKENS, LENGTH, GROUP = 4096, 512, 64
-# (format, KV cache)
-ROWS: tuple[tuple[str, str], ...] = (
-    *((name, "none") for name in (
-        "none", "fp8", "fp8_per_channel_per_token", "fp8_block", "int8_sq", "int8_weight_only", "int4_awq", "w4a8_awq",
-        "nvfp4", "w4a16_nvfp4", "mxfp8", "mxfp4",
-    )),
-    ("none", "fp8"), ("none", "nvfp4"), ("none", "int8"), ("fp8", "fp8"), ("fp8", "nvfp4"),
-)  # fmt: skip
-# What ModelOpt 0.47 computes on a CPU.
-IN_MEMORY = {"fp8", "fp8_per_channel_per_token", "int8_sq", "int8_weight_only", "int4_awq", "w4a8_awq"}
+TOKENS, LENGTH, GROUP, BITS = 4096, 512, 64, 5.0
+NO_CPU = "computes it on CUDA alone"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row: what is asked for, and why ModelOpt is not measured beside it; empty where it is."""
+
+    name: str
+    changes: dict[str, Any]
+    no_peer: str = ""
+    kv_cache: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_cache", self.changes.get("kv_cache", "none"))
+
+
+def _formats(*names: str, no_peer: str = "") -> list[Case]:
+    return [Case(name, {"format": name}, no_peer) for name in names]
+
+
+AUTO = {"format": "none", "auto": {"formats": ["fp8", "int4_awq"], "target_bits": BITS, "method": "gradient"}}
+CASES = {
+    case.name: case
+    for case in (
+        Case("bf16", {"format": "none"}, "nothing is compressed"),
+        *_formats("fp8", "fp8_per_channel_per_token", "fp8_block", "int8_sq", "int8_weight_only", "int4_awq"),
+        *_formats("int4_gptq", no_peer="its GPTQ rounds a whole matrix for every column: too slow here"),
+        *_formats("w4a8_awq"),
+        *_formats("nvfp4", "nvfp4_awq", "w4a16_nvfp4", "mxfp8", "mxfp4", no_peer=NO_CPU),
+        Case("auto-5-bits", AUTO, "the choice and the calibration are its own"),
+        Case("2to4-fp8", {"format": "fp8", "sparsity": "2:4"}),
+        Case("kv-fp8", {"format": "none", "kv_cache": "fp8"}),
+        Case("kv-nvfp4", {"format": "none", "kv_cache": "nvfp4"}, NO_CPU),
+        Case("kv-int8", {"format": "none", "kv_cache": "int8"}),
+        Case("fp8-kv-fp8", {"format": "fp8", "kv_cache": "fp8"}),
+        Case("fp8-kv-nvfp4", {"format": "fp8", "kv_cache": "nvfp4"}, NO_CPU),
+    )
+}
 
 
 def main() -> None:
     """Measure what is asked for, print the table and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("format-quality"))
-    parser.add_argument("--only", default="", help="formats, separated by commas")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", default=",".join(CASES), help="cases, separated by commas")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    model = given.model.expanduser().resolve()
     if given.one:
-        name, cache = given.one.split("+")
-        _write(given.work / f"{given.one}.json", measure(given.model, given.work, name, cache))
+        write_json(given.work / f"{given.one}.json", measure(model, given.work / given.one, CASES[given.one]))
         return
     given.work.mkdir(parents=True, exist_ok=True)
-    wanted = [row for row in ROWS if not given.only or row[0] in given.only.split(",")]
-    for name, cache in wanted:
-        label = f"{name}+{cache}"
-        if not (given.work / f"{label}.json").exists():
-            command = [sys.executable, __file__, str(given.model), "--work", str(given.work), "--one", label]
+    wanted = given.only.split(",")
+    for name in wanted:
+        if not (given.work / f"{name}.json").exists():
+            command = [sys.executable, __file__, str(model), "--work", str(given.work), "--one", name]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    results = [json.loads((given.work / f"{name}+{cache}.json").read_text()) for name, cache in wanted]
+            print(f"{name} is finished", file=sys.stderr, flush=True)
+    results = [json.loads((given.work / f"{name}.json").read_text()) for name in wanted]
     print(table(results))
     if given.picture:
-        draw(results, given.picture)
+        given.picture.write_text(draw(results), encoding="utf-8")
 
 
-def measure(model: Path, work: Path, name: str, cache: str) -> dict[str, Any]:
+def measure(model: Path, output: Path, case: Case) -> dict[str, Any]:
     """One row: compress, evaluate the files, and evaluate ModelOpt's model in memory."""
+    import trtbuild.evaluate.run as evaluation
     from trtbuild.compress.run import run as compress
     from trtbuild.errors import TrtbuildError
-    from trtbuild.evaluate.run import run as evaluate
 
-    output = work / f"{name}+{cache}"
-    row: dict[str, Any] = {"format": name, "kv_cache": cache}
+    evaluation.Reference = lambda source, **_: KeptReference(source, output.parent / "reference")  # type: ignore[misc]
+    row: dict[str, Any] = {"case": case.name, "kv_cache": case.kv_cache}
+    shutil.rmtree(output, ignore_errors=True)
+    started = time.monotonic()
     try:
-        compress(request(model, output, name, cache), _silent)
+        made = compress(request(model, output, case), silent)
     except TrtbuildError as error:
         return row | {"refused": str(error)}
-    quality = evaluate(
+    row |= {"compress_seconds": round(time.monotonic() - started), "bits": made["bits_per_weight"] or 16.0}
+    quality = evaluation.run(
         {
             "source": str(model), "engine": str(output), "tokens": TOKENS, "length": LENGTH, "device": "cpu",
-            "kv_cache_dtype": "auto" if cache == "none" else cache, "trust_remote_code": False,
+            "kv_cache_dtype": "auto" if case.kv_cache == "none" else case.kv_cache, "trust_remote_code": False,
         },
-        _silent,
+        silent,
     )  # fmt: skip
-    row |= {"ours": _numbers(quality), "bits": bits_per_weight(output)}
-    if (name in IN_MEMORY and cache in ("none", "fp8")) or (name == "none" and cache in ("fp8", "int8")):
-        row["modelopt"] = in_memory(model, request(model, output, name, cache))
-    return row
+    shutil.rmtree(output)
+    row["ours"] = {
+        "perplexity": quality["perplexity"]["engine"],
+        "ratio": quality["perplexity"]["ratio"],
+        "ratio_error": quality["perplexity"]["ratio_standard_error"],
+        "kl": quality["kl_divergence"]["mean"],
+        "top1": quality["top1_agreement"]["share"],
+        "file_bytes": quality["bytes"]["engine"],
+    }
+    return row | (
+        {"no_peer": case.no_peer} if case.no_peer else {"modelopt": in_memory(model, output.parent / "reference", case)}
+    )
 
 
-def request(model: Path, output: Path, name: str, cache: str) -> dict[str, Any]:
+def request(model: Path, output: Path, case: Case) -> dict[str, Any]:
     """What the compress step is asked for."""
     from trtbuild.weight_formats import takes_group
 
+    grouped = "auto" in case.changes or takes_group(case.changes["format"])
     return {
-        "source": str(model), "tokenizer": str(model), "output": str(output), "format": name,
-        "group_size": GROUP if takes_group(name) else None, "sparsity": "none", "sparsity_method": "sparsegpt",
-        "kv_cache": cache, "exclude": [], "calibration": CALIBRATION, "trust_remote_code": False, "device": "cpu",
-    }  # fmt: skip
+        "source": str(model), "tokenizer": str(model), "output": str(output), "group_size": GROUP if grouped else None,
+        "sparsity": "none", "sparsity_method": "sparsegpt", "kv_cache": "none", "exclude": [],
+        "calibration": CALIBRATION, "trust_remote_code": False, "device": "cpu",
+    } | case.changes  # fmt: skip
 
 
-def in_memory(model: Path, raw: dict[str, Any]) -> dict[str, float]:
-    """ModelOpt's own fake quantization of the whole model, before any export."""
+class KeptReference:
+    """The original model as the evaluation has it, whose logits are kept in a directory."""
+
+    def __init__(self, source: Path, kept: Path) -> None:
+        self._source, self._kept, self._model = source, kept, None
+        kept.mkdir(exist_ok=True)
+
+    def logits(self, token_ids: tuple[int, ...]) -> Any:
+        """The logits after each of `token_ids`, [tokens, vocabulary]."""
+        import torch
+
+        from trtbuild.evaluate.reference import Reference
+
+        path = self._kept / f"{hashlib.sha256(json.dumps(list(token_ids)).encode()).hexdigest()[:16]}.pt"
+        if not path.exists():
+            self._model = self._model or Reference(self._source, device="cpu", trust_remote_code=False)
+            torch.save(self._model.logits(token_ids).clone(), path.with_suffix(".unfinished"))
+            path.with_suffix(".unfinished").replace(path)
+        return torch.load(path, mmap=True)
+
+
+def in_memory(model: Path, kept: Path, case: Case) -> dict[str, float]:
+    """ModelOpt's own compression of the whole model, computed by its fake quantization."""
     import torch
 
-    from trtbuild.compress.quantize import _config
-    from trtbuild.compress.request import parse_request
+    from trtbuild.compress.quantize import format_config, kv_config
     from trtbuild.compress.textdata import CalibrationSpec, HeldoutSpec, heldout_windows, load_samples
     from trtbuild.evaluate.metrics import score_window, summarize
-    from trtbuild.evaluate.reference import Reference
 
     import modelopt.torch.quantization as mtq  # isort: skip
+    import modelopt.torch.sparsity as mts
     from transformers import AutoModelForCausalLM
 
-    reference = Reference(model, device="cpu", trust_remote_code=False)
-    quantized = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    reference = KeptReference(model, kept)
+    changed = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     samples = load_samples(CalibrationSpec(**CALIBRATION), model)  # type: ignore[arg-type]
 
     def loop(running: Any) -> None:
@@ -117,12 +183,19 @@ def in_memory(model: Path, raw: dict[str, Any]) -> dict[str, float]:
             for sample in samples.input_ids:
                 running(input_ids=torch.tensor([sample]), use_cache=False, logits_to_keep=1)
 
-    mtq.quantize(quantized, _config(parse_request(raw)), loop)
+    if "sparsity" in case.changes:
+        rules = {"nn.Linear": {"*": {}, "*lm_head*": None}}
+        mts.sparsify(changed, [("sparsegpt", rules)], config={"verbose": False, "forward_loop": loop})
+        mts.export(changed)
+    config = format_config(case.changes["format"], GROUP)
+    if case.kv_cache != "none":
+        config["quant_cfg"] = [*config["quant_cfg"], *kv_config(case.kv_cache)]
+    mtq.quantize(changed, config, loop)
     windows = heldout_windows(HeldoutSpec(data=None, tokens=TOKENS, length=LENGTH), model, trust_remote_code=False)
     scores = []
     for window in windows.input_ids:
         with torch.no_grad():
-            found = quantized(input_ids=torch.tensor([window[:-1]]), use_cache=False).logits[0]
+            found = changed(input_ids=torch.tensor([window[:-1]]), use_cache=False).logits[0]
         scores.append(score_window(reference.logits(window[:-1]), found, torch.tensor(window[1:])))
     quality = asdict(summarize(scores))
     return {
@@ -132,102 +205,34 @@ def in_memory(model: Path, raw: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def bits_per_weight(directory: Path) -> float:
-    """Bits in the file for each weight of a linear layer of the decoder, scales among them."""
-    from trtbuild.runtime.checkpoint_files import TensorFiles, read_quantization
-    from trtbuild.runtime.numerics import NUMERICS
-
-    files, algorithm = TensorFiles(directory), read_quantization(directory).algorithm
-    stored = weights = 0
-    for name in files.names:
-        layer, _, leaf = name.rpartition(".")
-        if ".layers." not in name or not layer.endswith("_proj") or leaf in ("k_scale", "v_scale", "bias"):
-            continue
-        tensor = files.tensor(name)
-        stored += tensor.numel() * tensor.element_size()
-        if leaf == "weight":
-            weights += tensor.numel() * (NUMERICS[algorithm].rows * NUMERICS[algorithm].columns if algorithm else 1)
-    return 8 * stored / weights
-
-
-def _numbers(result: dict[str, Any]) -> dict[str, float]:
-    return {
-        "perplexity": result["perplexity"]["engine"],
-        "reference": result["perplexity"]["reference"],
-        "ratio": result["perplexity"]["ratio"],
-        "ratio_error": result["perplexity"]["ratio_standard_error"],
-        "kl": result["kl_divergence"]["mean"],
-        "top1": result["top1_agreement"]["share"],
-        "file_bytes": result["bytes"]["engine"],
-    }
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    head = (
-        "| format | KV cache | bits/weight | file MB | perplexity | ratio | KL (nats) | top-1 "
-        "| ModelOpt in memory: perplexity, KL, top-1 |"
-    )
-    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| case | bits/weight | file MB | perplexity | ratio | KL, nats | top-1 | ModelOpt: perplexity, KL, top-1 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in results:
         if "refused" in row:
-            lines.append(
-                f"| {row['format']} | {row['kv_cache']} | refused: {row['refused'].splitlines()[-1]} | | | | | | |"
-            )
+            lines.append(f"| {row['case']} | refused: {row['refused'].splitlines()[0]} | | | | | | |")
             continue
         ours, theirs = row["ours"], row.get("modelopt")
-        shown = f"{theirs['perplexity']:.2f}, {theirs['kl']:.4f}, {theirs['top1']:.1%}" if theirs else "-"
+        shown = f"{theirs['perplexity']:.2f}, {theirs['kl']:.4f}, {theirs['top1']:.3f}" if theirs else row["no_peer"]
         lines.append(
-            f"| {row['format']} | {row['kv_cache']} | {row['bits']:.2f} | {ours['file_bytes'] / 1e6:.0f} "
-            f"| {ours['perplexity']:.2f} | {ours['ratio']:.3f} ± {ours['ratio_error']:.3f} | {ours['kl']:.4f} "
-            f"| {ours['top1']:.1%} | {shown} |"
+            f"| {row['case']} | {row['bits']:.2f} | {ours['file_bytes'] / 1e6:.0f} | {ours['perplexity']:.2f} "
+            f"| {ours['ratio']:.3f} ± {ours['ratio_error']:.3f} | {ours['kl']:.4f} | {ours['top1']:.3f} | {shown} |"
         )
     return "\n".join(lines)
 
 
-_KINDS = {
-    "floats, 8 bits": ("fp8", "mxfp8"),
-    "integers, 8 bits": ("int8",),
-    "INT4": ("int4", "w4a8"),
-    "FP4": ("nvfp4", "w4a16", "mxfp4"),
-}
+def write_json(path: Path, row: dict[str, Any]) -> None:
+    """Write one row so that a killed run leaves none that is half written."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Divergence from the original against bits per weight, for the formats of weights alone."""
-    import matplotlib as mpl
-
-    mpl.use("svg" if path.suffix == ".svg" else "agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    rows = [row for row in results if row["kv_cache"] == "none" and row["format"] != "none" and "ours" in row]
-    for kind, prefixes in _KINDS.items():
-        group = [row for row in rows if row["format"].startswith(prefixes)]
-        axes.scatter([row["bits"] for row in group], [row["ours"]["kl"] for row in group], s=45, label=kind, zorder=3)
-    for row in rows:
-        left = row["bits"] > 7
-        axes.annotate(
-            row["format"], (row["bits"], row["ours"]["kl"]), xytext=(-8 if left else 8, 0), textcoords="offset points",
-            ha="right" if left else "left", va="center", fontsize=9,
-        )  # fmt: skip
-    axes.set_yscale("log")
-    axes.set_xlim(4, 8.5)
-    axes.set_xlabel("bits per weight in the file, with scales")
-    axes.set_ylabel("KL divergence from the original model (nats per token)")
-    axes.grid(visible=True, which="both", alpha=0.25)
-    axes.legend(frameon=False, loc="upper right")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
-def _write(path: Path, row: dict[str, Any]) -> None:
-    path.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
-
-
-def _silent(done: int, total: int, what: str) -> None:
-    del done, total, what
+def silent(done: int, total: int, what: str) -> None:
+    """Say nothing of the progress."""
 
 
 if __name__ == "__main__":

@@ -6,11 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Two cores: threads that spin while others work make everything slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nor do they say how long an example takes.
+settings.register_profile("trtbuild", deadline=None)
+settings.load_profile("trtbuild")
 
 SMOLLM2 = Path("~/.cache/trtbuild/models/SmolLM2-135M-Instruct").expanduser()
 

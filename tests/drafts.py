@@ -50,3 +50,15 @@ def save_eagle3(
     text = json.dumps(header).encode()
     (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
+
+
+def save_medusa(path: Path, *, heads: int, hidden: int = 64, bias: int | None = None) -> Path:
+    """Write Medusa heads of one layer to `path`, for a model of `tiny.save_checkpoint`."""
+    tensors: dict[str, tuple[str, list[int]]] = {}
+    for head in range(heads):
+        tensors[f"{head}.0.linear.weight"] = ("BF16", [hidden, hidden])
+        tensors[f"{head}.0.linear.bias"] = ("BF16", [bias or hidden])
+        tensors[f"{head}.1.weight"] = ("BF16", [VOCAB_SIZE, hidden])
+    save_eagle3(path, {"medusa_num_heads": heads, "medusa_num_layers": 1}, tensors)
+    (path / "model.safetensors").rename(path / "medusa_lm_head.safetensors")
+    return path

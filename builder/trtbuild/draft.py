@@ -17,12 +17,14 @@ from trtbuild.checkpoint_files import open_directory
 from trtbuild.eagle3_draft import Eagle3, read_eagle3
 from trtbuild.errors import ArtifactError, Problem, RecipeError
 from trtbuild.manifest import read_json
+from trtbuild.medusa_draft import MedusaHeads, is_medusa, read_medusa
 from trtbuild.model import ModelFacts, read_facts
 from trtbuild.tokenizer_file import TOKENIZER_FILE, vocabulary
 
 CONFIG = "config.json"
 # Roles in the engine step; no adapter can have such a name.
-DRAFT_ROLE, HEADS_ROLE = "speculative/draft", "speculative/heads"
+DRAFT_ROLE, HEADS_ROLE, MEDUSA_ROLE = "speculative/draft", "speculative/heads", "speculative/medusa"
+DRAFT_ROLES = (DRAFT_ROLE, HEADS_ROLE, MEDUSA_ROLE)
 AT = "speculative.draft"
 # The classes of MODEL_MAP (tensorrt_llm/models/__init__.py) that decode with heads.
 HEADS: Mapping[str, tuple[str, ...]] = {
@@ -50,11 +52,12 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """One of the three: `facts` of a draft model, `heads`, or the draft of EAGLE-3."""
+    """One of the four: `facts` of a draft model, `heads` with their model, the draft of EAGLE-3, Medusa heads alone."""
 
     facts: ModelFacts | None = None
     heads: Heads | None = None
     eagle3: Eagle3 | None = None
+    medusa: MedusaHeads | None = None
 
 
 def read_draft(directory: Path, method: str) -> Draft:
@@ -70,6 +73,8 @@ def read_draft(directory: Path, method: str) -> Draft:
     if method not in HEADS:
         return Draft(facts=read_facts(files))
     config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    if method == "medusa" and isinstance(config, dict) and is_medusa(config):
+        return Draft(medusa=read_medusa(files))
     architecture = config.get("architecture") if isinstance(config, dict) else None
     if architecture not in HEADS[method]:
         raise RecipeError([_not_converted(directory, method, architecture)])

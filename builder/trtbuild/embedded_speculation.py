@@ -6,22 +6,28 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trtbuild import compat
-from trtbuild.draft import DRAFT_ROLE
+from trtbuild.draft import DRAFT_ROLE, Draft
+from trtbuild.eagle3_draft import Eagle3, few, misfits
 from trtbuild.errors import Problem
 from trtbuild.llm_speculation_refusals import length_refusals
+from trtbuild.medusa_draft import MedusaHeads, medusa_misfits, one_path, tree_problems
 from trtbuild.model import ModelFacts
 from trtbuild.setting_values import Settings
 from trtbuild.trtllm_common import draft_refusals, unread_speculative
+from trtbuild.weight_formats import KV_CACHE_BITS
 
 DRAFT_PLACE = "draft"
+_PLAIN_BITS = 16  # on a GPU, where the share counts, caches are in bf16
 _METHOD, _DRAFT, _LENGTH = "speculative.method", "speculative.draft", "speculative.max_draft_len"
 _ALL = ("max_draft_len", "max_concurrency", "draft_len_schedule")
 _NGRAM = ("max_matching_ngram_size", "is_keep_all", "is_use_oldest", "is_public_pool")
 # What each method reads of the recipe's section; the others are for other runtimes.
 EMBEDDED_FIELDS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("none", "medusa", "eagle", "eagle3", "redrafter", "lookahead", "mtp"), ()),
+    **dict.fromkeys(("none", "eagle", "redrafter", "lookahead", "mtp"), ()),
     "ngram": (*_ALL, *_NGRAM),
     "draft_target": ("draft", *_ALL, "draft_kv_cache_share"),
+    "medusa": ("draft", *_ALL, "choices"),
+    "eagle3": ("draft", *_ALL),
 }
 METHODS = tuple(name for name, fields in EMBEDDED_FIELDS.items() if fields)
 TAKES_DRAFT = tuple(name for name, fields in EMBEDDED_FIELDS.items() if "draft" in fields)
@@ -29,7 +35,10 @@ TAKES_DRAFT = tuple(name for name, fields in EMBEDDED_FIELDS.items() if "draft" 
 _DEFAULTS: Mapping[str, Any] = {
     "max_matching_ngram_size": 2, "is_keep_all": True, "is_use_oldest": True, "is_public_pool": True,
 }  # fmt: skip
-_USUAL_LENGTH = {"ngram": 4, "draft_target": 5}
+_USUAL_LENGTH = {"ngram": 4, "draft_target": 5, "medusa": 3, "eagle3": 3}
+_FOR_THIS_MODEL = "use a draft that was trained for this model"
+# Keys of an EAGLE-3 draft's config that change its arithmetic; ModelOpt's own training never sets them.
+_OTHER_ARITHMETIC = ("norm_before_fc", "eh_proj_before_attn")
 
 
 def take_speculation(settings: Settings, facts: ModelFacts) -> None:
@@ -38,11 +47,20 @@ def take_speculation(settings: Settings, facts: ModelFacts) -> None:
     for name in EMBEDDED_FIELDS[method]:
         path = f"speculative.{name}"
         if name == "max_draft_len":
-            settings.take(path, _USUAL_LENGTH[method])
+            settings.take(path, *_length(settings))
         elif name == "draft_kv_cache_share":
             settings.take(path, _share(settings, facts), "by bytes a token")
         else:
             settings.take(path, _DEFAULTS.get(name))
+
+
+def _length(settings: Settings) -> tuple[int, str]:
+    """How many tokens are drafted at a time where the recipe is silent, and who says so."""
+    section = settings.recipe.speculative
+    heads = settings.draft.medusa if settings.draft else None
+    if section.method == "medusa" and section.choices:
+        return len(section.choices), "speculative.choices"
+    return (heads.num_heads, "draft") if heads else (_USUAL_LENGTH[section.method], "default")
 
 
 def _share(settings: Settings, facts: ModelFacts) -> float | None:
@@ -50,8 +68,8 @@ def _share(settings: Settings, facts: ModelFacts) -> float | None:
     draft = settings.draft.facts if settings.draft else None
     if draft is None:
         return None
-    ours = facts.kv_elements_per_token * (1 if settings["compress.kv_cache"] == "fp8" else 2)
-    theirs = draft.kv_elements_per_token * 2
+    ours = facts.kv_elements_per_token * KV_CACHE_BITS.get(settings["compress.kv_cache"], _PLAIN_BITS)
+    theirs = draft.kv_elements_per_token * _PLAIN_BITS
     return round(theirs / (ours + theirs), 4)
 
 
@@ -63,6 +81,8 @@ def speculation_parameters(settings: Settings) -> dict[str, Any]:
     said: dict[str, Any] = {"method": method}
     for name in EMBEDDED_FIELDS[method]:
         value = settings[f"speculative.{name}"]
+        if name == "choices":
+            continue
         if name == "draft":
             said[name] = DRAFT_PLACE
         elif name == "draft_len_schedule" and value is not None:
@@ -96,11 +116,64 @@ def speculation_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Prob
     if section.draft_len_schedule is not None and section.max_concurrency is not None:
         message = f"{section.max_concurrency}: draft_len_schedule says from how many requests on nothing is drafted"
         yield Problem("speculative.max_concurrency", message, "remove one of the two")
-    if method in TAKES_DRAFT and section.draft is None:
-        yield Problem(_DRAFT, f"is missing, and {method} needs a draft model", "name its directory")
-    draft = settings.draft.facts if settings.draft else None
-    if draft is not None:
-        yield from _draft_model(settings, facts, draft)
+    if method in TAKES_DRAFT and section.draft is None and section.train is None:
+        what = "a draft model" if method == "draft_target" else "a draft that was trained for the model"
+        yield Problem(_DRAFT, f"is missing, and {method} needs {what}", "name its directory")
+    yield from _choices(settings)
+    draft = settings.draft or Draft()
+    if draft.facts is not None:
+        yield from _draft_model(settings, facts, draft.facts)
+    if draft.medusa is not None:
+        yield from _medusa(settings, facts, draft.medusa)
+    if draft.eagle3 is not None:
+        yield from _eagle3(settings, facts, draft.eagle3)
+
+
+def _choices(settings: Settings) -> Iterable[Problem]:
+    """Trees that are none, and trees at all: one path of likeliest tokens is verified."""
+    choices, longest = settings.recipe.speculative.choices, settings.recipe.speculative.max_draft_len
+    if choices is None or settings.recipe.speculative.method != "medusa":
+        return
+    at, shown = "speculative.choices", list(map(list, choices))
+    wrong = tree_problems(choices, max((len(path) for path in choices), default=0))
+    if wrong:
+        yield Problem(at, f"{shown}: {wrong[0]}", "name every path that a longer one goes on from, once")
+    elif sorted(choices) != sorted(one_path(len(choices))):
+        message = f"{shown}: the embedded engine verifies one path of likeliest tokens, no tree of several"
+        yield Problem(at, message, f"use {list(map(list, one_path(len(max(choices, key=len)))))}, or remove it")
+    elif longest is not None and longest != len(choices):
+        yield Problem(at, f"{shown} are {len(choices)} tokens, and max_draft_len is {longest}", "remove one of the two")
+
+
+def _medusa(settings: Settings, facts: ModelFacts, heads: MedusaHeads) -> Iterable[Problem]:
+    for message in medusa_misfits(heads, facts):
+        yield Problem(_DRAFT, message, "use heads that were trained for this model")
+    longest = settings[_LENGTH]
+    if longest > heads.num_heads:
+        message = f"{longest}: the draft has {heads.num_heads} heads, each of which drafts one token"
+        yield Problem(_LENGTH, message, f"use at most {heads.num_heads}")
+
+
+def _eagle3(settings: Settings, facts: ModelFacts, draft: Eagle3) -> Iterable[Problem]:
+    if draft.captured is None:
+        message = "does not say which layers of the model it reads (eagle_aux_hidden_state_layer_ids)"
+        yield Problem(_DRAFT, message, _FOR_THIS_MODEL)
+        return
+    beyond = [layer for layer in draft.captured if not 0 <= layer < facts.num_layers]
+    if beyond:
+        yield Problem(_DRAFT, f"reads layer {beyond[0]}, and the model has {facts.num_layers} layers", _FOR_THIS_MODEL)
+    other = [name for name in _OTHER_ARITHMETIC if draft.eagle_config.get(name)] + ["fc_norm"] * draft.fc_norm
+    if other or (draft.eagle_config.get("parallel_draft_step") or 1) > 1:
+        name = other[0] if other else "parallel_draft_step"
+        yield Problem(
+            _DRAFT, f"has {name} in its config, which the embedded engine does not compute", "use another draft"
+        )
+    longest = settings["runtime.max_seq_len"]
+    if draft.context_length < longest:
+        message = f"knows {draft.context_length} positions, and runtime.max_seq_len is {longest}"
+        yield Problem(_DRAFT, message, f"use runtime.max_seq_len: {draft.context_length}, or another draft")
+    for message in few(misfits(draft, facts, len(draft.captured))):
+        yield Problem(_DRAFT, message, _FOR_THIS_MODEL)
 
 
 def _draft_model(settings: Settings, facts: ModelFacts, draft: ModelFacts) -> Iterable[Problem]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from trtbuild.choice_picture import draw
+from trtbuild.evidence_picture import training_picture
 from trtbuild.gates import check_gates
 from trtbuild.manifest import canonical_json
 from trtbuild.plan import Plan
@@ -42,4 +43,17 @@ def build(artifacts: Mapping[str, Artifact], plan: Plan) -> dict[str, Any]:
         "steps": steps,
         "bytes": {"source": plan.facts.weight_bytes, "engine": size},
         "estimates": dict(plan.estimates),
+    }
+
+
+def training(artifact: Artifact | None) -> dict[str, str]:
+    """``training.json`` and its picture, where a draft was trained: loss by step, acceptance by position."""
+    if artifact is None:
+        return {}
+    result, usage = dict(artifact.record["result"]), dict(artifact.record["usage"])
+    held = result["acceptance"]["held_out"]
+    title = f"{result['method']}: {held['tokens_per_step']:.2f} tokens a step on held-out prompts"
+    return {
+        "evidence/training.json": canonical_json(result | {"usage": usage}),
+        "evidence/training.svg": training_picture(title, result["loss"], result["acceptance"]),
     }

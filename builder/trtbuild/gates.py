@@ -18,12 +18,14 @@ _MAX_PERPLEXITY_RATIO = {
     "int4_awq": 1.35,
     "int4_gptq": 1.45,
     "w4a8_awq": 1.4,
-    "nvfp4": 1.5,
-    "nvfp4_awq": 1.5,
+    "nvfp4": 1.7,
+    "nvfp4_awq": 1.7,
     "w4a16_nvfp4": 1.4,
-    "mxfp4": 2.0,
+    "mxfp4": 4.0,
     "mxfp8": 1.05,
 }
+# What 2:4 multiplies that by; pruning by magnitude, which ruins small models, misses it.
+_SPARSITY_TIMES = {"none": 1.0, "2:4": 4.0}
 # What a quantized KV cache may add.
 _KV_CACHE_MORE = {"none": 0.0, "fp8": 0.02, "nvfp4": 0.2, "int8": 0.05}
 
@@ -46,9 +48,10 @@ class GateResult:
         return f"quality.{self.name}: {self.value:.4g} {verb} {self.threshold:.4g} by {self.missed_by:.4g}{share}"
 
 
-def default_max_perplexity_ratio(weight_format: str, kv_cache: str) -> float:
+def default_max_perplexity_ratio(weight_format: str, kv_cache: str, sparsity: str = "none") -> float:
     """The threshold that a recipe gets when it names none."""
-    return round(_MAX_PERPLEXITY_RATIO[weight_format] + _KV_CACHE_MORE[kv_cache], 3)
+    dense = _MAX_PERPLEXITY_RATIO[weight_format] + _KV_CACHE_MORE[kv_cache]
+    return round(dense * _SPARSITY_TIMES[sparsity], 3)
 
 
 def check_gates(result: Mapping[str, Any], gates: Mapping[str, float | None]) -> list[GateResult]:

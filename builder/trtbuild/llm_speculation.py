@@ -72,7 +72,11 @@ def take_speculation(settings: Settings, schema: Schema, version: str) -> None:
         elif name == _LENGTH:
             _length(settings, method)
         elif name == _CAPTURED and name in fields and not settings.given(path) and _trained_on(settings):
-            settings.put(path, _trained_on(settings), "draft: eagle_config of its config.json")
+            own = settings.recipe.speculative.train is not None
+            origin = (
+                "speculative.train: near both ends and the middle" if own else "draft: eagle_config of its config.json"
+            )
+            settings.put(path, _trained_on(settings), origin)
         elif name == _SAMPLING:
             _sampling(settings, fields, version)
         elif name != _MODULES or settings.given(path):

@@ -79,9 +79,12 @@ def speculation_refusals(settings: Settings, facts: ModelFacts, release: Release
         return
     yield from _fields(settings, schema, method)
     yield from length_refusals(settings)
-    if method in TAKES_DRAFT and recipe.speculative.draft is None:
+    if method in TAKES_DRAFT and recipe.speculative.draft is None and recipe.speculative.train is None:
         what = "a draft model" if method == "draft_target" else "a draft that was trained for the model"
-        yield Problem(_DRAFT, f"is missing, and {method} needs {what}", "name its directory")
+        hint = (
+            "name its directory" if method == "draft_target" else "name its directory, or train it (speculative.train)"
+        )
+        yield Problem(_DRAFT, f"is missing, and {method} needs {what}", hint)
     if method == "draft_target":
         yield from _draft_model(settings, facts, release)
     elif method == "eagle3":

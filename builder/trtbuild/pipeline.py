@@ -11,6 +11,7 @@ from typing import Any
 
 from trtbuild import __version__, evidence, package
 from trtbuild.adapters import container
+from trtbuild.draft_checks import refuse_other_weights
 from trtbuild.engine_build import KIND as BUILT
 from trtbuild.engine_build import STEPS, EngineJob, have_engine, is_kept, refuse_runner
 from trtbuild.errors import GateError, HostError, Problem, RecipeError
@@ -20,6 +21,7 @@ from trtbuild.manifest import canonical_json, digest_entries, digest_json, entri
 from trtbuild.model import read_facts
 from trtbuild.paths import cache_dir
 from trtbuild.plan import STEP_KINDS, Plan, Step, step_key, until
+from trtbuild.planned_draft import planned_draft
 from trtbuild.planner import make_plan
 from trtbuild.recipe_file import LoadedRecipe, load_recipe
 from trtbuild.report import Reporter
@@ -93,8 +95,9 @@ def prepare_loaded(loaded: LoadedRecipe) -> Prepared:
         missing = missing_files(loaded, plan.steps)
         return [*missing, *container.check_deploy(deploy), *(() if missing else adapter_problems(loaded, plan))]
 
-    draft = draft_of(loaded)
-    plan = make_plan(loaded, read_facts(files), source, tool_versions(), check=check, draft=draft)
+    facts = read_facts(files)
+    draft = planned_draft(loaded.recipe.speculative, facts) or draft_of(loaded)
+    plan = make_plan(loaded, facts, source, tool_versions(), check=check, draft=draft)
     refuse_unconvertible(plan, loaded, draft)
     configured = loaded.recipe.store
     store = local_path(loaded, configured, at="store") if configured is not None else cache_dir() / "store"
@@ -116,6 +119,8 @@ def build(prepared: Prepared, out: Path, reporter: Reporter, *, last: str | None
     """
     if last is not None and last not in STEP_KINDS:
         raise RecipeError([Problem("--until", f"{last!r} is no step; steps are {', '.join(STEP_KINDS)}")])
+    if last is not None and last not in {step.kind for step in prepared.plan.steps}:
+        raise RecipeError([Problem("--until", f"{last}: this recipe has no such step", "set speculative.train")])
     if last is None:
         package.refuse_foreign(out)
     try:
@@ -143,6 +148,7 @@ def _build(prepared: Prepared, out: Path, reporter: Reporter, last: str | None) 
     started = time.monotonic()
     fetched = fetch(prepared.plan, store.root / "downloads", store.digests, reporter)
     reporter.finished("fetch", "checked", time.monotonic() - started)
+    refuse_other_weights(prepared.plan, prepared.loaded, fetched.files)
     run = _Run(prepared, store, reporter, fetched, foresee)
     for step in until(prepared.plan.steps, last):
         if step.kind != "fetch":
@@ -215,6 +221,7 @@ def _execute(run: _Run, step: Step, key: str, files: Mapping[str, Path]) -> Arti
         plan=run.prepared.plan,
         step=step,
         source=run.fetched.directory,
+        source_files=run.fetched.files,
         inputs=dict(run.artifacts),
         files=files,
         file_digests={role: described["digest"] for role, described in run.files[step.kind].items()},
@@ -255,6 +262,7 @@ def _package(run: _Run, out: Path) -> str:
         "evidence/quality.json": canonical_json(evidence.quality(run.artifacts["evaluate"].record, plan.gates)),
         "evidence/build.json": canonical_json(evidence.build(steps, plan)),
         **evidence.choice(run.artifacts["compress"].record),
+        **evidence.training(run.artifacts.get("draft")),
     }
     artifacts = {name: run.artifacts[kind] for name, kind in trees.items()} | run.built
     parts = package.Parts(artifacts, texts)

@@ -13,7 +13,7 @@ from trtbuild.manifest import digest_json
 from trtbuild.model import ModelFacts
 
 SCHEMA_VERSION = 1
-STEP_KINDS = ("fetch", "compress", "engine", "repository", "deploy", "evaluate")
+STEP_KINDS = ("fetch", "compress", "draft", "engine", "repository", "deploy", "evaluate")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from trtbuild.recipe_file import LoadedRecipe
 from trtbuild.refusals import model_refusals, recipe_refusals
 from trtbuild.setting_values import Settings
 from trtbuild.settings import resolve
+from trtbuild.training_settings import draft_steps
 from trtbuild.trtllm_common import adapter_names
 from trtbuild.trtllm_engine_drafts import draft_files
 from trtbuild.trtllm_engine_lora import ADAPTERS
@@ -118,10 +119,13 @@ def _steps(settings: Settings, facts: ModelFacts, tools: Mapping[str, Mapping[st
     if compressed and settings["compress.calibration.split"] is not None:
         evaluate["calibration_split"] = settings["compress.calibration.split"]
     evaluate |= _joined_scales(settings, facts)
+    drafts = draft_steps(settings, facts, tools, _numerics(settings, "device"))
+    inputs, convert = ("compress", *(step.kind for step in drafts)), _kind(settings) == _ENGINE
     return (
         Step("fetch", {}, (), {}),
         Step("compress", compress, ("fetch",), tools["compress" if compressed else "copy"], _compress_files(settings)),
-        Step("engine", engine, ("compress",), tools[_engine_tools(settings)], _engine_files(settings)),
+        *drafts,
+        Step("engine", engine, inputs, tools["convert" if convert else "engine"], _engine_files(settings)),
         Step("repository", _repository_parameters(settings, facts), (), tools["repository"]),
         Step("deploy", _deploy_parameters(settings, facts), ("engine",), tools["deploy"]),
         # Limits of the engine do not change a logit: the evaluation follows the checkpoint and the numerics alone.
@@ -193,10 +197,6 @@ def _kind(settings: Settings) -> str:
     return settings.recipe.runtime.kind
 
 
-def _engine_tools(settings: Settings) -> str:
-    return "convert" if _kind(settings) == _ENGINE else "engine"
-
-
 def _numerics(settings: Settings, name: str) -> str:
     """How the embedded engine computes; packages of other runtimes are calibrated and measured as it likes best."""
     return settings[f"runtime.{name}"] if _kind(settings) == _EMBEDDED else "auto"
@@ -254,6 +254,7 @@ def _repository_parameters(settings: Settings, facts: ModelFacts) -> dict[str, A
     if _kind(settings) == _ENGINE:
         parameters["engine"] = trtllm_engine_settings.server_parameters(settings, facts)
         parameters |= trtllm_engine_settings.draft_server_parameters(settings, facts)
+        parameters |= trtllm_engine_settings.older_line(settings)
         parameters |= {"lora_adapters_dir": ADAPTERS} if settings.recipe.model.adapters else {}
     if settings["serving.layout"] != "llm":
         parameters["max_batch_size"] = settings["runtime.max_batch_size"]

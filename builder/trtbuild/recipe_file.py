@@ -247,8 +247,9 @@ def _section_at(location: Sequence[str]) -> type[BaseModel] | None:
     section: type[BaseModel] = Recipe
     for part in location:
         field = section.model_fields.get(part)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        kinds = [field.annotation, *get_args(field.annotation)] if field else []  # a section may be left out as a whole
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if inner is None:
             return None
         section = inner
     return section

@@ -13,6 +13,7 @@ from trtbuild.recipe_fields import (
     Section,
     SpeculativeMethod,
 )
+from trtbuild.recipe_training import Train
 
 
 class Speculative(Section):
@@ -20,12 +21,16 @@ class Speculative(Section):
 
     method: SpeculativeMethod = Field(
         default="none",
-        description="How tokens are drafted; ngram: embedded and trtllm; draft_target: all; eagle3 and mtp: trtllm "
-        "only; medusa, eagle, lookahead and redrafter: trtllm-engine only.",
+        description="How tokens are drafted; draft_target: all runtimes; ngram and eagle3: embedded and trtllm; "
+        "medusa: embedded and trtllm-engine; mtp: trtllm only; eagle, lookahead and redrafter: trtllm-engine only.",
     )
     draft: NonEmpty | None = Field(
         default=None,
-        description="Checkpoint of the draft model; of medusa, eagle and redrafter TensorRT-LLM's own, with the heads.",
+        description="Checkpoint of the draft model; of medusa, eagle and redrafter TensorRT-LLM's own, with the heads; "
+        "for embedded, Medusa heads alone or ModelOpt's export.",
+    )
+    train: Train | None = Field(
+        default=None, description="medusa, eagle3: heads or draft are trained for this model, instead of `draft`."
     )
     max_draft_len: PositiveInt | None = Field(
         default=None,

@@ -12,6 +12,7 @@ from trtbuild.llm_keys import LLM_ARGUMENT
 from trtbuild.model import ModelFacts
 from trtbuild.recipe import Recipe
 from trtbuild.setting_values import Settings, recipe_value
+from trtbuild.training_settings import training_refusals
 from trtbuild.trtllm_engine_refusals import NOT_WRITTEN, engine_refusals
 from trtbuild.trtllm_refusals import trtllm_refusals
 
@@ -53,7 +54,7 @@ def recipe_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     recipe = settings.recipe
     refusals = {"embedded": lambda: _embedded(settings, facts), "trtllm": lambda: trtllm_refusals(settings, facts)}
     ours = refusals.get(recipe.runtime.kind, lambda: engine_refusals(settings, facts))()
-    return [*ours, *_of_others(settings)]
+    return [*ours, *_of_others(settings), *training_refusals(settings, facts)]
 
 
 def _of_others(settings: Settings) -> list[Problem]:

@@ -47,11 +47,20 @@ class Container:
 
 
 @dataclass(frozen=True, slots=True)
+class OlderBackend:
+    """What the backend of an older line calls otherwise than the newest (inputs by the newest name), and lacks."""
+
+    renamed_inputs: Mapping[str, str]
+    absent_tensors: tuple[str, ...]
+    absent_parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Line:
     """One release line: versions from `first` to `last`; `base` is what its release notes name.
 
-    `unserved` says why trtbuild makes no package of its engines, where it does not; `unread` what of such a package
-    rests on other releases' files.
+    `older` is set where its backend is not like the newest; `unread` says what of a package of its engines rests on
+    other releases' files.
     """
 
     name: str
@@ -59,7 +68,7 @@ class Line:
     last: str
     flows: tuple[Flow, ...]
     schema: str | None
-    unserved: str | None
+    older: OlderBackend | None
     unread: str | None
     base: Mapping[str, str]
 
@@ -125,10 +134,20 @@ def _line(row: Mapping[str, Any]) -> Line:
         last=row["last"],
         flows=tuple(row["flows"]),
         schema=row.get("schema"),
-        unserved=row.get("unserved"),
+        older=None if "renamed_inputs" not in row else _older(row),
         unread=row.get("unread"),
         base=row.get("base", {}),
     )
+
+
+def _older(row: Mapping[str, Any]) -> OlderBackend:
+    tensors, parameters = tuple(row["absent_tensors"]), tuple(row["absent_parameters"])
+    return OlderBackend(row["renamed_inputs"], tensors, parameters)
+
+
+def older_backend(name: str | None) -> OlderBackend | None:
+    """The backend of the line of this name, where it is an older one."""
+    return next((line.older for line in lines() if line.name == name), None)
 
 
 @cache
@@ -144,12 +163,6 @@ def newest(flow: Flow) -> Release:
     return next(
         release for release in map(_of_container, containers()) if flow in release.line.flows and release.line.schema
     )
-
-
-def oldest_served() -> str:
-    """The oldest version whose engines trtbuild makes a package of."""
-    served = [one.tensorrt_llm for one in containers() if _line_of(one.tensorrt_llm).unserved is None]
-    return min(served, key=Version)
 
 
 def newest_of_all() -> Release:
@@ -207,7 +220,7 @@ def _unknown(text: str, wanted: Version, *, allow_unknown: bool, flow: Flow) -> 
         line = newest_line
     if not allow_unknown:
         hint = f"the nearest are {near}"
-        if flow in line.flows and (flow != "engine" or line.unserved is None):
+        if flow in line.flows:
             hint += "; or set runtime.allow_unknown_version: true"
         return Problem("runtime.version", f"{text} is no known release of TensorRT-LLM", hint)
     return Release(version=text, line=line, container=None, known=False)

@@ -9,6 +9,7 @@ from trtbuild.gates import default_max_perplexity_ratio
 from trtbuild.model import ModelFacts
 from trtbuild.serving_settings import take_deploy, take_serving
 from trtbuild.setting_values import Settings
+from trtbuild.training_settings import take_training
 
 _DEFAULT_MAX_SEQ_LEN = 2048
 FROM_GPU_MEMORY = "from the free GPU memory at start"
@@ -33,6 +34,7 @@ def resolve(
     _model(settings)
     take_compress(settings, facts)
     settings.take("speculative.method")
+    take_training(settings, facts)
     take_runtime(settings, facts)
     take_serving(settings)
     take_deploy(settings, deploy_files(settings))
@@ -90,10 +92,11 @@ def check_capacity(settings: Settings) -> None:
 
 def _quality(settings: Settings) -> None:
     names, kv_cache = settings.recipe.compress.formats or ("none",), settings["compress.kv_cache"]
+    sparsity = settings["compress.sparsity"]
     settings.take(
         "quality.max_perplexity_ratio",
-        max(default_max_perplexity_ratio(name, kv_cache) for name in names),
-        f"default for {' and '.join(names)}",
+        max(default_max_perplexity_ratio(name, kv_cache, sparsity) for name in names),
+        f"default for {' and '.join(names)}{'' if sparsity == 'none' else f' with {sparsity}'}",
     )
     for name in ("max_kl_divergence", "min_top1_agreement", "tokens", "data"):
         settings.take(f"quality.{name}")

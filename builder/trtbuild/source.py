@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtbuild.checkpoint_files import CheckpointFiles, open_directory
-from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE
+from trtbuild.draft import DRAFT_ROLES
 from trtbuild.errors import ArtifactError, Problem, RecipeError
 from trtbuild.manifest import DigestCache, FileEntry
 from trtbuild.model import ModelFacts
@@ -100,8 +100,10 @@ def calibration_split(step: Step) -> str | None:
 
 def recipe_path(kind: str, role: str) -> str:
     """Where the recipe names the file that a kind of step reads in this role."""
+    if kind == "draft":
+        return "speculative.train.prompts"
     if kind == "engine":
-        return "speculative.draft" if role in (DRAFT_ROLE, HEADS_ROLE) else "model.adapters"
+        return "speculative.draft" if role in DRAFT_ROLES else "model.adapters"
     if role == "tokenizer":
         return "model.tokenizer"
     return "quality.data" if (kind, role) == ("evaluate", "data") else DATA

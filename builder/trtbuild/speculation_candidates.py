@@ -59,6 +59,8 @@ def find_possible(loaded: LoadedRecipe, draft: Path | None = None) -> Possible:
     sections: list[Mapping[str, Any]] = []
     refused: dict[str, str] = {}
     for candidate in _asked(loaded, draft):
+        if any(one.method != candidate.method and "draft" in one.section for one in candidates):
+            continue  # one directory is the draft of one method
         asked = dict(candidate.section) | {"max_draft_len": candidate.length}
         try:
             if loaded.recipe.runtime.kind != "embedded":
@@ -77,12 +79,18 @@ def find_possible(loaded: LoadedRecipe, draft: Path | None = None) -> Possible:
 
 
 def _asked(loaded: LoadedRecipe, draft: Path | None) -> Iterator[Candidate]:
-    """Every candidate that the embedded engine's methods allow, the cheapest family first."""
+    """Every candidate that the embedded engine's methods allow, the cheapest family first.
+
+    A draft is that of the recipe's method, else of the first that takes it: a draft model comes last, whose files others
+    have too.
+    """
     said = loaded.recipe.speculative
-    for method in METHODS:
+    place = str(draft) if draft is not None else said.draft
+    drafting = [said.method] if said.method in TAKES_DRAFT else [name for name in METHODS if name in TAKES_DRAFT]
+    for method in sorted(METHODS, key=lambda name: (name in TAKES_DRAFT, name == "draft_target")):
         if method in TAKES_DRAFT:
-            place = str(draft) if draft is not None else said.draft if said.method == method else None
-            families: list[dict[str, Any]] = [] if place is None else [{"draft": place}]
+            given = place is not None and method in drafting
+            families: list[dict[str, Any]] = [{"draft": place}] if given else []
         else:
             families = [{"max_matching_ngram_size": size} for size in _MATCHED]
         kept = _kept(loaded, method)

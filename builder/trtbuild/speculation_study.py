@@ -88,7 +88,7 @@ def study(asked: Asked, reporter: Reporter) -> Study:
     loaded = load_recipe(asked.recipe, asked.overrides)
     kind = loaded.recipe.runtime.kind
     _refuse(asked, kind)
-    possible = find_possible(loaded, asked.draft.absolute() if asked.draft else None)
+    possible = find_possible(loaded, _draft(loaded, asked, reporter))
     for sentence in possible.refused:
         reporter.note(sentence)
     model = build(possible.plain, Path(asked.recipe.stem), reporter, last="compress").path
@@ -103,6 +103,15 @@ def study(asked: Asked, reporter: Reporter) -> Study:
     if asked.write and advice is not None:
         reporter.note(write_advice(loaded, asked, advice))
     return found
+
+
+def _draft(loaded: LoadedRecipe, asked: Asked, reporter: Reporter) -> Path | None:
+    """The draft that is named, or that the recipe trains; None: what the recipe names, if anything."""
+    if asked.draft is not None:
+        return asked.draft.absolute()
+    if loaded.recipe.speculative.train is None:
+        return None
+    return build(prepare_loaded(loaded), Path(asked.recipe.stem), reporter, last="draft").path
 
 
 def _refuse(asked: Asked, kind: str) -> None:
@@ -195,7 +204,9 @@ def write_advice(loaded: LoadedRecipe, asked: Asked, advice: Advice) -> str:
     Raises:
         RecipeError, CompatibilityError: the new recipe would not plan; it is not written.
     """
-    section = advice.section
+    section, train = advice.section, (loaded.document.get("speculative") or {}).get("train")
+    if section is not None and train is not None and asked.draft is None and "draft" in section:
+        section = {name: value for name, value in section.items() if name != "draft"} | {"train": train}
     if section is None and loaded.recipe.speculative.method == "none":
         return f"{asked.recipe} is left as it is: it drafts nothing"
     text = with_section(loaded.text, "speculative", section or {"method": "none"})

@@ -26,14 +26,18 @@ from trtbuild.adapters import (
 )
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.compress_memory import parse_bytes
-from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE, other_tokens
+from trtbuild.draft import DRAFT_ROLE, HEADS_ROLE, MEDUSA_ROLE, other_tokens
+from trtbuild.draft_inputs import conversion_request, draft_digest, draft_directory, training_request
 from trtbuild.errors import CompatibilityError, ToolError
+from trtbuild.foresight import refuse_scaling
 from trtbuild.linking import place_tree
-from trtbuild.manifest import canonical_json, write_atomic
+from trtbuild.manifest import FileEntry, canonical_json, digest_json, read_json, write_atomic
 from trtbuild.plan import Plan, Step
 from trtbuild.process import run_worker
 from trtbuild.report import Reporter
 from trtbuild.store import Artifact, Staging
+from trtbuild.trained_for import weights_digest
+from trtbuild.training_settings import PROMPTS_ROLE
 from trtbuild.trtllm_build import BUILT, DRAFT
 from trtbuild.trtllm_engine_lora import ADAPTERS
 
@@ -49,6 +53,7 @@ class Work:
         plan: the whole plan.
         step: the step itself.
         source: the original checkpoint.
+        source_files: its files with their digests.
         inputs: every finished artifact, by kind.
         files: the user's files of this step, by role.
         file_digests: the digest of each of them.
@@ -58,6 +63,7 @@ class Work:
     plan: Plan
     step: Step
     source: Path
+    source_files: Sequence[FileEntry]
     inputs: Mapping[str, Artifact]
     files: Mapping[str, Path]
     file_digests: Mapping[str, str]
@@ -69,6 +75,7 @@ def run_step(work: Work) -> dict[str, Any]:
     """Do the work of one step; returns its record."""
     actions = {
         "compress": _compress,
+        "draft": _draft,
         "engine": _engine,
         "repository": _repository,
         "deploy": _deploy,
@@ -105,12 +112,18 @@ def _memory_limit(plan: Plan) -> int | None:
     return None if given is None else parse_bytes(given)
 
 
+def _draft(work: Work) -> dict[str, Any]:
+    """Heads or a draft, trained for the checkpoint as it will be served."""
+    request = training_request(work.step.parameters, work.files[PROMPTS_ROLE], work.inputs, work.staging)
+    return _in_child("trtbuild.training", request | {"weights": weights_digest(work.source_files)}, work)
+
+
 def _engine(work: Work) -> dict[str, Any]:
     if work.step.parameters["runtime"] == "trtllm":
         return _trtllm_engine(work)
     if work.step.parameters["runtime"] == "trtllm-engine":
         return _converted_engine(work)
-    checkpoint, draft = work.inputs["compress"].content, work.files.get(DRAFT_ROLE)
+    checkpoint, draft = work.inputs["compress"].content, draft_directory(work.inputs, work.files, DRAFT_ROLE)
     place_tree(checkpoint, work.staging.content)
     if draft is not None:
         speculation = work.step.parameters["speculative"]
@@ -133,7 +146,7 @@ def _trtllm_engine(work: Work) -> dict[str, Any]:
             f"TensorRT-LLM {parameters['version']} would not take the checkpoint {checkpoint}:\n" + "\n".join(wrong)
         )
     adapters = {name: path for name, path in work.files.items() if name != DRAFT_ROLE}
-    draft = work.files.get(DRAFT_ROLE)
+    draft = draft_directory(work.inputs, work.files, DRAFT_ROLE)
     if "speculation" in parameters:
         found = trtllm_draft.check(draft, checkpoint, parameters["speculation"], parameters["version"], layout)
         trtllm_draft.refuse(draft, found, parameters["version"])
@@ -156,7 +169,12 @@ def _converted_engine(work: Work) -> dict[str, Any]:
     if HEADS_ROLE in work.files:
         record = trtllm_engine.copy_checkpoint(parameters, work.files[HEADS_ROLE], work.staging.content)
     else:
-        record = _in_child("trtbuild.convert", request, work)
+        record = _in_child("trtbuild.convert", request | conversion_request(parameters, work.inputs, work.files), work)
+        # Where the model came from a hub, the plan was made without its rotary embedding.
+        refuse_scaling(parameters["version"], read_json(Path(request["output"]) / "config.json"))
+    if "medusa" in parameters:
+        heads = draft_digest(work.inputs, work.file_digests, MEDUSA_ROLE)
+        checkpoint_digest = digest_json([checkpoint_digest, heads])
     revision = str(work.step.tools["revision"])
     key = trtllm_engine.build_key(parameters, checkpoint_digest, revision)
     trtllm_engine.write_engine(parameters, checkpoint, work.staging.content, key)

@@ -112,15 +112,24 @@ def refused_architecture(architecture: str) -> str | None:
 def refused_in_line(line: Line, architecture: str, algo: str | None) -> tuple[str, str] | None:
     """Why engines of this release line cannot have a class that the flow lists, in this format, and what to do."""
     table = facts("architectures")["engine"]
-    first, names = table["since"].get(architecture), [known.name for known in lines()]
-    if first is not None and names.index(line.name) < names.index(first):
-        why = (
-            f"TensorRT-LLM {line.name} builds no engines of {architecture}, {first} is the first that trtbuild knows to"
-        )
-        return why, f"use a runtime.version from {first} on"
+    names = [known.name for known in lines()]
+    in_format = table["formats_since"].get(architecture, {}).get(algo)
+    for first, what in ((table["since"].get(architecture), ""), (in_format, f" in {algo}")):
+        if first is not None and names.index(line.name) < names.index(first):
+            said = f"TensorRT-LLM {line.name} builds no engines of {architecture}{what}"
+            return f"{said}, {first} is the first that trtbuild knows to", f"use a runtime.version from {first} on"
     if algo in table["unloadable"].get(architecture, ()):
         return f"TensorRT-LLM's own class for {architecture} cannot load {algo} experts", "use another compress.format"
     return None
+
+
+def refused_scaling(line: Line, kind: str | None) -> str | None:
+    """Why engines of this release line cannot have this rotary scaling."""
+    first, names = facts("architectures")["engine"]["scalings_since"].get(kind), [known.name for known in lines()]
+    if first is None or names.index(line.name) >= names.index(first):
+        return None
+    said = f"rotary scaling {kind!r}: TensorRT-LLM {line.name} builds no engines with it"
+    return f"{said}, {first} is the first that trtbuild knows to"
 
 
 def speculative_method(name: str) -> SpeculativeMethod:

@@ -17,6 +17,7 @@ COPY_REVISION = 2
 ENGINE_REVISION = 2
 CONVERT_REVISION = 1
 EVALUATE_REVISION = 1
+DRAFT_REVISION = 1
 REPOSITORY_REVISION = 2
 _LAYOUTS = ("llm", "ensemble")
 DEPLOY_REVISION = 2
@@ -43,6 +44,7 @@ def tool_versions() -> dict[str, Mapping[str, str | None]]:
     return {
         "compress": libraries | calibration | {"revision": str(COMPRESS_REVISION)},
         "copy": plain | {"revision": str(COPY_REVISION)},
+        "draft": libraries | {"revision": str(DRAFT_REVISION)},
         "engine": {"revision": str(ENGINE_REVISION)},
         "convert": {
             "revision": str(CONVERT_REVISION),

@@ -48,11 +48,15 @@ def embedded_only(recipe: Recipe) -> Iterable[Problem]:
 
 
 def unread_speculative(recipe: Recipe, fields: Mapping[str, tuple[str, ...]] = SPECULATIVE_FIELDS) -> Iterable[Problem]:
-    """Fields of the section that say nothing about its method; `fields` are what each method reads."""
+    """Fields of the section that say nothing about its method; `fields` are what each method reads.
+
+    `train` is judged where its own values are, and so are the layers that a draft is to be trained on.
+    """
     section, silent = recipe.speculative, type(recipe.speculative)()
+    judged = ("method", "train", *(("eagle3_layers_to_capture",) if section.train is not None else ()))
     for name in type(section).model_fields:
         value = getattr(section, name)
-        if name == "method" or value == getattr(silent, name) or name in fields[section.method]:
+        if name in judged or value == getattr(silent, name) or name in fields[section.method]:
             continue
         why = "of no use without a speculative.method" if section.method == "none" else f"{section.method} has none"
         yield Problem(f"speculative.{name}", f"{value}: {why}", "remove it")

@@ -12,13 +12,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from trtbuild.compat import facts as table
-from trtbuild.draft import DRAFT_ROLE, HEADS, HEADS_ROLE, Draft
+from trtbuild.draft import DRAFT_ROLE, HEADS, HEADS_ROLE, MEDUSA_ROLE, Draft
 from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.model import ModelFacts
 from trtbuild.setting_values import Settings
 from trtbuild.support import quant_algo, refused_architecture, speculative_method
 from trtbuild.trtllm_build import EngineSpec, Limits, Speculation, arguments, choose
 from trtbuild.trtllm_common import draft_refusals
+from trtbuild.trtllm_medusa import MEDUSA_CLASS, medusa_heads, medusa_parameters, medusa_refusals, take_medusa
 
 DRAFT_TARGET = "draft_target"
 _LOOKAHEAD = ("max_window_size", "max_ngram_size", "max_verification_set_size")
@@ -40,6 +41,8 @@ def take_speculative(settings: Settings, facts: ModelFacts) -> None:
         settings.take("speculative.max_draft_len", _USUAL_DRAFT)
         share, origin = _share(settings.draft, facts)
         settings.take("speculative.draft_kv_cache_share", share, origin)
+    elif (alone := medusa_heads(settings)) is not None:
+        take_medusa(settings, alone)
     elif section.method in HEADS:
         heads = settings.draft.heads if settings.draft else None
         settings.put(
@@ -86,6 +89,8 @@ def with_drafts(spec: EngineSpec, settings: Settings) -> EngineSpec:
     made = replace(spec, speculation=speculation(settings))
     if settings.recipe.speculative.method == DRAFT_TARGET:
         return replace(made, limits=replace(spec.limits, max_input_len=spec.limits.max_seq_len - 1))
+    if medusa_heads(settings) is not None:
+        return replace(made, architecture=MEDUSA_CLASS)
     heads = settings.draft.heads if settings.draft else None
     return made if heads is None else replace(made, architecture=heads.architecture)
 
@@ -121,7 +126,7 @@ def _algo(name: Any) -> str | None:
 
 
 def draft_parameters(engine: dict[str, Any], spec: EngineSpec, settings: Settings) -> dict[str, Any]:
-    """What the engine step makes besides: the draft's engine directory, or the checkpoint that has the heads."""
+    """What the engine step makes besides: the draft's engine directory, the checkpoint with the heads, or heads."""
     heads, made = settings.draft.heads if settings.draft else None, draft_spec(spec, settings)
     if made is not None:
         names = ("runtime", "version", "container", "image", "world_size", "dtype", "trust_remote_code")
@@ -129,7 +134,7 @@ def draft_parameters(engine: dict[str, Any], spec: EngineSpec, settings: Setting
             "draft": {name: engine[name] for name in names}
             | {"spec": asdict(made), "arguments": list(_arguments(made))}
         }
-    return {} if heads is None else {"heads": asdict(heads), "dtype": heads.dtype}
+    return medusa_parameters(settings) if heads is None else {"heads": asdict(heads), "dtype": heads.dtype}
 
 
 def _arguments(spec: EngineSpec) -> tuple[str, ...]:
@@ -145,7 +150,8 @@ def draft_files(settings: Settings) -> dict[str, str]:
     section = settings.recipe.speculative
     if section.draft is None or section.method not in (DRAFT_TARGET, *HEADS):
         return {}
-    return {DRAFT_ROLE if section.method == DRAFT_TARGET else HEADS_ROLE: section.draft}
+    heads = HEADS_ROLE if medusa_heads(settings) is None else MEDUSA_ROLE
+    return {DRAFT_ROLE if section.method == DRAFT_TARGET else heads: section.draft}
 
 
 def decoding_parameters(settings: Settings) -> dict[str, Any]:
@@ -162,8 +168,8 @@ def decoding_parameters(settings: Settings) -> dict[str, Any]:
                 strict=True,
             )
         }
-    if section.choices is not None:
-        more[f"{section.method}_choices"] = section.choices
+    if settings.has("speculative.choices"):
+        more[f"{section.method}_choices"] = settings["speculative.choices"]
     return more
 
 
@@ -195,7 +201,7 @@ def speculative_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Prob
     if recipe.runtime.guided_decoding_backend is not None and method != DRAFT_TARGET:
         message = f"{method}: drafts do not follow a grammar"
         yield Problem(_AT, message, "use none, or remove runtime.guided_decoding_backend")
-    if method in (DRAFT_TARGET, *HEADS) and recipe.speculative.draft is None:
+    if method in (DRAFT_TARGET, *HEADS) and recipe.speculative.draft is None and recipe.speculative.train is None:
         what = "a draft model" if method == DRAFT_TARGET else "TensorRT-LLM's checkpoint of model and heads"
         yield Problem("speculative.draft", f"is missing, and {method} needs {what}", "name its directory")
     if method == DRAFT_TARGET:
@@ -204,6 +210,7 @@ def speculative_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Prob
         yield from _lookahead(settings)
     elif method in HEADS:
         yield from _heads(settings, facts)
+        yield from medusa_refusals(settings, facts)
 
 
 def _draft_target(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
@@ -277,7 +284,7 @@ def speculative_warnings(settings: Settings, facts: ModelFacts) -> list[str]:
             f"the draft's vocabulary has {draft.vocab_size} entries and the model's {facts.vocab_size}: requests with "
             "use_draft_logits will fail, others are answered"
         )
-    if method in HEADS:
+    if settings.draft is not None and settings.draft.heads is not None:
         warnings.append(
             "the engine is built from the checkpoint with the heads; quality is measured on the checkpoint that "
             "trtbuild makes of model.path"

@@ -33,6 +33,7 @@ from trtbuild.trtllm_engine_settings import (
     engine_spec,
     planned_release,
     ranks,
+    server_parameters,
     short_window,
     wanted_release,
 )
@@ -43,6 +44,12 @@ _PROJECTIONS = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
+# Parameters of the backend that older lines lack, by what of a recipe needs them.
+_ASKED_IN = {
+    "guided_decoding_backend": "runtime.guided_decoding_backend",
+    "lookahead_window_size": "speculative.method",
+    "lora_prefetch_dir": "model.adapters",
+}
 _LAYOUTS = ("ensemble", "tokens")
 # What the recipe can say, the engine flow has under another name, and this version of trtbuild does not write.
 NOT_WRITTEN = {
@@ -109,6 +116,7 @@ def engine_refusals(settings: Settings, facts: ModelFacts) -> list[Problem]:
     problems += unread_speculative(recipe)
     problems += speculative_refusals(settings, facts)
     problems += deploy_refusals(settings)
+    problems += _older(settings, facts)
     return problems if problems or engine_mistakes(settings) else _arguments(settings, facts)
 
 
@@ -162,6 +170,18 @@ def _fields(settings: Settings) -> Iterable[Problem]:
             yield Problem(path, "TensorRT engines have no counterpart of it", "remove it, or use runtime.kind: trtllm")
         elif path in NOT_WRITTEN and recipe_value(settings.recipe, path) != 1:
             yield Problem(path, NOT_WRITTEN[path], "remove it, or use runtime.kind: trtllm")
+
+
+def _older(settings: Settings, facts: ModelFacts) -> Iterable[Problem]:
+    """What the backend of an older release line would pass over in silence."""
+    release = planned_release(settings.recipe)
+    if release.line.older is None:
+        return
+    needed = server_parameters(settings, facts)["more"]
+    for parameter, path in _ASKED_IN.items():
+        if parameter in needed and parameter in release.line.older.absent_parameters:
+            message = f"the backend of TensorRT-LLM {release.version} has no parameter {parameter}"
+            yield Problem(path, message, "remove it, or use a later runtime.version")
 
 
 def _guide(recipe: Recipe) -> Iterable[Problem]:

@@ -10,7 +10,7 @@ from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Choice
 from trtbuild.recipe import Recipe
-from trtbuild.releases import Flow, Release, containers, find_release, newest, oldest_served
+from trtbuild.releases import Flow, Release, containers, find_release, newest
 from trtbuild.setting_values import Settings
 from trtbuild.settings import FROM_GPU_MEMORY, check_capacity, take_limits
 from trtbuild.support import quant_algo, sm_version
@@ -62,9 +62,6 @@ def wanted_release(recipe: Recipe) -> Release | Problem:
         flag_table(found.version)
     except CompatibilityError as error:
         return Problem(at, error.message, f"use {usual}, or runtime.kind: trtllm where it has an LLM API")
-    if found.line.unserved is not None:
-        message = f"TensorRT-LLM {found.version} builds engines, but {found.line.unserved}"
-        return Problem(at, message, f"use {usual}, or {oldest_served()} at least")
     if found.container is None and not runtime.allow_unknown_version:
         message = f"trtbuild knows no Triton container with TensorRT-LLM {found.version}"
         hint = f"use {usual}, or set runtime.allow_unknown_version: true and name an image to engine/build.sh"
@@ -234,6 +231,12 @@ def draft_server_parameters(settings: Settings, facts: ModelFacts) -> dict[str, 
         },
         "draft_tokens": settings["speculative.max_draft_len"],
     }
+
+
+def older_line(settings: Settings) -> dict[str, Any]:
+    """What the repository has besides, where the release line has another backend than the newest."""
+    line = planned_release(settings.recipe).line
+    return {} if line.older is None else {"engine_line": line.name}
 
 
 def _lists(value: Any) -> Any:

@@ -18,7 +18,7 @@ from trtbuild.schema_changes import changes
 UNKNOWN = "unknown"
 _WIDTH = 120  # of the widest column
 _SCHEMA_HEAD = ["schema", "fields", "read from", "commit", "holds for"]
-_FLAG_HEAD = ["lines", "flags", "read from", "commit", "holds for", "packages", "against the table before"]
+_FLAG_HEAD = ["lines", "flags", "read from", "commit", "holds for", "against the table before"]
 _CONTAINERS = (
     "Triton containers (nvcr.io/nvidia/tritonserver:TAG-trtllm-python-py3); transformers and modelopt as the wheel of "
     "that TensorRT-LLM requires them"
@@ -115,7 +115,6 @@ def _flag_rows() -> list[list[str]]:
             one.repo,
             one.commit[:8],
             ", ".join(one.releases) or "no release: nearest",
-            "no" if any(line.unserved for line in lines() if line.name in one.lines) else "yes",
             "; ".join(_changes(before, one)) if before else "-",
         ]
         for before, one in reversed(list(zip([None, *tables], tables, strict=False)))

@@ -11,7 +11,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Models:
     postprocessing: str = "postprocessing"
     draft: str = ""
     adapters: Path | None = None
+    engine_names: Mapping[str, str] = field(default_factory=dict)  # what an older backend calls its inputs
 
 
 class CancelledError(Exception):
@@ -160,7 +161,7 @@ class Chain:
 
     def _stream(self, inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
         outputs = self._question.engine_outputs + (("finished",) if self._models.says_finished else ())
-        request = _request(self._models.engine, inputs, outputs, self._engine_id)
+        request = _request(self._models.engine, self._called(inputs), outputs, self._engine_id)
         self._asked = True
         if not self._models.decoupled:
             yield _outputs(request.exec())
@@ -169,6 +170,10 @@ class Chain:
             found = _outputs(response)
             if found:  # a response without tensors only marks the end
                 yield found
+
+    def _called(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Inputs under the names of the engine's backend."""
+        return {self._models.engine_names.get(name, name): array for name, array in inputs.items()}
 
     def _rounds(self, inputs: dict[str, Array]) -> Rounds:
         """The same answer from drafts that the engine verifies."""
@@ -186,7 +191,8 @@ class Chain:
         self, model: str, request_id: str, inputs: Mapping[str, Array], outputs: tuple[str, ...]
     ) -> dict[str, Array]:
         """All that a model answers, at once."""
-        request = _request(model, dict(inputs) | {"streaming": np.array([[False]])}, outputs, request_id)
+        whole = self._called(inputs) | {"streaming": np.array([[False]])}
+        request = _request(model, whole, outputs, request_id)
         if not self._models.decoupled:
             return _outputs(request.exec())
         found = [_outputs(response) for response in request.exec(decoupled=True)]

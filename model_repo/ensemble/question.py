@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,13 +85,16 @@ class Question:
     use_draft_logits: bool = False
 
 
-def parse(inputs: Inputs, *, streaming: bool, draft_tokens: int = 0) -> Question:
+def parse(
+    inputs: Inputs, *, streaming: bool, draft_tokens: int = 0, declared: frozenset[str] | None = None
+) -> Question:
     """The request that these tensors describe.
 
     Args:
         inputs: by name, as Triton hands them over.
         streaming: whether this model may stream.
         draft_tokens: how many tokens the draft model may propose at a time; 0 where there is none.
+        declared: this model's outputs, where the backend of an older release has fewer; None for all.
 
     Raises:
         BadRequestError: an input is malformed, or asks for what this model does not do.
@@ -104,6 +108,7 @@ def parse(inputs: Inputs, *, streaming: bool, draft_tokens: int = 0) -> Question
     if stream and not streaming:
         raise BadRequestError("stream: this model was built without it (serving.streaming: false); send false")
     asked = tuple(name for asking, names in ASKED_BY.items() if flag(inputs, asking) for name in names)
+    asked = tuple(name for name in asked if declared is None or name in declared)
     return Question(
         text=text(inputs, "text_input") if filled(inputs.get("text_input")) else None,
         stream=stream,
@@ -116,6 +121,17 @@ def parse(inputs: Inputs, *, streaming: bool, draft_tokens: int = 0) -> Question
         draft_tokens=drafted,
         use_draft_logits=_draft_logits(inputs, drafted),
     )
+
+
+def refuse_missing(inputs: Inputs, names: Sequence[str]) -> None:
+    """Refuse what the backend of an older release does not have and would never hear of.
+
+    Raises:
+        BadRequestError: an input asks for it.
+    """
+    for name in names:
+        if _asks(inputs, name):
+            raise BadRequestError(f"{name}: the backend of this package's TensorRT-LLM has no such input; leave it out")
 
 
 def _guide(inputs: Inputs) -> None:

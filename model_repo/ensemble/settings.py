@@ -18,6 +18,7 @@ class Settings:
         self.name = args["model_name"]
         self.decoupled = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
         self._values = {name: value["string_value"] for name, value in config["parameters"].items()}
+        self.outputs = frozenset(output["name"] for output in config.get("output", ()))
         self._directory = Path(args["model_repository"])
 
     def text(self, name: str) -> str:
@@ -30,6 +31,14 @@ class Settings:
     def optional_directory(self, name: str) -> Path | None:
         """A directory, or None where the parameter is absent or empty."""
         return self.directory(name) if self._values.get(name) else None
+
+    def names(self, name: str) -> dict[str, str]:
+        """Pairs such as ``seed=random_seed,min_tokens=min_length``; none where the parameter is absent."""
+        return dict(pair.split("=", 1) for pair in self.words(name))
+
+    def words(self, name: str) -> tuple[str, ...]:
+        """A list with commas; none where the parameter is absent."""
+        return tuple(word for word in str(self._values.get(name, "")).split(",") if word)
 
     def count(self, name: str) -> int:
         """A whole number above 0."""

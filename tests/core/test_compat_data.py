@@ -105,7 +105,8 @@ def test_a_value_without_a_source_is_found() -> None:
 
 
 def test_rows_have_no_unknown_keys() -> None:
-    line = {"name", "first", "last", "flows", "schema", "unserved", "unread", "base", "source", "date"}
+    line = {"name", "first", "last", "flows", "schema", "unread", "base", "source", "date"}
+    line |= {"renamed_inputs", "absent_tensors", "absent_parameters"}
     assert [row["name"] for row in facts("lines")["line"] if set(row) - line] == []
     method = {"name", "decoding_type", "engine", "needs_draft", "source", "date"}
     assert [row["name"] for row in facts("speculative")["method"] if set(row) - method] == []

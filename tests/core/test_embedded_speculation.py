@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from core.test_model import edit_config
+from drafts import eagle3_config, save_eagle3
 from tiny import save_checkpoint
 from trtbuild.checkpoint_files import open_directory
-from trtbuild.errors import CompatibilityError
+from trtbuild.errors import ArtifactError, CompatibilityError
 from trtbuild.foresight import draft_of, refuse_unconvertible
 from trtbuild.model import read_facts
 from trtbuild.plan import Plan, Source
@@ -74,6 +75,7 @@ REFUSED = [
     (["method=ngram", "draft=x"], "speculative.draft: x: ngram has none; remove it"),
     (["method=ngram", "choices=[[0]]"], "speculative.choices: ((0,),): ngram has none; remove it"),
     (["max_draft_len=3"], "speculative.max_draft_len: 3: of no use without a speculative.method; remove it"),
+    (["method=eagle3"], "speculative.draft: is missing, and eagle3 needs a draft that was trained for the model; name"),
     (["method=draft_target"], "speculative.draft: is missing, and draft_target needs a draft model; name its direct"),
     (["method=ngram", "max_draft_len=600"],
      "speculative.max_draft_len: 600: a request has at most 512 tokens (runtime.max_seq_len), its prompt's first"),
@@ -120,3 +122,61 @@ def test_drafts_that_do_not_fit(tiny_llama: Path, tmp_path: Path, small: Path) -
     document["model"]["vocab"] |= {names[40]: 41, names[41]: 40}
     tokenizer.write_text(json.dumps(document), encoding="utf-8")
     assert "has another tokenizer than the model: 2 of 320 tokens differ" in refusal(tmp_path / "other")
+
+
+def refused(model: Path, tmp_path: Path, *asked: str) -> str:
+    with pytest.raises(CompatibilityError) as caught:
+        planned(model, tmp_path, *asked)
+    return str(caught.value)
+
+
+def medusa_export(path: Path, heads: int = 2, hidden: int = 64) -> Path:
+    """A model with heads as ModelOpt exports it, of which nothing but the heads is read."""
+    tensors = {"model.norm.weight": ("BF16", [hidden])}
+    for head in range(heads):
+        tensors |= {
+            f"medusa_heads.{head}.0.linear.weight": ("BF16", [hidden, hidden]),
+            f"medusa_heads.{head}.0.linear.bias": ("BF16", [hidden]),
+            f"medusa_heads.{head}.1.weight": ("BF16", [320, hidden]),
+        }
+    config = {
+        "architectures": ["MedusaLlamaForCausalLM"],
+        "medusa": {"num_medusa_heads": heads, "num_medusa_layers": 1},
+    }
+    return save_eagle3(path, config, tensors)
+
+
+def test_medusa_heads(tiny_llama: Path, tmp_path: Path) -> None:
+    draft = medusa_export(tmp_path / "heads")
+    plan = planned(tiny_llama, tmp_path, "method=medusa", f"draft={draft}", "choices=[[0], [0, 0]]")
+    assert plan.step("engine").parameters["speculative"] == {"method": "medusa", "draft": "draft", "max_draft_len": 2}
+    asked = ("method=medusa", f"draft={draft}")
+    assert "max_draft_len: 3: the draft has 2 heads" in refused(tiny_llama, tmp_path, *asked, "max_draft_len=3")
+    tree = refused(tiny_llama, tmp_path, *asked, "choices=[[0], [1], [0, 0]]")
+    assert "choices: [[0], [1], [0, 0]]: the embedded engine verifies one path of likeliest tokens, no tree of" in tree
+    none = refused(tiny_llama, tmp_path, *asked, "choices=[[0], [1, 0]]")
+    assert "[1, 0] goes on from [1], which is no path: this is no tree; name every path" in none
+    narrow = medusa_export(tmp_path / "narrow", hidden=32)
+    sentence = "speculative.draft: read hidden states of 32, and the model's hidden_size is 64"
+    assert sentence in refused(tiny_llama, tmp_path, "method=medusa", f"draft={narrow}")
+    with pytest.raises(ArtifactError, match="config.json does not say how many Medusa heads there are"):
+        planned(tiny_llama, tmp_path, "method=medusa", f"draft={tiny_llama}")
+
+
+def test_an_eagle3_draft(tiny_llama: Path, tmp_path: Path) -> None:
+    draft = save_eagle3(tmp_path / "draft")
+    plan = planned(tiny_llama, tmp_path, "method=eagle3", f"draft={draft}")
+    assert plan.step("engine").parameters["speculative"] == {"method": "eagle3", "draft": "draft", "max_draft_len": 3}
+    for name, changes, sentence in (
+        (
+            "layers",
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 5]}},
+            "reads layer 5, and the model has 3",
+        ),
+        ("none", {"eagle_config": {}}, "does not say which layers of the model it reads"),
+        ("wide", {"target_hidden_size": 128}, "reads hidden states of 128, and the model's hidden_size is 64"),
+        ("short", {"max_position_embeddings": 64}, "knows 64 positions, and runtime.max_seq_len is 512"),
+        ("fc", {"fc_norm": True}, "has fc_norm in its config, which the embedded engine does not compute"),
+    ):
+        other = save_eagle3(tmp_path / name, eagle3_config(**changes))
+        assert sentence in refused(tiny_llama, tmp_path, "method=eagle3", f"draft={other}")

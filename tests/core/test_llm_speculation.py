@@ -148,7 +148,7 @@ def test_mtp(mtp: Path, tmp_path: Path, version: str, monkeypatch: pytest.Monkey
 
 
 def test_every_field_has_a_home() -> None:
-    named = {name for names in LLM_FIELDS.values() for name in names} | {"method", "draft_kv_cache_share"}
+    named = {name for names in LLM_FIELDS.values() for name in names} | {"method", "draft_kv_cache_share", "train"}
     assert set(Speculative.model_fields) == named
 
 

@@ -16,7 +16,15 @@ from trtbuild.doctor import REQUIRED
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "builder" / "trtbuild"
 
-RECIPE = {"recipe", "recipe_fields", "recipe_compress", "recipe_speculative", "recipe_runtime", "recipe_file"}
+RECIPE = {
+    "recipe",
+    "recipe_fields",
+    "recipe_compress",
+    "recipe_speculative",
+    "recipe_training",
+    "recipe_runtime",
+    "recipe_file",
+}
 
 # A module may import from its own row and from the rows below it.
 LAYERS = [
@@ -27,6 +35,10 @@ LAYERS = [
         "adapter_file",
         "draft",
         "eagle3_draft",
+        "embedded_draft",
+        "medusa_draft",
+        "planned_draft",
+        "trained_for",
         "tokenizer_file",
         "text_sets",
         "safetensors_header",
@@ -64,6 +76,7 @@ LAYERS = [
         "compress_settings",
         "serving_settings",
         "settings",
+        "training_settings",
         "llm_speculation",
         "llm_speculation_conflicts",
         "llm_speculation_refusals",
@@ -78,6 +91,7 @@ LAYERS = [
         "trtllm_build_extra",
         "trtllm_engine_drafts",
         "trtllm_engine_lora",
+        "trtllm_medusa",
         "trtllm_engine_settings",
         "trtllm_engine_refusals",
         "refusals",
@@ -90,14 +104,17 @@ LAYERS = [
         "worker",
         "toolchain",
     },
-    {"adapters", "compress", "convert", "evaluate", "runtime", "serving", "speculate"},
+    {"adapters", "compress", "convert", "evaluate", "runtime", "serving", "speculate", "training"},
     {
         "source",
         "steps",
         "package",
         "engine_build",
         "foresight",
+        "draft_checks",
+        "draft_inputs",
         "evidence",
+        "evidence_picture",
         "pipeline",
         "init_recipe",
         "inspection",
@@ -115,7 +132,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {"torch", "transformers", "modelopt", "accelerate"}
-MAY_BE_HEAVY = {"compress", "evaluate", "runtime", "speculate", "serving/reference.py"}
+MAY_BE_HEAVY = {"compress", "evaluate", "runtime", "speculate", "training", "serving/reference.py"}
 ONLY_IN = {
     "click": {"cli", "cli_speculate"},
     "jinja2": {"render", "compress"},  # compress: the errors of a chat template

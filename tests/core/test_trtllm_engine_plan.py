@@ -181,8 +181,12 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
     [
         (["runtime.version=1.3.0rc22"], "TensorRT-LLM 1.3.0rc22 builds no engines, the last that did is 1.3.0rc20; us"),
         (
-            ["runtime.version=0.19.0"],
-            "its backend has the inputs random_seed and min_length, and the models that trtbuild writes send seed",
+            ["runtime.version=0.18.0", "runtime.guided_decoding_backend=xgrammar"],
+            "the backend of TensorRT-LLM 0.18.0 has no parameter guided_decoding_backend; remove it, or use a later",
+        ),
+        (
+            ["runtime.version=0.17.0", "speculative.method=lookahead"],
+            "speculative.method: the backend of TensorRT-LLM 0.17.0 has no parameter lookahead_window_size; remove",
         ),
         (
             ["runtime.version=1.3.0rc5"],
@@ -195,10 +199,6 @@ def test_the_table_of_architectures_is_the_conversions() -> None:
         (
             ["runtime.version=1.4.9", "runtime.allow_unknown_version=true"],
             "TensorRT-LLM 1.4.9 builds no engines, the last that did is 1.3.0rc20; use 1.2.1, or runtime.kind: trtllm",
-        ),
-        (
-            ["runtime.version=0.19.9", "runtime.allow_unknown_version=true"],
-            "TensorRT-LLM 0.19.9 builds engines, but its backend has the inputs random_seed and min_length",
         ),
         (["runtime.kv_cache.tokens_per_block=48"], "48: TensorRT-LLM's blocks hold a power of two of tokens; use 32"),
         (["serving.layout=llm"], "serving.layout: llm: TensorRT engines are served by the five models of layout ensem"),
@@ -305,6 +305,27 @@ def test_mistakes(tiny_llama: Path, tmp_path: Path, overrides: list[str], senten
         plan_for(tiny_llama, tmp_path, *overrides)
     assert sentence in str(caught.value)
     assert len(caught.value.problems) == 1, "one mistake, one sentence"
+
+
+def test_older_lines(tiny_llama: Path, tmp_path: Path) -> None:
+    """Their flags and formats, and the tensors of their backend; clients' names stay."""
+    for version, line in (("'25.01'", "0.17"), ("0.18.2", "0.18"), ("0.19.0", "0.19")):
+        plan = plan_for(tiny_llama, tmp_path, f"runtime.version={version}", "compress.format=fp8")
+        assert plan.step("repository").parameters["engine_line"] == line
+        assert set(flags(plan)) <= set(flag_table(plan.value("runtime.version")).flags)
+    assert "engine_line" not in plan_for(tiny_llama, tmp_path, "runtime.version=0.20.0").step("repository").parameters
+    experts = save_checkpoint(tmp_path / "mixtral", "mixtral")
+    with pytest.raises(CompatibilityError, match=r"no engines of MixtralForCausalLM in W4A16_AWQ, 0\.19 is the first"):
+        plan_for(experts, tmp_path, "runtime.version=0.18.0", "compress.format=int4_awq", "compress.group_size=64")
+    checkpoint = Path(shutil.copytree(tiny_llama, tmp_path / "yarn"))
+    edit_config(checkpoint, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0})
+    recipe = tmp_path / "yarn.yaml"
+    recipe.write_text(f"schema_version: 1\nmodel: {{path: {checkpoint}}}\n{RUNTIME}")
+    assert prepare(recipe).plan.value("runtime.version") == "1.2.1"
+    with pytest.raises(
+        CompatibilityError, match="'yarn': TensorRT-LLM 1.0 builds no engines with it, 1.1 is the first"
+    ):
+        prepare(recipe, ["runtime.version=1.0.0"])
 
 
 def test_one_rank_of_a_kind_is_no_demand(tiny_llama: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_hostile_label_values_survive(tmp_path: Path, value: str) -> None:
 one_line = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=40)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(value=one_line, model_name=one_line)
 def test_any_text_on_one_line_breaks_no_file(value: str, model_name: str) -> None:
     spec = replace(SPEC, labels={"com.example.note": value}, model_name=model_name)
@@ -133,7 +133,7 @@ def test_any_text_on_one_line_breaks_no_file(value: str, model_name: str) -> Non
     assert yaml.safe_load(files["compose.yaml"])["services"]["triton"]["image"] == SPEC.image
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(model_name=one_line)
 def test_the_compose_project_follows_composes_grammar(model_name: str) -> None:
     with tempfile.TemporaryDirectory() as directory:

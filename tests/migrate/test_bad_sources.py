@@ -125,11 +125,6 @@ def test_bad_sources(make: Callable[[Path], Path], code: int, sentence: str, tmp
     [
         (["--version", "9.9.9"], 2, "--version: 9.9.9 is in no known release line"),
         (["--version", "0.17.0"], 3, "TensorRT-LLM 0.17.0 has TensorRT engines only; use 1.2.1"),
-        (
-            ["--to", "trtllm-engine", "--version", "0.18.2"],
-            3,
-            "TensorRT-LLM 0.18.2 builds engines, but its backend has",
-        ),
         (["--to", "trtllm-engine", "--version", "1.4.0rc1"], 3, "1.4.0rc1 has the LLM API only; use 1.2.1"),
         (["--to", "embedded", "--version", "1.2.1"], 2, "--version: 1.2.1: the embedded runtime has trtbuild's own"),
         (["--to", "vllm"], 2, "is not one of"),

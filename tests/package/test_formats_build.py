@@ -40,7 +40,7 @@ def test_a_build(
     quality = json.loads((package / "evidence" / "quality.json").read_text())
     assert how in quality["how"]
     assert quality["perplexity"]["ratio"] != 1.0
-    assert all(check["ok"] for check in json.loads(cli("verify", package, "--json").stdout) if check["ran"])
+    assert all(check["passed"] for check in json.loads(cli("verify", package, "--json").stdout) if check["ran"])
     cli("inspect", package)
 
 

@@ -108,7 +108,7 @@ def test_verify_reports_every_check(engine: Path, trtllm_recipe: Path, tmp_path:
         *("engine.json", "LLM arguments"),
         *("checkpoint: recognition", "checkpoint: packing", "checkpoint: excluded modules", "checkpoint: scales"),
         *("checkpoint: fused projections", "checkpoint: AWQ input scales", "checkpoint: KV cache scales"),
-        *("checkpoint: tensor parallel", "checkpoint: GPU"),
+        *("checkpoint: tensor parallel", "checkpoint: release", "checkpoint: GPU"),
     ]
     assert checks[0].detail == "TensorRT-LLM 1.2.1, container 26.07, world size 1"
     assert checks[1].detail == "16 arguments, TensorRT-LLM 1.2.1, schema 1.2.1"

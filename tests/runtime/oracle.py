@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import tiny
-from trtbuild.runtime import Engine, SpeculativeConfig
+from trtbuild.runtime import Engine, SamplingParams, SpeculativeConfig
 from trtbuild.runtime.drafts.draft import Ask, Draft
 from trtbuild.runtime.drafts.speculation import Speculation
 
@@ -56,5 +56,33 @@ def with_oracle(engine: Engine, texts: list[list[int]], accuracy: float = 0.7, *
     """Have `engine`, which speculates not, draft with an oracle."""
     oracle = Oracle(texts, accuracy)
     config = SpeculativeConfig("ngram", **({"max_draft_len": 5} | section))
-    engine._speculation = Speculation(config, oracle, engine._scheduler._config.max_num_tokens)
+    engine._speculation = Speculation(config, oracle, engine._scheduler._config)
     return oracle
+
+
+def own_drafts(engine: Engine, prompt: list[int], tokens: int, right: list[int] | None = None) -> dict[int, list[int]]:
+    """What the engine's drafter proposes for one request, by the length of the text behind which it does.
+
+    With `right`, the text as it will be, what is verified in its place are two right tokens and a wrong one, so that
+    drafts are taken in part.
+    """
+    drafter: Any = engine._speculation._drafter  # type: ignore[union-attr]
+    propose, found = drafter.propose, {}
+
+    def watched(asks: Many[Ask]) -> list[Draft | None]:
+        drafts = propose(asks)
+        length = len(asks[0].sequence.token_ids)
+        if drafts[0] is not None:
+            found[length] = list(drafts[0].tokens)
+        if right is None:
+            return drafts
+        wrong = [(token + 1) % tiny.VOCAB_SIZE for token in right]
+        mixed = [*right[length : length + 2], *wrong[length + 2 : length + 3]]
+        return [Draft(mixed[: asks[0].count])]
+
+    drafter.propose = watched
+    try:
+        engine.generate([prompt], SamplingParams(max_tokens=tokens, ignore_eos=True))
+    finally:
+        drafter.propose = propose
+    return found

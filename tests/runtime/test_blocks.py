@@ -101,7 +101,7 @@ def test_reusing_a_block_makes_it_recent() -> None:
     assert blocks.take(1) == second
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5), st.integers(0, 3)), max_size=60))
 def test_no_block_is_lost_or_held_twice(actions: list[tuple[int, int, int]]) -> None:
     blocks = BlockManager(12)
@@ -153,7 +153,7 @@ def check_step(scheduler: Scheduler, chunks: list[Chunk], config: EngineConfig) 
     assert all(not sequence.block_table for sequence in scheduler.waiting)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     jobs=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(0, 2)), min_size=1, max_size=10),
     policy=st.sampled_from(["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from runtime.fp8 import fp8_checkpoint
+from runtime.oracle import own_drafts
 from runtime.test_speculation import FREE, TIGHT, make_prompts, run
 from trtbuild.errors import ArtifactError, CompatibilityError
 from trtbuild.runtime import Engine, SamplingParams, SpeculativeConfig
@@ -68,6 +69,31 @@ def test_drawn_drafts_of_the_model_itself_are_all_taken(
     one = engine(path=pair(checkpoint("llama")), speculative=SECTION)
     run(one, make_prompts(2), SamplingParams(max_tokens=24, ignore_eos=True, temperature=1.3, top_p=0.9))
     assert one.stats().accepted_draft_tokens == one.stats().draft_tokens > 60
+
+
+def test_late_drafts_are_those_of_a_text_that_begins_there(
+    engine: Load, checkpoint: Callable[..., Path], pair: Callable[..., Path]
+) -> None:
+    """After drafts that were taken in part and refused, and in blocks that another request has left."""
+    path = pair(checkpoint("qwen2", 1, num_hidden_layers=2))
+    used, fresh = (engine(path=path, speculative=SECTION, tokens_per_block=4) for _ in range(2))
+    prompt = make_prompts(2)[0]
+    text = prompt + list(run(used, [prompt])[0].token_ids)
+    tables = used._speculation._drafter._tables
+    publish = tables.publish
+
+    def watched(state: Any, tokens: int) -> None:
+        assert state.token_ids[:tokens] == text[:tokens], "drafted tokens are offered for reuse"
+        publish(state, tokens)
+
+    tables.publish = watched
+    late = own_drafts(used, prompt, 20, text)
+    tables.publish = publish
+    assert used._speculation._drafter is not None
+    assert used.stats().accepted_draft_tokens > 8
+    for length in list(late)[1:5]:
+        assert own_drafts(fresh, text[: length - 1], 6)[length] == late[length]
+        assert own_drafts(used, text[: length - 1], 6)[length] == late[length]
 
 
 def test_a_draft_without_room_waits(engine: Load, checkpoint: Callable[..., Path], pair: Callable[..., Path]) -> None:

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
+from runtime.oracle import own_drafts
 from runtime.test_speculation import TIGHT, make_prompts, run, texts
 from trtbuild.errors import ArtifactError, CompatibilityError
 from trtbuild.runtime import Engine, SamplingParams, SpeculativeConfig
-from trtbuild.runtime.drafts.draft import Draft
 
 Load = Callable[..., Engine]
 CAPTURED = [0, 1, 2]
@@ -85,22 +85,7 @@ def engine_directory(root: Path, model: Path, draft: Path) -> Path:
 
 def first_drafts(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
     """What is drafted behind each prompt and the token that the model has put behind it."""
-    drafter, found = engine._speculation._drafter, []
-    propose = drafter.propose
-
-    def watched(asks: Any) -> list[Draft | None]:
-        drafts = propose(asks)
-        found.extend([] if draft is None else list(draft.tokens) for draft in drafts)
-        return drafts
-
-    drafter.propose = watched
-    made = []
-    for prompt in prompts:
-        found.clear()
-        engine.generate([prompt], SamplingParams(max_tokens=5, ignore_eos=True))
-        made.append(found[0])
-    drafter.propose = propose
-    return made
+    return [own_drafts(engine, prompt, 5)[len(prompt) + 1] for prompt in prompts]
 
 
 def test_medusa_heads_draft_what_modelopt_s_do(
@@ -161,27 +146,19 @@ def test_answers_are_the_same(
         assert drafter._tables.blocks.num_free == drafter._tables.blocks.num_blocks
 
 
-def test_every_place_of_an_eagle3_draft_is_as_if_it_were_computed_at_once(
-    engine: Load, checkpoint: Callable[..., Path], eagle3: tuple[Path, Any], tmp_path: Path
+@pytest.mark.parametrize("method", ["medusa", "eagle3"])
+def test_late_drafts_are_those_of_a_text_that_begins_there(
+    engine: Load, checkpoint: Callable[..., Path], request: Any, tmp_path: Path, method: str
 ) -> None:
-    """Drafts late in an answer, after many were refused, are those of a text that begins there."""
-    path = engine_directory(tmp_path, checkpoint("llama"), eagle3[0])
-    section = SpeculativeConfig("eagle3", max_draft_len=3, draft="draft")
+    path = engine_directory(tmp_path, checkpoint("llama"), request.getfixturevalue(method)[0])
+    section = SpeculativeConfig(method, max_draft_len=3, draft="draft")
     one = engine(path=path, speculative=section, enable_block_reuse=False)
     prompt = make_prompts(2)[0]
-    drafter, late = one._speculation._drafter, []
-    propose = drafter.propose
-
-    def watched(asks: Any) -> list[Draft | None]:
-        drafts = propose(asks)
-        late.append((len(asks[0].sequence.token_ids), drafts[0].tokens if drafts[0] else []))
-        return drafts
-
-    drafter.propose = watched
-    answer = prompt + list(run(one, [prompt])[0].token_ids)
-    drafter.propose = propose
-    length, drafts = late[10]
-    assert first_drafts(one, [answer[: length - 1]]) == [drafts]
+    text = prompt + list(run(one, [prompt])[0].token_ids)
+    late = own_drafts(one, prompt, 20, text)
+    assert one.stats().accepted_draft_tokens > 8
+    for length in list(late)[1:5]:
+        assert own_drafts(one, text[: length - 1], 5)[length] == late[length]
 
 
 def changed(source: Path, target: Path, config: dict[str, Any] | None = None, drop: str = "") -> Path:

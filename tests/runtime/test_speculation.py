@@ -185,6 +185,32 @@ def test_drafts_pre_empt_nobody_and_leave_room_for_prompts(engine: Load) -> None
     assert drafting.stats().steps < plain.stats().steps
 
 
+def test_a_draft_takes_no_block_that_another_request_needs(engine: Load) -> None:
+    """Two answers end when they and a third, longer one have filled the cache to the last block; all of them draft."""
+    prompts = [[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13, 14]]
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (33, 9, 9)]
+    limits = {"tokens_per_block": 4, "max_tokens": 36, "capacity_scheduler_policy": "MAX_UTILIZATION"}
+    plain, drafting = engine(**limits), engine(**limits)
+    expected = run(plain, prompts, params)
+    with_oracle(drafting, [], 0.0, max_draft_len=20)
+    assert [one.token_ids for one in run(drafting, prompts, params)] == [one.token_ids for one in expected]
+    assert plain.stats().preemptions == drafting.stats().preemptions == 0
+
+
+def test_a_prompt_that_needs_a_whole_step_does_not_wait_for_drafts(engine: Load) -> None:
+    """Without chunked prefill: two answers run and draft, and the third request needs all but two tokens of a step."""
+    prompts = [[3, 4], [5, 6], list(range(20, 42))]
+    lengths = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (40, 40, 2)]
+    limits = {"max_num_tokens": 24, "max_seq_len": 64, "max_batch_size": 3, "enable_chunked_prefill": False}
+    plain, drafting = engine(**limits), engine(**limits)
+    expected = run(plain, prompts, lengths)
+    oracle = with_oracle(drafting, [], 0.0)
+    found = run(drafting, prompts, lengths)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    assert found[2].metrics.last_token_time_ns < found[0].metrics.last_token_time_ns
+    assert max(oracle.lengths) == 5
+
+
 def test_cancelling_frees_the_blocks_and_tells_the_drafter(engine: Load) -> None:
     one = engine(tokens_per_block=BLOCK)
     oracle = with_oracle(one, [], 0.0)

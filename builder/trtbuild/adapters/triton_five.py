@@ -13,16 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtbuild.adapters import triton_contract, triton_draft, triton_parameters
+from trtbuild.adapters import triton_contract, triton_draft, triton_older, triton_parameters
 from trtbuild.adapters.triton_config import Model, parse
 from trtbuild.adapters.triton_copy import copy_model
 from trtbuild.adapters.triton_spec import RepositorySpec, boolean
 from trtbuild.errors import Problem
+from trtbuild.releases import older_backend
 from trtbuild.render import render
 
 LAYOUT, TOKENS = "ensemble", "tokens"
 ENGINE_MODEL, DRAFT_MODEL = "tensorrt_llm", "tensorrt_llm_draft"
 _EXECUTED = (ENGINE_MODEL, DRAFT_MODEL)
+_BLS, _LINE = "tensorrt_llm_bls", "engine_line"
 MODELS = ("ensemble", "postprocessing", "preprocessing", ENGINE_MODEL, "tensorrt_llm_bls")
 _EMBEDDED = "embedded"
 _CANCELLATION_CHECK_PERIOD_MS = 50
@@ -46,7 +48,7 @@ def write(spec: RepositorySpec, out: Path) -> None:
         written = models[name]
         version = out / name / "1"
         version.mkdir(parents=True)
-        text = render(_template(name), written.context)
+        text = _rendered(name, written, spec.engine_line)
         (out / name / "config.pbtxt").write_text(text, encoding="utf-8", newline="\n")
         if written.source is not None:
             copy_model(written.source, version)
@@ -81,6 +83,15 @@ def check(models: Sequence[Model]) -> list[Problem]:
     for engine in (ours[name] for name in _EXECUTED if name in ours):
         problems += _parameters(engine) if _is_trtllm(engine) else []
     return problems + _agreement(ours)
+
+
+def _rendered(name: str, written: _Written, line: str | None) -> str:
+    """A model's configuration, as the engine's release line has it."""
+    text, older = render(_template(name), written.context), older_backend(line)
+    asks = name in ("ensemble", _BLS)
+    if older is None:
+        return text
+    return triton_older.fit(text, older, executed=name in _EXECUTED, asks=asks, refuses=name == _BLS)
 
 
 def _template(name: str) -> str:
@@ -118,10 +129,11 @@ def _contract(model: Model, models: Mapping[str, Model]) -> Any:
         spec = replace(spec, runtime="trtllm-engine", engine=parameters)
         if DRAFT_MODEL in models:
             spec = replace(spec, draft=parameters, draft_tokens=1)
+    spec = replace(spec, engine_line=None if engine is None else engine.parameter(_LINE))
     written = _models(spec).get(model.name)
     if written is None:
         return model.config  # a draft of the embedded engine, which `_agreement` refuses
-    wanted = parse(render(_template(model.name), written.context))
+    wanted = parse(_rendered(model.name, written, spec.engine_line))
     if _is_trtllm(model) and model.name in _EXECUTED:
         wanted.ClearField("parameters")  # judged by triton_parameters
     return wanted
@@ -216,6 +228,8 @@ def _models(spec: RepositorySpec) -> dict[str, _Written]:
     }
     if spec.draft is not None:
         bls["num_draft_tokens"] = spec.draft_tokens
+    if (older := older_backend(spec.engine_line)) is not None:
+        bls |= {"engine_input_names": triton_older.names(older), "engine_lacks": triton_older.refused(older)}
     if spec.lora_adapters_dir is not None:
         bls["lora_adapters_dir"] = f"{spec.engine_dir}/{spec.lora_adapters_dir}"
     parameters = {
@@ -232,20 +246,22 @@ def _models(spec: RepositorySpec) -> dict[str, _Written]:
     }
     made[ENGINE_MODEL] = _engine_model(spec, common, base | streams | limits)
     if spec.draft is not None:
-        made[DRAFT_MODEL] = _trtllm_model(spec.draft, common, DRAFT_MODEL)
+        made[DRAFT_MODEL] = _trtllm_model(spec.draft, common, DRAFT_MODEL, spec.engine_line)
     return made
 
 
 def _engine_model(spec: RepositorySpec, common: Mapping[str, Any], ours: Mapping[str, Any]) -> _Written:
     if spec.engine is not None:
-        return _trtllm_model(spec.engine, common, ENGINE_MODEL)
+        return _trtllm_model(spec.engine, common, ENGINE_MODEL, spec.engine_line)
     context = dict(common) | _TYPES | {"name": ENGINE_MODEL, "backend": "python", "unset": []}
     chosen = {name: value for name, value in ours.items() if name != "default_max_tokens"}
     chosen |= {"engine_dir": spec.engine_dir, "exclude_input_in_output": "true", "max_beam_width": 1}
     return _Written(context | {"parameters": list(chosen.items())}, f"ensemble/{ENGINE_MODEL}")
 
 
-def _trtllm_model(engine: triton_parameters.EngineParameters, common: Mapping[str, Any], name: str) -> _Written:
+def _trtllm_model(
+    engine: triton_parameters.EngineParameters, common: Mapping[str, Any], name: str, line: str | None
+) -> _Written:
     """A model that TensorRT-LLM executes, with one instance for each group of GPUs."""
     chosen: dict[str, Any] = engine.written()
     context = dict(common) | _TYPES | {"name": name, "backend": engine.backend, "unset": engine.unset()}
@@ -254,12 +270,14 @@ def _trtllm_model(engine: triton_parameters.EngineParameters, common: Mapping[st
     if engine.backend == "python":
         chosen["container_model_py"] = _CONTAINER_MODEL
         source = "ensemble/tensorrt_llm_container"
+    if line is not None:
+        chosen[_LINE] = line
     return _Written(context | {"parameters": list(chosen.items())}, source)
 
 
 _TYPES = {"encoder_input_features_type": "TYPE_FP16", "prompt_embedding_table_type": "TYPE_FP16"}
 # Parameters of trtbuild's own in a model that TensorRT-LLM executes.
-_OURS = ("container_model_py",)
+_OURS = ("container_model_py", _LINE)
 _ANY_SPEC = RepositorySpec(
     model_name=ENGINE_MODEL,
     runtime=_EMBEDDED,

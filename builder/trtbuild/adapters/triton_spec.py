@@ -16,7 +16,8 @@ class RepositorySpec:
     """Everything that decides a model repository; sizes are in tokens.
 
     Only for layouts `ensemble` and `tokens`: `max_batch_size` (requests at a time), `engine` (what TensorRT-LLM's own
-    backends read) and, beside it, `draft` (the same of a draft model, which proposes `draft_tokens` at a time). Only
+    backends read) and, beside it, `draft` (the same of a draft model, which proposes `draft_tokens` at a time), and
+    `engine_line`, the release line where its backend has other tensors than the newest. Only
     for the runtime `trtllm`: `model_py` takes the container's own model files with ``upstream``, which then reads
     `llm_args` and finds the engine at `model_path`; `instance_count` instances each get a group of `gpu_device_ids`,
     such as ``0,1;2,3``; `lora_adapters` are directories in the engine directory, by the name that clients send. For
@@ -38,6 +39,7 @@ class RepositorySpec:
     engine: EngineParameters | None = None
     draft: EngineParameters | None = None
     draft_tokens: int = 0
+    engine_line: str | None = None
     model_py: str = OWN_MODEL_FILES
     instance_count: int = 1
     gpu_device_ids: str = ""

@@ -14,13 +14,18 @@ DTYPES = ("auto", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One conversion; `dtype` is the type of everything that is not quantized."""
+    """One conversion; `dtype` is the type of everything that is not quantized.
+
+    `medusa` is a directory of Medusa heads that come with the model, for trees of drafts of `max_draft_len` tokens.
+    """
 
     source: Path
     output: Path
     tp_size: int
     pp_size: int
     dtype: str
+    medusa: Path | None = None
+    max_draft_len: int = 0
 
     @property
     def world_size(self) -> int:
@@ -50,4 +55,12 @@ def parse_request(raw: Mapping[str, Any]) -> Request:
         problems.append(Problem("convert.dtype", f"{dtype!r} is not one of {', '.join(DTYPES)}"))
     if problems:
         raise RecipeError(problems)
-    return Request(source=Path(raw["source"]), output=Path(raw["output"]), dtype=dtype, **sizes)
+    heads = raw.get("medusa")
+    return Request(
+        source=Path(raw["source"]),
+        output=Path(raw["output"]),
+        dtype=dtype,
+        medusa=None if heads is None else Path(heads),
+        max_draft_len=raw.get("max_draft_len", 0),
+        **sizes,
+    )

@@ -11,6 +11,7 @@ from trtbuild.convert.architectures import find_architecture
 from trtbuild.convert.checks import check_source
 from trtbuild.convert.config import LAYERS, checkpoint_config, layer_config
 from trtbuild.convert.formats import read_quantization
+from trtbuild.convert.medusa import head_outputs, open_heads, with_heads
 from trtbuild.convert.model import Model, plan_rank
 from trtbuild.convert.request import Request, parse_request
 from trtbuild.convert.shape import check_division, read_shape
@@ -35,15 +36,21 @@ def run(raw: dict[str, Any], progress: Progress) -> dict[str, Any]:
     notes = check_source(model) + _notes(model)
     config, layers = checkpoint_config(model), layer_config(model)
     plans = [plan_rank(model, rank) for rank in range(request.world_size)]
+    tensors = dict(model.source.tensors)
+    if request.medusa is not None:
+        heads = open_heads(request.medusa, request.max_draft_len, model)
+        config, tensors = with_heads(config, model, heads), tensors | dict(heads.tensors)
+        for plan in plans:
+            plan.outputs += head_outputs(model, heads, plan.rank)
     checked = time.monotonic()
     _prepare(request.output)
-    sizes = write_ranks(plans, model.source.tensors, request.output, progress)
+    sizes = write_ranks(plans, tensors, request.output, progress)
     if layers is not None:
         _write(request.output / LAYERS, layers)
     _write(request.output / _CONFIG, config)
     progress(1, 1, "done")
     return {
-        "architecture": model.row.name,
+        "architecture": config["architecture"],
         "format": model.quantized.algo,
         "kv_cache": model.quantized.kv_cache,
         "dtype": model.dtype,
@@ -58,13 +65,17 @@ def run(raw: dict[str, Any], progress: Progress) -> dict[str, Any]:
     }
 
 
-def refuse_source(source: Path, *, tp_size: int, pp_size: int) -> None:
+def refuse_source(source: Path, *, tp_size: int, pp_size: int) -> dict[str, Any]:
     """Refuse an original checkpoint whose conversion would be refused for its sizes or its config, without tensor data.
+
+    Returns the config that the conversion would write, but for its quantization.
 
     Raises:
         CompatibilityError, ArtifactError: as `run`.
     """
-    checkpoint_config(_read(Request(source=source, output=source, tp_size=tp_size, pp_size=pp_size, dtype="auto")))
+    return checkpoint_config(
+        _read(Request(source=source, output=source, tp_size=tp_size, pp_size=pp_size, dtype="auto"))
+    )
 
 
 def _read(request: Request) -> Model:

@@ -106,6 +106,13 @@ def open_source(directory: Path) -> Source:
     return Source(directory=directory, facts=facts, config=config, quantization=section, tensors=tensors)
 
 
+def stored_in(path: Path) -> dict[str, Stored]:
+    """The tensors of one file, whose header was checked."""
+    tensors: dict[str, Stored] = {}
+    _add_shard(path, tensors)
+    return tensors
+
+
 def _add_shard(path: Path, tensors: dict[str, Stored]) -> None:
     """Add one file's tensors; its header was checked by `read_facts`."""
     with path.open("rb") as file:

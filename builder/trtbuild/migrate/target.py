@@ -17,7 +17,7 @@ from trtbuild.migrate.fates import table
 from trtbuild.migrate.values import text
 from trtbuild.recipe_fields import RuntimeKind
 from trtbuild.refusals import embedded_takes
-from trtbuild.releases import Flow, Release, find_release, newest, oldest_served
+from trtbuild.releases import Flow, Release, find_release, newest
 from trtbuild.trtllm_build_extra import extra_problems
 from trtbuild.trtllm_engine_refusals import NOT_WRITTEN
 
@@ -105,9 +105,6 @@ def choose_target(kind: RuntimeKind, version: str | None, gpu: str | None, *, op
         has = "the LLM API only" if "llm-api" in found.line.flows else "TensorRT engines only"
         message = f"--version: TensorRT-LLM {found.version} has {has}"
         raise CompatibilityError(message, f"use {newest(flow).version}, or another {option}")
-    if kind == "trtllm-engine" and found.line.unserved is not None:
-        message = f"--version: TensorRT-LLM {found.version} builds engines, but {found.line.unserved}"
-        raise CompatibilityError(message, f"use {newest(flow).version}, or {oldest_served()} at least")
     return Target(kind, found, gpu)
 
 

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 
 from trtbuild.errors import RequestError, ToolError, TrtbuildError
+from trtbuild.runtime.advance import StepResult
 from trtbuild.runtime.config import EngineConfig
 from trtbuild.runtime.drafts.load import draft_bytes, load_speculation
 from trtbuild.runtime.drafts.speculation import Speculation
@@ -25,7 +26,7 @@ from trtbuild.runtime.request import Request, final_output
 from trtbuild.runtime.sampling_params import SamplingParams
 from trtbuild.runtime.scheduler import Chunk, Scheduler
 from trtbuild.runtime.sequence import Sequence as EngineSequence
-from trtbuild.runtime.step import StepResult, finish_promised, finish_step, promise_tokens
+from trtbuild.runtime.step import finish_promised, finish_step, promise_tokens
 from trtbuild.runtime.step_logits import StepLogits
 
 logger = logging.getLogger(__name__)

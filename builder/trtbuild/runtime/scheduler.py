@@ -115,10 +115,13 @@ class Scheduler:
             chunk.sequence.num_computed = chunk.end - chunk.num_drafted
 
     def publish(self, chunks: list[Chunk]) -> None:
-        """Offer the full blocks of `chunks`, whose tokens are all known now, for reuse."""
+        """Offer the full blocks of `chunks`, whose tokens are all known now, for reuse; take those of drafts back."""
         for chunk in chunks:
             # A draft's chunk may end in tokens that were refused.
-            self.tables.publish(chunk.sequence, min(chunk.end, chunk.sequence.num_computed))
+            sequence = chunk.sequence
+            self.tables.publish(sequence, min(chunk.end, sequence.num_computed))
+            if chunk.draft is not None and not self._reserves:
+                self.tables.trim(sequence, len(sequence.token_ids))
 
     def _schedule_one(self, sequence: Sequence, budget: int, chunks: dict[Sequence, Chunk]) -> int:
         """Schedule what fits of `sequence`; returns the tokens taken, less those of sequences pre-empted for it."""

@@ -44,6 +44,15 @@ class BlockTables:
         sequence.table_version += 1
         sequence.slots = None
 
+    def trim(self, sequence: Sequence, tokens: int) -> None:
+        """Take back the blocks behind those of a sequence's first `tokens` tokens."""
+        table, kept = sequence.block_table, self.blocks_for(tokens)
+        if len(table) > kept:
+            self.blocks.release(table[kept:])
+            del table[kept:]
+            sequence.table_version += 1
+            sequence.slots = None
+
     def publish(self, sequence: Sequence, tokens: int) -> None:
         """Offer the full blocks of a sequence's first `tokens` tokens, all computed, for reuse."""
         full = tokens // self.block_size

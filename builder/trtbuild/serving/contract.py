@@ -36,6 +36,10 @@ _ENSEMBLE_NAMES = {
 }
 
 
+# What this client asks of layout ensemble besides, to count tokens.
+COUNTS = frozenset(("return_num_input_tokens", "return_num_output_tokens"))
+
+
 def request_inputs(
     prompt: str | Sequence[Mapping[str, Any]] | None, *, streaming: bool, layout: str = LLM, **inputs: Any
 ) -> dict[str, Any]:
@@ -50,8 +54,7 @@ def request_inputs(
         ids, limit = list(inputs["input_ids"]), inputs["max_tokens"]
         return {"input_ids": ids, "input_lengths": len(ids), "request_output_len": limit, "streaming": streaming}
     if layout == ENSEMBLE:
-        reports = ("return_num_input_tokens", "return_num_output_tokens")
-        sent: dict[str, Any] = dict.fromkeys(reports, True) | {"stream": streaming}
+        sent: dict[str, Any] = dict.fromkeys(sorted(COUNTS), True) | {"stream": streaming}
         named = {_ensemble_name(name): value for name, value in inputs.items() if value is not None}
     else:
         sent = {"return_finish_reason": True, "return_stop_reason": True, "streaming": streaming}

@@ -65,7 +65,7 @@ class Bench:
         self._runner.capture = None
         self._dial = Dial(self._load(sections[0]) if sections[0].draft is None else self._drafter(sections[0]))
         longest = replace(sections[0], max_draft_len=max(section.max_draft_len for section in sections))
-        speculation = Speculation(_always(longest), self._dial, config.max_num_tokens)
+        speculation = Speculation(_always(longest), self._dial, self._config)
         self._plain = Engine(plain, config, Intake.read(model, plain, config))
         self._drafting = Engine(self._runner, self._config, Intake.read(model, self._runner, self._config), speculation)
         self.facts = self._plain.facts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trtbuild.runtime.drafts.draft import Ask, Draft, Drafter
 from trtbuild.runtime.scheduler import Chunk
@@ -35,7 +35,7 @@ class Dial:
 
     def propose(self, asks: Many[Ask]) -> list[Draft | None]:
         """The drafter's own drafts."""
-        return self._drafter.propose([Ask(one.sequence, min(one.count, self._length)) for one in asks])
+        return self._drafter.propose([replace(one, count=min(one.count, self._length)) for one in asks])
 
     def observe(self, chunks: Many[Chunk], step: StepLogits) -> None:
         """Count what a step has verified."""

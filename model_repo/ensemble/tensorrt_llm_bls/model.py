@@ -15,7 +15,7 @@ from typing import Any
 
 from model_repo.ensemble.answer import Answer
 from model_repo.ensemble.chain import Chain, Models
-from model_repo.ensemble.question import parse
+from model_repo.ensemble.question import parse, refuse_missing
 from model_repo.ensemble.settings import Settings
 from model_repo.ensemble.tensors import CLIENT_OUTPUTS
 from model_repo.llm.sender import Sender, take_in
@@ -30,6 +30,7 @@ class TritonPythonModel:
         if not settings.flag("accumulate_tokens"):
             message = "is 'false': pieces decoded one by one lose spaces and break characters; write true"
             raise settings.fault("accumulate_tokens", message)
+        self._declared, self._lacks = settings.outputs, settings.words("engine_lacks")
         draft = settings.text("tensorrt_llm_draft_model_name")
         self._draft_tokens = settings.count("num_draft_tokens") if draft else 0
         self._models = Models(
@@ -38,6 +39,7 @@ class TritonPythonModel:
             says_finished=settings.text("runtime") == "embedded",
             draft=draft,
             adapters=settings.optional_directory("lora_adapters_dir"),
+            engine_names=settings.names("engine_input_names"),
         )
         period_s = settings.count("cancellation_check_period_ms") / 1000
         self._sender = Sender(None, model_name=settings.name, check_period_s=period_s, outputs=CLIENT_OUTPUTS)
@@ -54,7 +56,9 @@ class TritonPythonModel:
 
     def _accept(self, request: Any, sender: Any) -> None:
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        question = parse(inputs, streaming=self._models.decoupled, draft_tokens=self._draft_tokens)
+        streaming, drafts = self._models.decoupled, self._draft_tokens
+        refuse_missing(inputs, self._lacks)
+        question = parse(inputs, streaming=streaming, draft_tokens=drafts, declared=self._declared)
         answer = Answer(request_id=request.request_id(), streaming=question.stream)
         chain = Chain(self._models, question, answer, partial(self._sender.deliver, answer, 0))
         # In a thread of its own: that may take a moment.

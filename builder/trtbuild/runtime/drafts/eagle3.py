@@ -75,7 +75,6 @@ class Eagle3Drafter:
         self._tables = BlockTables(plain, num_blocks)
         self._seen: dict[int, _Seen] = {}
 
-    @torch.inference_mode()
     def propose(self, asks: Many[Ask]) -> list[Draft | None]:
         """The draft's tokens behind each text; none where the model has computed nothing new, or no block is free."""
         made = [Growing(ask) for ask in asks]
@@ -88,7 +87,6 @@ class Eagle3Drafter:
             feeds = [_behind(feed, hidden[row : row + 1]) for row, feed in enumerate(feeds) if feed.growing.wants_more]
         return [one.draft() for one in made]
 
-    @torch.inference_mode()
     def observe(self, chunks: Many[Chunk], step: StepLogits) -> None:
         """Keep what the model's captured layers gave at the places of right tokens."""
         states = None if step.states is None else step.states.layers

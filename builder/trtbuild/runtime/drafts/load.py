@@ -30,7 +30,7 @@ def load_speculation(engine_dir: Path, config: EngineConfig, runner: ModelRunner
     section = config.speculative
     if section is None:
         return None
-    return Speculation(section, load_drafter(engine_dir, section, config, runner), config.max_num_tokens)
+    return Speculation(section, load_drafter(engine_dir, section, config, runner), config)
 
 
 def load_drafter(engine_dir: Path, section: SpeculativeConfig, config: EngineConfig, runner: ModelRunner) -> Drafter:
@@ -42,8 +42,9 @@ def load_drafter(engine_dir: Path, section: SpeculativeConfig, config: EngineCon
         raise ArtifactError(f"{directory}: holds no draft model", "build the package again")
     if section.method == "medusa":
         return _medusa(directory, runner)
-    makers = {"draft_target": _draft_model, "eagle3": _eagle3}
-    return makers[section.method](directory, config, runner)
+    if section.method == "eagle3":
+        return _eagle3(directory, config, runner)
+    return _draft_model(directory, config, runner)
 
 
 def _draft_model(directory: Path, config: EngineConfig, runner: ModelRunner) -> ModelDrafter:

@@ -50,7 +50,8 @@ def read_heads(directory: Path, like: torch.Tensor, vocab_size: int) -> list[Hea
         CompatibilityError: the heads are for another model.
     """
     config, tensors = read_config(directory), read_tensors(directory, _PREFIX)
-    nested = config.get("medusa") if isinstance(config.get("medusa"), dict) else {}
+    said = config.get("medusa")
+    nested = said if isinstance(said, dict) else {}
     heads = config.get("medusa_num_heads", nested.get("num_medusa_heads"))
     layers = config.get("medusa_num_layers", nested.get("num_medusa_layers"))
     if not (isinstance(heads, int) and isinstance(layers, int) and heads > 0 and layers >= 0):
@@ -84,7 +85,6 @@ class MedusaDrafter:
         # The hidden state [H] that each request's last token was chosen from.
         self._hidden: dict[int, torch.Tensor] = {}
 
-    @torch.inference_mode()
     def propose(self, asks: Many[Ask]) -> list[Draft | None]:
         """Each head's token, as many heads as tokens are asked for."""
         made = [Growing(ask) for ask in asks]

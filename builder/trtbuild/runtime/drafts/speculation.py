@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as Many
 
+import torch
+
+from trtbuild.runtime.config import EngineConfig
 from trtbuild.runtime.drafts.config import SpeculativeConfig
 from trtbuild.runtime.drafts.draft import Ask, Drafter
 from trtbuild.runtime.scheduler import Chunk, Scheduler
@@ -17,11 +20,11 @@ logger = logging.getLogger(__name__)
 class Speculation:
     """One engine's drafter and its bookkeeping; the engine's thread alone uses it, but for the counts."""
 
-    def __init__(self, config: SpeculativeConfig, drafter: Drafter, max_num_tokens: int) -> None:
+    def __init__(self, config: SpeculativeConfig, drafter: Drafter, limits: EngineConfig) -> None:
         self.drafted = 0
         self.accepted = 0
         self._config = config
-        self._max_num_tokens = max_num_tokens
+        self._limits = limits
         self._drafter: Drafter | None = drafter
 
     def propose(self, scheduler: Scheduler) -> None:
@@ -33,7 +36,8 @@ class Speculation:
         # A draft and the token behind it are all that may come: then no key needs more room than the answer does.
         asks = [Ask(one, min(length, one.tokens_left - 1)) for one in decoding]
         try:
-            drafts = self._drafter.propose(asks)
+            with torch.inference_mode():
+                drafts = self._drafter.propose(asks)
         except Exception as error:  # noqa: BLE001  drafts save time and decide nothing: the answers go on without them
             self._give_up(error)
             return
@@ -49,7 +53,8 @@ class Speculation:
         if self._drafter is None:
             return
         try:
-            self._drafter.observe(chunks, step)
+            with torch.inference_mode():
+                self._drafter.observe(chunks, step)
         except Exception as error:  # noqa: BLE001  as above
             self._give_up(error)
 
@@ -70,9 +75,11 @@ class Speculation:
 
     def _share(self, scheduler: Scheduler, drafting: int) -> int:
         """Tokens of a step for each draft: what one token a sequence leaves, half of it while prompts want some too."""
-        if drafting == 0:
+        prompts = bool(scheduler.waiting) or drafting < len(scheduler.running)
+        # A prompt that must run in one step would wait for those that draft to end.
+        if drafting == 0 or (prompts and not self._limits.enable_chunked_prefill):
             return 0
-        spare = self._max_num_tokens - len(scheduler.running)
-        if scheduler.waiting or drafting < len(scheduler.running):
+        spare = self._limits.max_num_tokens - len(scheduler.running)
+        if prompts:
             spare //= 2
         return spare // drafting
