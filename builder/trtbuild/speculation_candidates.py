@@ -81,8 +81,8 @@ def find_possible(loaded: LoadedRecipe, draft: Path | None = None) -> Possible:
 def _asked(loaded: LoadedRecipe, draft: Path | None) -> Iterator[Candidate]:
     """Every candidate that the embedded engine's methods allow, the cheapest family first.
 
-    A draft is that of the recipe's method, else of the first that takes it: a draft model comes last, whose files others
-    have too.
+    A draft is that of the recipe's method, else of the first that takes it: a draft model comes last, since others have
+    its files too.
     """
     said = loaded.recipe.speculative
     place = str(draft) if draft is not None else said.draft

@@ -9,7 +9,8 @@ from trtbuild.speculation_advice import Candidate, Measured, advise
 from trtbuild.speculation_picture import draw
 from trtbuild.yaml_text import parse_yaml
 
-NGRAM, DRAFT = {"method": "ngram", "max_matching_ngram_size": 2}, {"method": "draft_target", "draft": "/small"}
+NGRAM: dict[str, object] = {"method": "ngram", "max_matching_ngram_size": 2}
+DRAFT: dict[str, object] = {"method": "draft_target", "draft": "/small"}
 QUIET = {1: 0.01, 4: 0.01, 16: 0.01}
 
 

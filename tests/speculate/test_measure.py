@@ -12,7 +12,6 @@ import torch
 
 from trtbuild.errors import RecipeError, ToolError
 from trtbuild.runtime import EngineConfig, KvCacheConfig, SpeculativeConfig
-from trtbuild.speculate import measure
 from trtbuild.speculate.bench import Bench, Run
 from trtbuild.speculate.measure import measure_batch
 from trtbuild.speculate.prompts import read_prompts, refuse_file
@@ -33,9 +32,9 @@ def bench(tiny_llama: Path) -> Iterator[Bench]:
     """N-grams with two lengths, and the model as its own draft, which foresees every token."""
     cache = KvCacheConfig(max_tokens=2048, enable_block_reuse=False)
     config = EngineConfig(max_batch_size=4, max_seq_len=256, device="cpu", compute_dtype="float64", kv_cache=cache)
-    own = {"method": "draft_target", "draft": str(tiny_llama)}
+    own = str(tiny_llama)
     sections = [SpeculativeConfig("ngram", max_draft_len=length) for length in (2, 5)]
-    sections += [SpeculativeConfig(max_draft_len=length, **own) for length in (1, 3)]
+    sections += [SpeculativeConfig("draft_target", max_draft_len=length, draft=own) for length in (1, 3)]
     with Bench(tiny_llama, config, sections) as made:
         yield made
 
@@ -91,7 +90,7 @@ def test_the_fastest_run_again_and_each_stands_between_runs_without_drafts() -> 
 
 def test_a_time_that_is_over_leaves_candidates_out_and_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(measure.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("trtbuild.speculate.measure.monotonic", lambda: next(clock))
     found = measure_batch(FakeRuns([9.0] * 6), PROMPTS, 1, range(6), seconds=35, on_run=lambda _: None)
     assert (sorted(found.rows), found.missed) == ([0, 1, 2], 3)
 

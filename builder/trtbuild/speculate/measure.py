@@ -8,9 +8,9 @@ meanwhile slows all of them. What two neighbouring runs without drafts differ by
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, Protocol
 
 from trtbuild.speculate.bench import Run, TokenIds
@@ -102,19 +102,19 @@ def measure_batch(
     rounds: int = ROUNDS,
 ) -> BatchResult:
     """Measure the candidates, those that `order` names first before the others, in about `seconds`."""
-    ends = time.monotonic() + seconds
-    started = time.monotonic()
+    ends = monotonic() + seconds
+    started = monotonic()
     first = _some(prompts, batch, 0)
     for index in (None, order[0]):  # what is compiled, loaded or grown at its first use
         bench.run(index, first, batch=batch, tokens=_WARM_TOKENS)
-    each = (time.monotonic() - started) / 2 / _WARM_TOKENS / -(-len(first) // batch)
+    each = (monotonic() - started) / 2 / _WARM_TOKENS / -(-len(first) // batch)
     waves, tokens = _fitting(each, seconds / (len(order) + 2 * _AGAIN), batch)
     result = BatchResult(batch, max(batch, waves), tokens)
     going = list(order)
     for number in range(rounds):
         asked = _some(prompts, result.prompts, number * result.prompts)
         result.missed += _round(bench, result, going, asked, ends, on_run)
-        if time.monotonic() > ends:
+        if monotonic() > ends:
             break
         going = sorted(result.rows, key=lambda one: -statistics.median(result.rows[one].speed_ups))[:_AGAIN]
     return result
@@ -137,7 +137,7 @@ def _round(
 
     before = plain()
     for start in range(0, len(going), _BETWEEN):
-        if time.monotonic() > ends:
+        if monotonic() > ends:
             return sum(one not in result.rows for one in going[start:])
         runs = []
         for candidate in going[start : start + _BETWEEN]:
