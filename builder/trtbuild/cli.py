@@ -7,13 +7,13 @@ Results go to standard output, everything else to standard error. What a verb ne
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from trtbuild import __version__
+from trtbuild.cli_speculate import speculate
 from trtbuild.errors import TrtbuildError
 from trtbuild.weight_formats import WEIGHT_FORMATS
 
@@ -316,5 +316,4 @@ def doctor(*, versions: bool, as_json: bool) -> None:
         raise HostError(f"this host lacks {', '.join(missing)}", "the table above says what to do")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main.add_command(speculate)

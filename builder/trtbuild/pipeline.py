@@ -79,7 +79,15 @@ def prepare(recipe: Path, overrides: Sequence[str] = ()) -> Prepared:
     Raises:
         RecipeError, CompatibilityError, ArtifactError: see `load_recipe`, `read_facts` and `make_plan`.
     """
-    loaded = load_recipe(recipe, overrides)
+    return prepare_loaded(load_recipe(recipe, overrides))
+
+
+def prepare_loaded(loaded: LoadedRecipe) -> Prepared:
+    """As `prepare`, for a recipe that is read already.
+
+    Raises:
+        RecipeError, CompatibilityError, ArtifactError: see `read_facts` and `make_plan`.
+    """
     source, files = locate(loaded)
 
     def check(plan: Plan) -> list[Problem]:

@@ -43,6 +43,7 @@ LAYERS = [
         "text_sets",
         "safetensors_header",
         *RECIPE,
+        "recipe_edit",
         "yaml_text",
         "compat",
         "manifest",
@@ -67,6 +68,8 @@ LAYERS = [
         "compress_memory",
         "choice_memory",
         "choice_picture",
+        "speculation_advice",
+        "speculation_picture",
         "mixed_settings",
         "memory_settings",
         "setting_values",
@@ -101,7 +104,7 @@ LAYERS = [
         "worker",
         "toolchain",
     },
-    {"adapters", "compress", "convert", "evaluate", "runtime", "serving", "training"},
+    {"adapters", "compress", "convert", "evaluate", "runtime", "serving", "speculate", "training"},
     {
         "source",
         "steps",
@@ -118,17 +121,20 @@ LAYERS = [
         "verification",
         "doctor",
         "migrate",
+        "speculation_candidates",
+        "speculation_study",
     },
     {"console"},
-    {"versions"},
+    {"versions", "speculation_text"},
+    {"cli_speculate"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {"torch", "transformers", "modelopt", "accelerate"}
-MAY_BE_HEAVY = {"compress", "evaluate", "runtime", "training", "serving/reference.py"}
+MAY_BE_HEAVY = {"compress", "evaluate", "runtime", "speculate", "training", "serving/reference.py"}
 ONLY_IN = {
-    "click": {"cli"},
+    "click": {"cli", "cli_speculate"},
     "jinja2": {"render", "compress"},  # compress: the errors of a chat template
     "huggingface_hub": {"adapters"},
     "pydantic": RECIPE | {"migrate"},

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from runtime.conftest import engine_config
-from trtbuild.runtime import Engine, SamplingParams
+from trtbuild.runtime import Engine, SamplingParams, model
 from trtbuild.runtime.kv_cache import decode_e4m3, encode_e4m3
-from trtbuild.runtime.places import segment_of
 
 # Powers of two and others; one so small that keys saturate.
 SCALES = {0: (0.01, 0.02), 1: (0.0005, 0.003), 2: (0.125, 0.25)}
@@ -109,15 +108,15 @@ def test_scattered_blocks_are_gathered(checkpoint: Callable[..., Path], monkeypa
     with Engine.load(checkpoint("llama"), config=engine_config()) as engine:
         expected = [one.token_ids for one in engine.generate(prompts, params)]
     config = engine_config(capacity_scheduler_policy="MAX_UTILIZATION", tokens_per_block=4, max_tokens=400)
-    scattered = 0
+    scattered, segment_of = 0, model.segment_of
+
+    def count(*args: Any, **options: Any) -> Any:
+        nonlocal scattered
+        made = segment_of(*args, **options)
+        scattered += made.slots is not None
+        return made
+
+    monkeypatch.setattr(model, "segment_of", count)
     with Engine.load(checkpoint("llama"), config=config) as engine:
-
-        def count(*args: Any, **more: Any) -> Any:
-            nonlocal scattered
-            made = segment_of(*args, **more)
-            scattered += made.slots is not None
-            return made
-
-        monkeypatch.setattr("trtbuild.runtime.model.segment_of", count)
         assert [one.token_ids for one in engine.generate(prompts, params)] == expected
     assert scattered > 40

@@ -30,10 +30,11 @@ def load_speculation(engine_dir: Path, config: EngineConfig, runner: ModelRunner
     section = config.speculative
     if section is None:
         return None
-    return Speculation(section, _drafter(engine_dir, section, config, runner), config)
+    return Speculation(section, load_drafter(engine_dir, section, config, runner), config)
 
 
-def _drafter(engine_dir: Path, section: SpeculativeConfig, config: EngineConfig, runner: ModelRunner) -> Drafter:
+def load_drafter(engine_dir: Path, section: SpeculativeConfig, config: EngineConfig, runner: ModelRunner) -> Drafter:
+    """The drafter of `section` alone; raises as `load_speculation` does."""
     if section.draft is None:
         return NgramDrafter(section)
     directory = engine_dir / section.draft
