@@ -123,11 +123,20 @@ def test_logprobs_and_metrics_over_the_wire(server: TritonServer) -> None:
         assert flat == sorted(flat)
 
 
+def settled(server: TritonServer) -> list[float]:
+    """Verified and accepted draft tokens once they no longer change: gauges are set after the response is sent."""
+    found: list[float] = []
+    while found != (now := [gauge(server, DRAFTS, kind) for kind in ("verified", "accepted")]):
+        found = now
+        time.sleep(0.5)
+    return found
+
+
 def test_drafts_are_counted_in_the_answer_and_in_the_metrics(server: TritonServer) -> None:
     asked: dict[str, Any] = {"input_ids": [5, 6, 7, 5, 6], "max_tokens": 60, "ignore_eos": True}
     asked["sampling_param_return_perf_metrics"] = True
     ask(server.http_url, streaming=False, **asked)  # the pool knows the answer from here on
-    before = [gauge(server, DRAFTS, kind) for kind in ("verified", "accepted")]
+    before = settled(server)
     for found in answers(server, **asked):
         names = ("total_draft_tokens", "total_accepted_draft_tokens")
         drafted, accepted = (int(np.ravel(found.outputs[name])[0]) for name in names)
