@@ -1,6 +1,6 @@
 """Speculation in the embedded engine on a CPU: what it drafts, what is accepted, and what that gains or costs.
 
-    python benchmarks/speculative_cpu.py [--runs 3] [--threads 2] [--tokens 96] [--layers 6]
+    python benchmarks/speculative_cpu.py [--runs 3] [--threads 2] [--tokens 96] [--layers 6] [--texts repetitive free]
 
 Model: SmolLM2-135M-Instruct in float32, greedy, without prefix reuse. Every row is timed in turn with the engine that
 drafts nothing, in one process; a figure is the median over the runs. Methods:
@@ -35,10 +35,10 @@ from trtbuild.runtime import Engine, EngineConfig, KvCacheConfig, SamplingParams
 MODEL = Path("~/.cache/trtbuild/models/SmolLM2-135M-Instruct").expanduser()
 TEXTS = {
     "repetitive": [
-        "The quick brown fox jumps over the lazy dog and runs back to its den. " * 4,
-        "| day | open | close |\n| Monday | 09:00 | 17:00 |\n| Tuesday | 09:00 | 17:00 |\n" * 3,
-        "for item in items:\n    total = total + item.price * item.count\n    print(item.name, total)\n" * 3,
         "Thank you for your order. We will send it to you within two days. " * 4,
+        "| day | open | close |\n| Monday | 09:00 | 17:00 |\n| Tuesday | 09:00 | 17:00 |\n" * 3,
+        "Your ticket was closed. If the problem comes back, answer to this mail. " * 4,
+        "| name | count |\n| apples | 3 |\n| pears | 3 |\n| plums | 3 |\n" * 4,
     ],
     "free": [
         "Why is the sky blue in the day and red in the evening?",
@@ -123,7 +123,7 @@ def engines(layers: int) -> Iterator[list[Side]]:
 def prompt_of(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
     """A text to be continued as it stands, or a question as a chat."""
     if raw:
-        return list(tokenizer.encode(text))
+        return list(tokenizer.encode(text.strip()))
     chat = [{"role": "user", "content": text}]
     return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
 
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--texts", nargs="+", choices=list(TEXTS), default=list(TEXTS))
     arguments = parser.parse_args()
     if not MODEL.is_dir():
         sys.exit(f"{MODEL} is missing; build examples/smollm2-bf16.yaml once")
@@ -159,8 +160,8 @@ def main() -> None:
     print("| text | requests | method | tok/s | acceptance | drafted | tokens a step | speed-up | same tokens |")
     print("|---|---|---|---|---|---|---|---|---|")
     with engines(arguments.layers) as sides:
-        for text, questions in TEXTS.items():
-            prompts = [prompt_of(tokenizer, question, raw=text == "repetitive") for question in questions]
+        for text in arguments.texts:
+            prompts = [prompt_of(tokenizer, one, raw=text == "repetitive") for one in TEXTS[text]]
             for batch in (1, 4):
                 for side in sides:
                     side.times.clear()
