@@ -7,7 +7,8 @@ drafts nothing, in one process; a figure is the median over the runs. Methods:
   ngram           prompt lookup over the request's own text, 4 tokens behind patterns of up to 3
   draft_target    the model's own first layers, its norm and head, as draft: never trained for that
   the model       the model as its own draft: the most that the draft's acceptance can be, at the full price
-Texts: a list to be continued ("repetitive") and an open question ("free"), alone and four at once.
+Texts: a passage that was repeated a few times already ("repetitive") and an open question through the chat template
+("free"), alone and four at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,10 +35,10 @@ from trtbuild.runtime import Engine, EngineConfig, KvCacheConfig, SamplingParams
 MODEL = Path("~/.cache/trtbuild/models/SmolLM2-135M-Instruct").expanduser()
 TEXTS = {
     "repetitive": [
-        "Continue: item 1 costs 10 dollars, item 2 costs 20 dollars, item 3 costs 30 dollars, item 4 costs",
-        "Repeat this three times: the quick brown fox jumps over the lazy dog and runs back to its den.",
-        "Continue the table:\n| day | open | close |\n| 1 | 09:00 | 17:00 |\n| 2 | 09:00 | 17:00 |\n| 3 |",
-        "Write the numbers from one to twenty, each as 'number one', 'number two' and so on.",
+        "The quick brown fox jumps over the lazy dog and runs back to its den. " * 4,
+        "| day | open | close |\n| Monday | 09:00 | 17:00 |\n| Tuesday | 09:00 | 17:00 |\n" * 3,
+        "for item in items:\n    total = total + item.price * item.count\n    print(item.name, total)\n" * 3,
+        "Thank you for your order. We will send it to you within two days. " * 4,
     ],
     "free": [
         "Why is the sky blue in the day and red in the evening?",
@@ -118,6 +120,14 @@ def engines(layers: int) -> Iterator[list[Side]]:
                 side.engine.close()
 
 
+def prompt_of(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
+    """A text to be continued as it stands, or a question as a chat."""
+    if raw:
+        return list(tokenizer.encode(text))
+    chat = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
+
+
 def report(text: str, batch: int, side: Side, plain: Side) -> None:
     """One row: what was drafted and what that gained over the engine without drafts."""
     steps, drafted, accepted = side.counts
@@ -150,8 +160,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     with engines(arguments.layers) as sides:
         for text, questions in TEXTS.items():
-            chats = [[{"role": "user", "content": question}] for question in questions]
-            prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
+            prompts = [prompt_of(tokenizer, question, raw=text == "repetitive") for question in questions]
             for batch in (1, 4):
                 for side in sides:
                     side.times.clear()

@@ -57,7 +57,7 @@ def train(method: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
 
 
 def main() -> None:
-    """Print a Markdown table, and every result as JSON below it."""
+    """Print a Markdown table, each row as soon as it is known, and every result as JSON below it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", action="append", choices=("medusa", "eagle3"))
     parser.add_argument("--samples", type=int, default=64)
@@ -66,24 +66,34 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    names = ("method", "prompts", "steps", "loss", "accepted, held out", "accepted, learned", "tokens a step")
+    print(f"| {' | '.join((*names, 'answer s', 'train s'))} |")
+    print("|---|---|---|---|---|---|---|---|---|")
     results = {}
     with tempfile.TemporaryDirectory() as directory:
         save_prompts(Path(directory) / "prompts.jsonl")
         for method in arguments.method or ("medusa", "eagle3"):
             results[method] = train(method, Path(directory), arguments)
-    names = ("method", "prompts", "steps", "loss", "accepted, held out", "accepted, learned", "tokens a step")
-    print(f"| {' | '.join((*names, 'answer s', 'train s'))} |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for method, result in results.items():
-        held, learned = (result["acceptance"][name] for name in ("held_out", "learned"))
-        shares = [" / ".join(f"{share:.2f}" for share in part["accepted"]) for part in (held, learned)]
-        seconds, loss = result["seconds"], [value for _, value in result["loss"]]
-        print(
-            f"| {method} | {result['prompts']['learned']} + {result['prompts']['held_out']} | {result['steps']} | "
-            f"{loss[0]:.2f} to {loss[-1]:.2f} | {shares[0]} | {shares[1]} | {held['tokens_per_step']:.2f} | "
-            f"{seconds['answers']:.0f} | {seconds['train']:.0f} |"
-        )
+            print(row(method, results[method]), flush=True)
     print(json.dumps(results))
+
+
+def row(method: str, result: dict[str, Any]) -> str:
+    """One line of the table; losses are means of the first and the last three steps."""
+    held, learned = (result["acceptance"][name] for name in ("held_out", "learned"))
+    shares = [" / ".join(f"{share:.2f}" for share in part["accepted"]) for part in (held, learned)]
+    loss = [value for _, value in result["loss"]]
+    cells = (
+        method,
+        f"{result['prompts']['learned']} + {result['prompts']['held_out']}",
+        str(result["steps"]),
+        f"{sum(loss[:3]) / 3:.2f} to {sum(loss[-3:]) / 3:.2f}",
+        *shares,
+        f"{held['tokens_per_step']:.2f}",
+        f"{result['seconds']['answers']:.0f}",
+        f"{result['seconds']['train']:.0f}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from trtbuild.draft import DRAFT_ROLE, Draft
 from trtbuild.eagle3_draft import Eagle3, few, misfits
 from trtbuild.errors import Problem
 from trtbuild.llm_speculation_refusals import length_refusals
-from trtbuild.medusa_draft import MedusaHeads, medusa_misfits, one_path, tree_problems
+from trtbuild.medusa_draft import MedusaHeads, medusa_misfits, tree_problems
 from trtbuild.model import ModelFacts
 from trtbuild.setting_values import Settings
 from trtbuild.trtllm_common import draft_refusals, unread_speculative
@@ -59,7 +59,7 @@ def _length(settings: Settings) -> tuple[int, str]:
     section = settings.recipe.speculative
     heads = settings.draft.medusa if settings.draft else None
     if section.method == "medusa" and section.choices:
-        return len(section.choices), "speculative.choices"
+        return max(map(len, section.choices)), "speculative.choices"
     return (heads.num_heads, "draft") if heads else (_USUAL_LENGTH[section.method], "default")
 
 
@@ -81,12 +81,12 @@ def speculation_parameters(settings: Settings) -> dict[str, Any]:
     said: dict[str, Any] = {"method": method}
     for name in EMBEDDED_FIELDS[method]:
         value = settings[f"speculative.{name}"]
-        if name == "choices":
-            continue
         if name == "draft":
             said[name] = DRAFT_PLACE
         elif name == "draft_len_schedule" and value is not None:
             said[name] = [[batch, length] for batch, length in sorted(value.items())]
+        elif name == "choices" and value is not None:
+            said[name] = list(map(list, value))
         elif value is not None:
             said[name] = value
     return {"speculative": said}
@@ -130,19 +130,24 @@ def speculation_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Prob
 
 
 def _choices(settings: Settings) -> Iterable[Problem]:
-    """Trees that are none, and trees at all: one path of likeliest tokens is verified."""
-    choices, longest = settings.recipe.speculative.choices, settings.recipe.speculative.max_draft_len
-    if choices is None or settings.recipe.speculative.method != "medusa":
+    """Trees that are none, and those that do not go with the other numbers."""
+    section, at = settings.recipe.speculative, "speculative.choices"
+    if section.choices is None or section.method != "medusa":
         return
-    at, shown = "speculative.choices", list(map(list, choices))
-    wrong = tree_problems(choices, max((len(path) for path in choices), default=0))
+    heads = settings.draft.medusa if settings.draft else None
+    depth = max((len(path) for path in section.choices), default=0)
+    wrong = tree_problems(section.choices, heads.num_heads if heads else depth)
     if wrong:
+        shown = list(map(list, section.choices))
         yield Problem(at, f"{shown}: {wrong[0]}", "name every path that a longer one goes on from, once")
-    elif sorted(choices) != sorted(one_path(len(choices))):
-        message = f"{shown}: the embedded engine verifies one path of likeliest tokens, no tree of several"
-        yield Problem(at, message, f"use {list(map(list, one_path(len(max(choices, key=len)))))}, or remove it")
-    elif longest is not None and longest != len(choices):
-        yield Problem(at, f"{shown} are {len(choices)} tokens, and max_draft_len is {longest}", "remove one of the two")
+        return
+    if section.max_draft_len not in (None, depth):
+        message = f"the longest path has {depth} tokens, and max_draft_len is {section.max_draft_len}"
+        yield Problem(at, message, "remove max_draft_len")
+    tokens = settings["runtime.max_num_tokens"]
+    if len(section.choices) >= tokens:
+        message = f"{len(section.choices)} tokens and the one before them are more than a step takes ({tokens})"
+        yield Problem(at, message, f"name fewer than {tokens}, or raise runtime.max_num_tokens")
 
 
 def _medusa(settings: Settings, facts: ModelFacts, heads: MedusaHeads) -> Iterable[Problem]:
@@ -203,7 +208,7 @@ def speculation_warnings(settings: Settings) -> list[str]:
             "on a GPU drafts are verified on the general path, which is slower than the fast one without drafts"
         )
     batch, tokens = settings["runtime.max_batch_size"], settings["runtime.max_num_tokens"]
-    full = batch * (settings[_LENGTH] + 1)
+    full = batch * (len(recipe.speculative.choices or ()) or settings[_LENGTH]) + batch
     if full > tokens and recipe.speculative.draft_len_schedule is None:
         warnings.append(
             f"a full batch would verify {full} tokens in a step, and runtime.max_num_tokens is {tokens}: its drafts "

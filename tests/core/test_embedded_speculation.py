@@ -148,14 +148,24 @@ def medusa_export(path: Path, heads: int = 2, hidden: int = 64) -> Path:
 
 def test_medusa_heads(tiny_llama: Path, tmp_path: Path) -> None:
     draft = medusa_export(tmp_path / "heads")
-    plan = planned(tiny_llama, tmp_path, "method=medusa", f"draft={draft}", "choices=[[0], [0, 0]]")
-    assert plan.step("engine").parameters["speculative"] == {"method": "medusa", "draft": "draft", "max_draft_len": 2}
     asked = ("method=medusa", f"draft={draft}")
+    plain = {"method": "medusa", "draft": "draft", "max_draft_len": 2}
+    assert planned(tiny_llama, tmp_path, *asked).step("engine").parameters["speculative"] == plain
+    plan = planned(tiny_llama, tmp_path, *asked, "choices=[[0], [1], [0, 2]]")
+    said = plan.step("engine").parameters["speculative"]
+    assert said == plain | {"choices": [[0], [1], [0, 2]]}
+    section = SpeculativeConfig.of(json.loads(json.dumps(said)), "engine.json")
+    assert section is not None
+    assert section.choices == ((0,), (1,), (0, 2))
     assert "max_draft_len: 3: the draft has 2 heads" in refused(tiny_llama, tmp_path, *asked, "max_draft_len=3")
-    tree = refused(tiny_llama, tmp_path, *asked, "choices=[[0], [1], [0, 0]]")
-    assert "choices: [[0], [1], [0, 0]]: the embedded engine verifies one path of likeliest tokens, no tree of" in tree
-    none = refused(tiny_llama, tmp_path, *asked, "choices=[[0], [1, 0]]")
-    assert "[1, 0] goes on from [1], which is no path: this is no tree; name every path" in none
+    for choices, sentence in (
+        ("[[0], [1, 0]]", "[1, 0] goes on from [1], which is no path: this is no tree; name every path"),
+        ("[[0], [0, 0], [0, 0, 0]]", "[0, 0, 0] is 3 tokens long, and there are 2 heads"),
+        ("[[0], [0]]", "names a path twice"),
+    ):
+        assert sentence in refused(tiny_llama, tmp_path, *asked, f"choices={choices}")
+    other = refused(tiny_llama, tmp_path, *asked, "choices=[[0]]", "max_draft_len=2")
+    assert "choices: the longest path has 1 tokens, and max_draft_len is 2; remove max_draft_len" in other
     narrow = medusa_export(tmp_path / "narrow", hidden=32)
     sentence = "speculative.draft: read hidden states of 32, and the model's hidden_size is 64"
     assert sentence in refused(tiny_llama, tmp_path, "method=medusa", f"draft={narrow}")

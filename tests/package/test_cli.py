@@ -100,7 +100,9 @@ def test_check_reports_all_problems_and_exit_codes(cli: Cli, recipe: Path) -> No
     assert done.stdout == ""
     assert "compress.format: 'fp7' is not allowed" in done.stderr
     assert "runtime.max_batch_size: 0 must be greater" in done.stderr
-    assert "speculative.method: ngram" in cli("check", recipe, "--set", "speculative.method=ngram", check=3).stderr
+    assert (
+        "speculative.method: lookahead" in cli("check", recipe, "--set", "speculative.method=lookahead", check=3).stderr
+    )
     assert "Usage" in cli("check", check=2).stderr
 
 
@@ -113,7 +115,7 @@ def test_mistakes_of_every_kind_come_in_one_report(cli: Cli, recipe: Path, tmp_p
         f"model.tokenizer={tmp_path / 'empty.txt'}",
         "deploy.image=A B",
         "runtime.max_num_tokens=1",
-        "speculative.method=ngram",
+        "speculative.method=lookahead",
     )
     done = cli("check", recipe, *(part for change in changes for part in ("--set", change)), check=2)
     assert [line.split(": ")[0] for line in done.stderr.removeprefix("error: ").splitlines()] == [

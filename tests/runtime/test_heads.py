@@ -120,6 +120,27 @@ def test_an_eagle3_draft_drafts_what_modelopt_s_does(
     assert len({tuple(drafts) for drafts in expected}) > 1
 
 
+def test_medusa_trees_hold_each_head_s_likeliest_tokens(
+    engine: Load,
+    checkpoint: Callable[..., Path],
+    medusa: tuple[Path, Any],
+    tmp_path: Path,
+) -> None:
+    exported, model = medusa
+    choices = ((0,), (1,), (0, 0), (0, 2), (1, 0), (0, 0, 1))
+    section = SpeculativeConfig("medusa", max_draft_len=3, draft="draft", choices=choices)
+    path = engine_directory(tmp_path, checkpoint("llama"), exported)
+    prompts = make_prompts(1)
+    one = engine(path=path, speculative=section, compute_dtype="float32")
+    for prompt in prompts[:3]:
+        with torch.inference_mode():
+            heads = [head[0, -1].topk(3).indices.tolist() for head in model(torch.tensor([prompt])).medusa_logits]
+        expected = [heads[len(path) - 1][path[-1]] for path in sorted(choices, key=lambda path: (len(path), path))]
+        assert own_drafts(one, prompt, 9)[len(prompt) + 1] == expected
+    tight = engine(path=path, speculative=section, **TIGHT)
+    assert [found.token_ids for found in run(tight, prompts)] == [found.token_ids for found in run(engine(), prompts)]
+
+
 @pytest.mark.parametrize("method", ["medusa", "eagle3"])
 @pytest.mark.parametrize("limits", [{}, TIGHT], ids=["roomy", "tight"])
 def test_answers_are_the_same(

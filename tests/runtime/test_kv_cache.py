@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from runtime.conftest import engine_config
-from trtbuild.runtime import Engine, SamplingParams
+from trtbuild.runtime import Engine, SamplingParams, model
 from trtbuild.runtime.kv_cache import decode_e4m3, encode_e4m3
 
 # Powers of two and others; one so small that keys saturate.
@@ -101,23 +101,22 @@ def test_the_scales_matter_and_the_cache_is_smaller(scaled: Path, checkpoint: Ca
     assert (narrow - plain).abs().max() > 1e-3
 
 
-def test_scattered_blocks_are_gathered(checkpoint: Callable[..., Path]) -> None:
+def test_scattered_blocks_are_gathered(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences that grow side by side do not lie in runs; their answers are those of a roomy cache."""
     prompts = [[3 + number] * (3 + number) for number in range(4)]
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     with Engine.load(checkpoint("llama"), config=engine_config()) as engine:
         expected = [one.token_ids for one in engine.generate(prompts, params)]
     config = engine_config(capacity_scheduler_policy="MAX_UTILIZATION", tokens_per_block=4, max_tokens=400)
-    scattered = 0
+    scattered, segment_of = 0, model.segment_of
+
+    def count(*args: Any, **options: Any) -> Any:
+        nonlocal scattered
+        made = segment_of(*args, **options)
+        scattered += made.slots is not None
+        return made
+
+    monkeypatch.setattr(model, "segment_of", count)
     with Engine.load(checkpoint("llama"), config=config) as engine:
-        segment = engine._runner._segment
-
-        def count(*args: Any) -> Any:
-            nonlocal scattered
-            made = segment(*args)
-            scattered += made.slots is not None
-            return made
-
-        engine._runner._segment = count  # type: ignore[method-assign]
         assert [one.token_ids for one in engine.generate(prompts, params)] == expected
     assert scattered > 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from training_requests import make_request, silent
 from trtbuild.checkpoint_files import LocalFiles
 from trtbuild.compress.run import run as compress
 from trtbuild.eagle3_draft import misfits, read_eagle3
-from trtbuild.errors import ToolError
+from trtbuild.errors import HostError, ToolError
 from trtbuild.manifest import digest_json
 from trtbuild.medusa_draft import MedusaHeads, read_medusa
 from trtbuild.model import read_facts
@@ -175,6 +176,18 @@ def test_unfinished_work_of_another_training_is_of_no_use(tiny_llama: Path, tmp_
     assert {path.name for path in (tmp_path / "work").iterdir()} == {"journal.jsonl", "training.pt"}
     result = run(asked | {"learning_rate": 1e-3}, silent)
     assert not any("an earlier run" in note for note in result["notes"])
+
+
+def test_a_full_disk_is_said(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(HostError, match=r"work: the disk is full; free space .*; the next run goes on where this one"):
+        run(make_request(tiny_llama, tmp_path, "medusa"), silent)
+    monkeypatch.setattr(torch, "save", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        run(make_request(tiny_llama, tmp_path, "medusa"), silent)
 
 
 def test_a_damaged_state_is_of_no_use_either(medusa: Trained, tiny_llama: Path, tmp_path: Path) -> None:

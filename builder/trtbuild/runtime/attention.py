@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from trtbuild.errors import CompatibilityError
+from trtbuild.runtime.drafts.tree import Tree
 from trtbuild.runtime.kv_cache import LayerCache
 
 ATTENTION_NAME = "trtbuild_paged"
@@ -30,7 +31,8 @@ _KNOWN = frozenset(
 class Segment:
     """The tokens of one sequence in a step: rows `start`..`end`, positions `first`..`length` of the sequence.
 
-    `base` is the first slot where the blocks lie in one run; otherwise `slots` [L] names them.
+    `base` is the first slot where the blocks lie in one run; otherwise `slots` [L] names them. With a `tree` the places
+    in the cache are no positions: each token stands as far behind `first` as it is deep in the tree.
     """
 
     start: int
@@ -39,6 +41,7 @@ class Segment:
     length: int
     base: int
     slots: torch.Tensor | None
+    tree: Tree | None = None
     _masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -59,9 +62,12 @@ class Segment:
             return None
         key = (low, window or 0)
         if key not in self._masks:
-            rows = torch.arange(self.first, self.length, device=device)[:, None]
-            columns = torch.arange(low, self.length, device=device)[None, :]
+            own = range(self.first, self.length) if self.tree is None else [self.first + at for at in self.tree.depths]
+            rows = torch.tensor(own, device=device)[:, None]
+            columns = torch.tensor([*range(low, self.first), *own], device=device)[None, :]
             seen = columns <= rows
+            if self.tree is not None:
+                seen[:, self.first - low :] = self.tree.sees.to(device)
             if window is not None:
                 seen &= columns > rows - window
             self._masks[key] = seen

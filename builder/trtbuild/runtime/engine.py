@@ -238,7 +238,6 @@ class Engine:
             self._fail(chunks, error)
             return
         self._scheduler.commit(chunks)
-        # A draft needs to know the tokens before it.
         promised = self._speculation is None and promise_tokens(chunks, step)
         self._settle_ahead()
         if promised:
@@ -264,6 +263,7 @@ class Engine:
         self._failures = 0
         self._steps += 1
         if self._speculation is not None:
+            self._runner.keep_paths(chunks)
             self._speculation.observe(chunks, step)
         self._scheduler.publish(chunks)
         settled = [self._settle(result) for result in results]

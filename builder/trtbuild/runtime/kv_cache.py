@@ -82,6 +82,11 @@ class LayerCache:
         self.keys.index_copy_(1, slots, keys)
         self.values.index_copy_(1, slots, values)
 
+    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy what lies in the slots `sources` [n] to `targets` [n], which may be among them."""
+        for pool in (self.keys, self.values):
+            pool.index_copy_(1, targets, pool.index_select(1, sources))
+
     def read(self, slots: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [H, L, D] of `slots`: views where `slots` is a run and the pool holds plain numbers."""
         if isinstance(slots, slice):

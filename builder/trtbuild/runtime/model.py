@@ -50,10 +50,11 @@ class ModelRunner:
         self.calls = [call for _, call in layers]
         weights = self._fuse(config)
         self.num_blocks = self._allocate(layers, config, loaded.kv_scales, set_aside)
+        self._caches = [layer.cache for layer, _ in layers if layer.cache is not None]
         self.fast: FastPath | None = None
         self.capture: Capture | None = None
         if weights is not None:
-            self.fast = self._fast_path(weights, [layer for layer, _ in layers], config)
+            self.fast = self._fast_path(weights, self._caches, config)
 
     @classmethod
     def load(
@@ -108,11 +109,13 @@ class ModelRunner:
         for chunk in chunks:
             sequence, row, first = chunk.sequence, len(token_ids), len(wanted)
             token_ids += chunk.token_ids
-            positions += range(chunk.start, chunk.end)
+            tree = chunk.tree
+            positions += range(chunk.start, chunk.end) if tree is None else [chunk.start + at for at in tree.depths]
             slots += slots_of(sequence, chunk.start, chunk.end, self.block_size)
-            segments.append(
-                segment_of(sequence, chunk.start, chunk.end, row, block_size=self.block_size, device=self.device)
+            segment = segment_of(
+                sequence, chunk.start, chunk.end, row, block_size=self.block_size, device=self.device, tree=tree
             )
+            segments.append(segment)
             if sequence.wants_every_position and chunk.start < sequence.prompt_len:
                 wanted += range(row, len(token_ids))
             elif chunk.is_last:
@@ -122,6 +125,20 @@ class ModelRunner:
         logits = self._forward(token_ids, positions, wanted, step)
         return StepLogits(logits, rows, states=None if self.capture is None else self.capture.take(wanted))
 
+    def keep_paths(self, chunks: list[Chunk]) -> None:
+        """Move the keys and values of a tree's right tokens to where they would lie had nothing else been drafted."""
+        sources: list[int] = []
+        targets: list[int] = []
+        for chunk in chunks:
+            path = [] if chunk.draft is None else chunk.draft.path
+            if path != list(range(len(path))):
+                slots = slots_of(chunk.sequence, chunk.start + 1, chunk.end, self.block_size)
+                sources += [slots[place] for place in path]
+                targets += slots[: len(path)]
+        if sources:
+            for cache in self._caches:
+                cache.move(self._tensor(sources), self._tensor(targets))
+
     def release(self) -> None:
         """Give the memory of weights and cache back; the runner cannot be used afterwards."""
         for module in self.model.modules():
@@ -129,6 +146,7 @@ class ModelRunner:
             if layer is not None:
                 layer.cache = None
         self._context[0] = Step()
+        self._caches = []
         self.fast = None
 
     def _forward(self, token_ids: list[int], positions: list[int], wanted: list[int], step: Step) -> torch.Tensor:
@@ -183,13 +201,13 @@ class ModelRunner:
         self.notes.append(f"weights were packed for the fast path in {time.monotonic() - started:.1f} s")
         return weights
 
-    def _fast_path(self, weights: Weights, layers: list[PagedLayer], config: EngineConfig) -> FastPath:
+    def _fast_path(self, weights: Weights, caches: list[LayerCache], config: EngineConfig) -> FastPath:
         from trtbuild.runtime.fast.path import FastPath
 
         started = time.monotonic()
         path = FastPath(
             weights,
-            [layer.cache for layer in layers if layer.cache is not None],
+            caches,
             page=self.block_size,
             max_batch_size=config.max_batch_size,
             max_seq_len=config.max_seq_len,

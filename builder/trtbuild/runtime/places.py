@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trtbuild.runtime.attention import Segment
+from trtbuild.runtime.drafts.tree import Tree
 from trtbuild.runtime.sequence import Sequence
 
 
@@ -16,7 +17,16 @@ def slots_of(sequence: Sequence, start: int, end: int, block_size: int) -> range
     return [table[position // block_size] * block_size + position % block_size for position in range(start, end)]
 
 
-def segment_of(sequence: Sequence, start: int, end: int, row: int, *, block_size: int, device: torch.device) -> Segment:
+def segment_of(
+    sequence: Sequence,
+    start: int,
+    end: int,
+    row: int,
+    *,
+    block_size: int,
+    device: torch.device,
+    tree: Tree | None = None,
+) -> Segment:
     """Positions `start`..`end` as the attention sees them; the first one's row in the step is `row`."""
     slots = None
     if sequence.base is None:
@@ -24,4 +34,4 @@ def segment_of(sequence: Sequence, start: int, end: int, row: int, *, block_size
             every = slots_of(sequence, 0, len(sequence.block_table) * block_size, block_size)
             sequence.slots = torch.tensor(list(every), dtype=torch.long, device=device)
         slots = sequence.slots[:end]
-    return Segment(row, row + end - start, start, end, sequence.base or 0, slots)
+    return Segment(row, row + end - start, start, end, sequence.base or 0, slots, tree)

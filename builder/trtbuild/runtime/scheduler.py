@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from trtbuild.runtime.config import EngineConfig
 from trtbuild.runtime.drafts.draft import Draft
+from trtbuild.runtime.drafts.tree import Tree, tree_of
 from trtbuild.runtime.sequence import Sequence
 from trtbuild.runtime.tables import BlockTables
 
@@ -31,6 +32,11 @@ class Chunk:
     def num_drafted(self) -> int:
         """How many of the tokens are drafted."""
         return 0 if self.draft is None else len(self.draft.tokens)
+
+    @property
+    def tree(self) -> Tree | None:
+        """The shape of a draft that is a tree."""
+        return tree_of(tuple(self.draft.parents)) if self.draft is not None and self.draft.parents else None
 
     @property
     def token_ids(self) -> list[int]:
@@ -120,8 +126,8 @@ class Scheduler:
             # A draft's chunk may end in tokens that were refused.
             sequence = chunk.sequence
             self.tables.publish(sequence, min(chunk.end, sequence.num_computed))
-            if chunk.draft is not None and not self._reserves:
-                self.tables.trim(sequence, len(sequence.token_ids))
+            if chunk.draft is not None:
+                self.tables.trim(sequence, sequence.final_length if self._reserves else len(sequence.token_ids))
 
     def _schedule_one(self, sequence: Sequence, budget: int, chunks: dict[Sequence, Chunk]) -> int:
         """Schedule what fits of `sequence`; returns the tokens taken, less those of sequences pre-empted for it."""

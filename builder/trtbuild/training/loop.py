@@ -24,6 +24,7 @@ _WARM_UP = 0.05  # of all steps
 _LAST = 0.1  # of the highest learning rate
 _CLIP = 1.0
 _WEIGHT_DECAY = 0.0
+_SAVE_SHARE = 20  # times as long as saving takes is trained in between
 
 
 class Training:
@@ -55,12 +56,15 @@ class Training:
             ToolError: the loss is no longer a number.
         """
         self._model.train()
-        saved = time.monotonic()
+        often = self._request.save_seconds
+        saved, wait = time.monotonic(), often
         for number in range(self.resumed, self.total):
             self.losses.append(self._step(number))
-            if time.monotonic() - saved >= self._request.save_seconds:
+            if time.monotonic() - saved >= wait or number == self.total - 1:
+                begun = time.monotonic()
                 self._save()
                 saved = time.monotonic()
+                wait = max(often, _SAVE_SHARE * (saved - begun)) if often else often
             advance(f"step {number + 1} of {self.total}, loss {self.losses[-1]:.3f}")
         self._model.eval()
 

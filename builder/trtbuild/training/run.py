@@ -21,6 +21,7 @@ from trtbuild.training.loop import Training
 from trtbuild.training.measure import Draft, eagle_draft, measure, medusa_draft
 from trtbuild.training.prompts import Prompts, load_prompts
 from trtbuild.training.request import Request, parse_request, resume_key
+from trtbuild.training.room import disk_errors
 from trtbuild.training.target import convert, load_target
 from trtbuild.worker import Progress
 
@@ -59,13 +60,19 @@ def run(raw: dict[str, Any], progress: Progress) -> dict[str, Any]:
     Raises:
         RecipeError: the prompts are of no use.
         ArtifactError, CompatibilityError: the checkpoint cannot be loaded.
-        HostError: the device is not there.
+        HostError: the device is not there, or the disk is full.
         ToolError: the training has diverged.
     """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     request = parse_request(raw)
+    request.work.mkdir(parents=True, exist_ok=True)
+    with disk_errors(request.work):
+        return _run(request, progress)
+
+
+def _run(request: Request, progress: Progress) -> dict[str, Any]:
     device = pick_device(request.device)
     prompts = load_prompts(request)
     learned, held = len(prompts.learned), len(prompts.held_out)
@@ -75,7 +82,6 @@ def run(raw: dict[str, Any], progress: Progress) -> dict[str, Any]:
     with meter.phase("load"):
         model = load_target(request, device)
     key = resume_key(request, device)
-    request.work.mkdir(parents=True, exist_ok=True)
     journal = Journal(request.work, key)
     with meter.phase("answers"):
         answered, resumed = answer_all(

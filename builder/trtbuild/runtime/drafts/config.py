@@ -19,8 +19,9 @@ class SpeculativeConfig:
     """One method and its numbers; names are those of TensorRT-LLM's LLM API.
 
     `draft_len_schedule` holds (batch, length) pairs: from that many running requests on, drafts have that length.
-    `max_concurrency`: nothing is drafted while more requests run. `draft_kv_cache_share` is the draft's part of the
-    memory of both caches where that is what a GPU has free; else both hold `kv_cache.max_tokens`.
+    `max_concurrency`: nothing is drafted while more requests run. `choices` are paths through a tree of ranks, for
+    Medusa. `draft_kv_cache_share` is the draft's part of the memory of both caches where that is what a GPU has free;
+    else both hold `kv_cache.max_tokens`.
     """
 
     method: str
@@ -29,6 +30,7 @@ class SpeculativeConfig:
     draft_kv_cache_share: float = 0.0
     draft_len_schedule: tuple[tuple[int, int], ...] | None = None
     max_concurrency: int | None = None
+    choices: tuple[tuple[int, ...], ...] | None = None
     max_matching_ngram_size: int = 2
     is_keep_all: bool = True
     is_use_oldest: bool = True
@@ -55,12 +57,30 @@ class SpeculativeConfig:
         if (self.draft is None) != (self.method not in TAKES_DRAFT):
             wants = "needs a draft" if self.draft is None else "takes no draft"
             raise ArtifactError(f"speculative.draft: {self.draft!r}, and {self.method} {wants}", "build it again")
+        if self.choices is not None:
+            self._check_tree(self.choices)
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
         for batch, length in self.draft_len_schedule or ():
             if not (_is_count(batch, 1) and _is_count(length, 0) and length <= self.max_draft_len):
                 raise ArtifactError(
                     f"speculative.draft_len_schedule: {batch!r}: {length!r} is not allowed; a number of requests has a "
                     f"length from 0 to max_draft_len {self.max_draft_len}"
                 )
+
+    def _check_tree(self, choices: tuple[tuple[int, ...], ...]) -> None:
+        """Every path goes on from another one, and each of its numbers is a rank."""
+        ranks = all(_is_count(rank, 0) for path in choices for rank in path)
+        if self.method != "medusa" or not choices or not all(choices) or not ranks:
+            raise ArtifactError(f"speculative.choices: {choices!r} is no list of paths of ranks for medusa")
+        known = set(choices)
+        lost = [path for path in choices if len(path) > 1 and path[:-1] not in known]
+        if lost or len(known) < len(choices):
+            raise ArtifactError(
+                f"speculative.choices: {choices!r} is no tree",
+                "name every path that a longer one goes on from, once",
+            )
 
     @classmethod
     def of(cls, said: Any, where: str) -> SpeculativeConfig | None:
@@ -82,7 +102,9 @@ class SpeculativeConfig:
             )
         schedule = said.get("draft_len_schedule")
         pairs = None if schedule is None else tuple((batch, length) for batch, length in schedule)
-        return cls(**{**said, "draft_len_schedule": pairs})
+        choices = said.get("choices")
+        paths = None if choices is None else tuple(map(tuple, choices))
+        return cls(**{**said, "draft_len_schedule": pairs, "choices": paths})
 
     def length_at(self, requests: int) -> int:
         """How many tokens are drafted while this many requests run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -18,25 +18,46 @@ if TYPE_CHECKING:
 class Draft:
     """Tokens that may come next, and by which distributions they were drawn.
 
-    `probs` [tokens, vocabulary] are those distributions; without them its drafter is sure of every token.
+    `probs` [tokens, vocabulary] are those distributions; without them its drafter is sure of every token. `parents`
+    makes a tree of the tokens: the place in `tokens` of the one before each, which comes earlier there, -1 for the last
+    known token. Without it each follows the one before.
     """
 
     tokens: list[int]
     probs: torch.Tensor | None = None
-    # How many of the tokens the model took, once it is known.
-    accepted: int = 0
+    parents: list[int] | None = None
+    # The places of the tokens that the model took, once it is known.
+    path: list[int] = field(default_factory=list)
+
+    @property
+    def accepted(self) -> int:
+        """How many of the tokens the model took."""
+        return len(self.path)
+
+    def parent(self, place: int) -> int:
+        """The place of the token before that at `place`, -1 for the last known one."""
+        return place - 1 if self.parents is None else self.parents[place]
+
+    def behind(self, place: int, token: int) -> int | None:
+        """The place of `token` behind that at `place`, None where it was not drafted."""
+        if self.parents is None:
+            return place + 1 if place + 1 < len(self.tokens) and self.tokens[place + 1] == token else None
+        places = range(place + 1, len(self.tokens))
+        return next((at for at in places if self.parents[at] == place and self.tokens[at] == token), None)
 
     def cut(self, count: int) -> Draft:
         """The first `count` tokens."""
-        return Draft(self.tokens[:count], None if self.probs is None else self.probs[:count])
+        probs = None if self.probs is None else self.probs[:count]
+        return Draft(self.tokens[:count], probs, None if self.parents is None else self.parents[:count])
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One sequence for which at most `count` tokens are to be drafted."""
+    """One sequence for which at most `count` tokens in a row are to be drafted, and at most `room` in a tree."""
 
     sequence: Sequence
     count: int
+    room: int = 0
 
     @property
     def may_sample(self) -> bool:

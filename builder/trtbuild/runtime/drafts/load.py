@@ -41,7 +41,7 @@ def load_drafter(engine_dir: Path, section: SpeculativeConfig, config: EngineCon
     if not (directory / "config.json").is_file():
         raise ArtifactError(f"{directory}: holds no draft model", "build the package again")
     if section.method == "medusa":
-        return _medusa(directory, runner)
+        return _medusa(directory, section, runner)
     if section.method == "eagle3":
         return _eagle3(directory, config, runner)
     return _draft_model(directory, config, runner)
@@ -62,12 +62,15 @@ def _draft_model(directory: Path, config: EngineConfig, runner: ModelRunner) -> 
     return ModelDrafter(draft, config, runner.vocab_size)
 
 
-def _medusa(directory: Path, runner: ModelRunner) -> MedusaDrafter:
+def _medusa(directory: Path, section: SpeculativeConfig, runner: ModelRunner) -> MedusaDrafter:
     runner.capture = Capture(runner.model, ())
     like = runner.model.get_input_embeddings().weight
     heads = read_heads(directory, like, runner.vocab_size)
     runner.notes.append(f"drafts come from {len(heads)} Medusa heads")
-    return MedusaDrafter(heads, runner.vocab_size)
+    longest = max(map(len, section.choices or ((),)))
+    if longest > len(heads):
+        raise ArtifactError(f"speculative.choices: a path of {longest} tokens, and the draft has {len(heads)} heads")
+    return MedusaDrafter(heads, runner.vocab_size, section.choices)
 
 
 def _eagle3(directory: Path, config: EngineConfig, runner: ModelRunner) -> Eagle3Drafter:

@@ -78,15 +78,19 @@ def read_heads(directory: Path, like: torch.Tensor, vocab_size: int) -> list[Hea
 
 
 class MedusaDrafter:
-    """Drafts one token with each head."""
+    """Drafts one token with each head, or with `choices` a tree of each head's likeliest ones."""
 
-    def __init__(self, heads: list[Head], vocab_size: int) -> None:
+    def __init__(self, heads: list[Head], vocab_size: int, choices: tuple[tuple[int, ...], ...] | None = None) -> None:
         self._heads, self._vocab_size = heads, vocab_size
+        # Short paths first, so that the beginning of the list is a tree too.
+        self._paths = None if choices is None else sorted(choices, key=lambda path: (len(path), path))
         # The hidden state [H] that each request's last token was chosen from.
         self._hidden: dict[int, torch.Tensor] = {}
 
     def propose(self, asks: Many[Ask]) -> list[Draft | None]:
         """Each head's token, as many heads as tokens are asked for."""
+        if self._paths is not None:
+            return [self._tree(ask, self._paths) for ask in asks]
         made = [Growing(ask) for ask in asks]
         known = [one for one in made if one.ask.sequence.request_id in self._hidden]
         for head in self._heads:
@@ -98,14 +102,27 @@ class MedusaDrafter:
             grow(going, logits.to(torch.promote_types(logits.dtype, torch.float32)), self._vocab_size)
         return [one.draft() for one in made]
 
+    def _tree(self, ask: Ask, paths: list[tuple[int, ...]]) -> Draft | None:
+        """The paths that are short enough, each token the head's choice of that rank. Ranks are not drawn."""
+        hidden = self._hidden.get(ask.sequence.request_id)
+        kept = [path for path in paths if len(path) <= ask.count][: ask.room]
+        if hidden is None or not kept:
+            return None
+        widest = max(map(max, kept)) + 1
+        ranked = [head.logits(hidden[None])[0].topk(widest).indices.tolist() for head in self._heads[: len(kept[-1])]]
+        places = {path: place for place, path in enumerate(kept)}
+        parents = [places.get(path[:-1], -1) for path in kept]
+        return Draft([ranked[len(path) - 1][path[-1]] for path in kept], parents=parents)
+
     def observe(self, chunks: Many[Chunk], step: StepLogits) -> None:
         """Keep the hidden state that each sequence's newest token was chosen from."""
         if step.states is None:
             return
         for chunk, rows in zip(chunks, step.rows, strict=True):
             if chunk.is_last and not chunk.sequence.finished:
-                taken = 0 if chunk.draft is None else chunk.draft.accepted
-                self._hidden[chunk.sequence.request_id] = step.states.last[rows.stop - 1 - chunk.num_drafted + taken]
+                last = chunk.draft.path[-1] if chunk.draft is not None and chunk.draft.path else -1
+                row = rows.stop - chunk.num_drafted + last
+                self._hidden[chunk.sequence.request_id] = step.states.last[row]
 
     def forget(self, sequence: Sequence) -> None:
         """Let go of a request's hidden state."""

@@ -30,11 +30,12 @@ class Speculation:
     def propose(self, scheduler: Scheduler) -> None:
         """Give the sequences that only lack their newest token a draft for the step that comes."""
         decoding = scheduler.decoding if self._drafter is not None else []
-        length = min(self._config.length_at(len(scheduler.running)), self._share(scheduler, len(decoding)))
+        room = self._share(scheduler, len(decoding))
+        length = min(self._config.length_at(len(scheduler.running)), room)
         if self._drafter is None or length == 0:
             return
         # A draft and the token behind it are all that may come: then no key needs more room than the answer does.
-        asks = [Ask(one, min(length, one.tokens_left - 1)) for one in decoding]
+        asks = [Ask(one, min(length, one.tokens_left - 1), room) for one in decoding]
         try:
             with torch.inference_mode():
                 drafts = self._drafter.propose(asks)

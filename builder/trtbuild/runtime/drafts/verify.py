@@ -25,12 +25,21 @@ _NONE = Draft([])
 
 @dataclass(slots=True)
 class _Walk:
-    """One sequence on its way through its draft; `row` is the row of the logits that choose its next token."""
+    """One sequence on its way through its draft, at the token at `place` there (-1: the last known one).
+
+    `first` is the row of the logits behind the last known token; those behind the drafted ones follow.
+    """
 
     chunk: Chunk
     draft: Draft
-    row: int
+    first: int
+    place: int = -1
     outputs: list[Output] = field(default_factory=list)
+
+    @property
+    def row(self) -> int:
+        """The row of the logits that choose the next token."""
+        return self.first + 1 + self.place
 
     @property
     def drawn(self) -> bool:
@@ -39,14 +48,14 @@ class _Walk:
 
     def take(self, choice: Choice) -> bool:
         """Add the model's token; whether the next place of the draft is to be looked at."""
-        place, tokens, sequence = len(self.outputs), self.draft.tokens, self.chunk.sequence
-        right = choice.error is None and place < len(tokens) and tokens[place] == choice.token_id
-        if right:
-            self.draft.accepted += 1
+        sequence = self.chunk.sequence
+        found = None if choice.error is not None else self.draft.behind(self.place, choice.token_id)
+        if found is not None:
+            self.place = found
+            self.draft.path.append(found)
             sequence.accepted += 1
         self.outputs.append(advance(sequence, choice))
-        self.row += 1
-        return right and not self.outputs[-1].finished
+        return found is not None and not self.outputs[-1].finished
 
     def result(self) -> StepResult:
         """The news of the sequence, whose keys and values are right up to its last token but one."""
