@@ -44,7 +44,7 @@ def draw(results: Sequence[dict[str, Any]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">',
         '<rect width="100%" height="100%" fill="white"/><g font-family="sans-serif" font-size="11">',
         '<text x="10" y="20" font-size="14">KL divergence from the original model against bits per weight</text>',
-        *_legend(),
+        *_legend([row["case"] for row in rows]),
     ]
     for bits in (4, 5, 6, 7, 8):
         parts.append(f'<line x1="{x(bits)}" y1="{_TOP}" x2="{x(bits)}" y2="{bottom}" stroke="#eee"/>')
@@ -78,9 +78,11 @@ def _color(name: str) -> str:
     return next((color for _, color, starts in _KINDS if name.startswith(starts)), "black")
 
 
-def _legend() -> Iterator[str]:
-    left = 10
+def _legend(names: Sequence[str]) -> Iterator[str]:
+    left, seen = 10, {_color(name) for name in names}
     for shown, color, _ in _KINDS:
+        if color not in seen:
+            continue
         yield f'<circle cx="{left + 5}" cy="36" r="5" fill="{color}"/>'
         yield f'<text x="{left + 15}" y="40">{escape(shown)}</text>'
         left += 32 + 7 * len(shown)

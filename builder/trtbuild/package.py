@@ -135,7 +135,7 @@ def refuse_loss(out: Path, saved: Callable[[str], bool]) -> None:
         if _is_running(out / work):
             message = f"{script} builds an engine in {out} right now, and the package would be replaced by another"
             raise RecipeError([Problem("-o", message, "wait for it, or name a new directory")])
-        for name, key in ((place, _record_key(out / place)), (work, _text(out / work / "key"))):
+        for name, key in ((place, _record_key(out / place)), (work, _work_key(out / work))):
             if (out / name).exists() and not saved(key):
                 message = f"{out} holds {name}, which {script} made, and the package would be replaced by another"
                 raise RecipeError([Problem("-o", message, "name a new directory, or move that one away")])
@@ -160,9 +160,10 @@ def _record_key(built: Path) -> str:
         return ""
 
 
-def _text(path: Path) -> str:
+def _work_key(work: Path) -> str:
+    """The key of the engine that was begun there; the image stands behind it."""
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return (work / "key").read_text(encoding="utf-8").partition(" ")[0]
     except (OSError, UnicodeDecodeError):
         return ""
 

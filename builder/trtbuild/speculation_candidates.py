@@ -72,6 +72,8 @@ def find_possible(loaded: LoadedRecipe, draft: Path | None = None) -> Possible:
         candidates.append(candidate)
         sections.append(_with_place(planned, candidate, plain.loaded))
     measured = {candidate.method for candidate in candidates}
+    if measured & set(TAKES_DRAFT):
+        measured |= set(TAKES_DRAFT)  # that the draft is not of another method is no news
     sentences = tuple(text for method, text in refused.items() if method not in measured)
     if not candidates:
         raise CompatibilityError("no method of speculation is possible for this recipe:\n" + "\n".join(sentences))

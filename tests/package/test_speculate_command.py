@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from core.test_model import edit_config
+from drafts import save_medusa
 from tiny import save_checkpoint
 from trtbuild.cli import main
 from trtbuild.errors import CompatibilityError
@@ -122,6 +123,13 @@ def test_a_draft_is_a_candidate_where_it_fits_and_else_named_with_the_reason(own
     short = find_possible(loaded, small)
     assert "draft_target" not in {candidate.method for candidate in short.candidates}
     assert any("draft_target is not possible: " in text and "knows 64 positions" in text for text in short.refused)
+
+
+def test_heads_are_found_out_and_draft_no_more_tokens_than_there_are_of_them(own: Path, tmp_path: Path) -> None:
+    found = find_possible(load_recipe(own), save_medusa(tmp_path / "heads", heads=2))
+    assert {candidate.method for candidate in found.candidates} == {"ngram", "medusa"}
+    assert [one.length for one in found.candidates if one.method == "medusa"] == [1, 2]
+    assert found.refused == ()
 
 
 def test_methods_that_the_recipe_s_runtime_lacks_are_no_candidates(own: Path) -> None:

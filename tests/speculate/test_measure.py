@@ -60,8 +60,13 @@ def test_a_draft_that_is_the_model_is_accepted_and_longer_drafts_take_fewer_turn
 
 
 def test_no_run_remembers_the_answers_of_the_one_before(bench: Bench) -> None:
-    first = bench.run(1, PROMPTS, batch=1, tokens=24).counts
-    assert bench.run(1, PROMPTS, batch=1, tokens=24).counts == first
+    fresh = [tuple(range(90 + 31 * start, 100 + 31 * start)) for start in range(4)]
+    first = bench.run(1, fresh, batch=1, tokens=24).counts
+    assert bench.run(1, fresh, batch=1, tokens=24).counts == first
+
+
+def test_the_step_that_reads_a_prompt_is_no_turn(bench: Bench) -> None:
+    assert bench.run(0, PROMPTS, batch=4, tokens=1).counts.turns == 0
 
 
 class FakeRuns:
