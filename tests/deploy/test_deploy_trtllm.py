@@ -61,8 +61,9 @@ def step(plan: Plan, kind: str, out: Path) -> Path:
     staging = Staging(out, out / "unfinished")
     staging.content.mkdir(parents=True)
     work = Work(
-        plan=plan, step=plan.step(kind), source=out, files={}, file_digests={}, staging=staging, reporter=None,  # type: ignore[arg-type]
+        plan=plan, step=plan.step(kind), source=out, source_files=(), files={}, file_digests={}, staging=staging,
         inputs={"engine": Artifact("engine", "key", out, "sha256:12", {}, files)},
+        reporter=None,  # type: ignore[arg-type]
     )  # fmt: skip
     run_step(work)
     return staging.content

@@ -177,6 +177,7 @@ def test_the_engine_step_refuses_a_checkpoint_that_would_not_load(
         plan=plan,
         step=plan.step("engine"),
         source=tmp_path,
+        source_files=(),
         inputs={"compress": Artifact("compress", "key", tmp_path, "digest", {}, ())},
         files={"polite": adapter},
         file_digests={"polite": "digest"},
