@@ -126,11 +126,11 @@ def test_stop_words_end_the_answer_and_stay_in_it(served: RestartingServer, serv
     expected = whole.text[: whole.text.find(stop) + len(stop)]
     for url, streaming in ((served.http_url, False), (served.http_url, True), (served.grpc_url, True)):
         found = ask(
-            url, "hello", model="tensorrt_llm_bls", layout=ENSEMBLE, streaming=streaming, max_tokens=60,
+            url, "hello", model="tensorrt_llm_bls", layout=ENSEMBLE, streaming=streaming, max_tokens=300,
             stop_words=["never there", "", stop], timeout_s=60,
         )  # fmt: skip
         assert found.text == expected
-        assert found.num_output_tokens < 60
+        assert found.num_output_tokens < 300  # the engine was told before it had them all
     wait_for(served, KV, "used", 0)
 
 
