@@ -15,8 +15,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +28,20 @@ Run = Callable[[dict[str, Any], Progress], dict[str, Any]]
 PARENT_VARIABLE = "TRTBUILD_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
 _MIN_INTERVAL_S = 0.2
+
+
+class Clock:
+    """Seconds of each phase of a step, by its name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Take the time of a phase."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 3)
 
 
 def serve(run: Run) -> None:

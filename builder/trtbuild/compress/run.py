@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +24,7 @@ from trtbuild.model import ModelFacts
 from trtbuild.recipe_fields import SELF
 from trtbuild.safetensors_header import TensorInfo
 from trtbuild.weight_formats import is_searched
-from trtbuild.worker import Progress
-
-
-class _Clock:
-    """Seconds of each phase, by its name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - started, 3)
+from trtbuild.worker import Clock, Progress
 
 
 def run(raw: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -77,7 +62,7 @@ def _refuse_cpu(request: Request) -> None:
 def _compress(
     request: Request, facts: ModelFacts, source: Mapping[str, TensorInfo], progress: Progress
 ) -> dict[str, Any]:
-    clock = _Clock()
+    clock = Clock()
     samples, choice = _load_samples(request, facts, source, progress), None
     ids = samples.input_ids if samples is not None else ()
     if request.auto is not None:
@@ -100,7 +85,7 @@ def _compress(
     return found if choice is None else found | {"choice": choice.table}
 
 
-def _copy(request: Request, source: Mapping[str, TensorInfo], progress: Progress, clock: _Clock) -> Changed:
+def _copy(request: Request, source: Mapping[str, TensorInfo], progress: Progress, clock: Clock) -> Changed:
     """Copy what is not compressed; a killed run goes on behind its last file."""
     if request.exclude:
         raise RecipeError([Problem("compress.exclude", "has no meaning while nothing is compressed", "remove it")])
@@ -134,7 +119,7 @@ def _change(
     source: Mapping[str, TensorInfo],
     ids: Sequence[Sequence[int]],
     progress: Progress,
-    clock: _Clock,
+    clock: Clock,
 ) -> Changed:
     """Prune and quantize, one layer at a time where the model allows it."""
     import transformers
@@ -158,7 +143,7 @@ def _change_whole(
     source: Mapping[str, TensorInfo],
     ids: Sequence[Sequence[int]],
     meter: Meter,
-    clock: _Clock,
+    clock: Clock,
     reason: Exception,
 ) -> Changed:
     if request.checkpoint != "modelopt":

@@ -44,6 +44,18 @@ class BlockTables:
         sequence.table_version += 1
         sequence.slots = None
 
+    def hold(self, sequence: Sequence, tokens: int) -> bool:
+        """Give a sequence the blocks of its first `tokens` tokens, known ones included; whether they are there."""
+        shared = [] if sequence.block_table else self.known_prefix(sequence)
+        missing = self.blocks_for(tokens) - len(sequence.block_table) - len(shared)
+        if missing + len(shared) - self.blocks.num_held(shared) > self.blocks.num_free:
+            return False
+        if not sequence.block_table:
+            self.start(sequence, shared, missing)
+        elif missing > 0:
+            self.extend(sequence, missing)
+        return True
+
     def trim(self, sequence: Sequence, tokens: int) -> None:
         """Take back the blocks behind those of a sequence's first `tokens` tokens."""
         table, kept = sequence.block_table, self.blocks_for(tokens)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from trtbuild.compress.chat import Chat, render_chat
+from trtbuild.compress.prompts import NO_PROMPT, prompt_ids
 from trtbuild.compress.textdata import load_tokenizer
-from trtbuild.compress.textfiles import Row, TextFile, read_rows
+from trtbuild.compress.textfiles import TextFile
 from trtbuild.errors import Problem, RecipeError
 from trtbuild.training.request import Request
 
@@ -44,7 +42,7 @@ def load_prompts(request: Request) -> Prompts:
     longest = request.max_seq_len - request.max_answer_tokens
     pool: dict[tuple[int, ...], None] = {}
     found = left_out = 0
-    for ids in _token_ids(file, tokenizer):
+    for ids in prompt_ids(file, tokenizer):
         found += 1
         if len(ids) > longest:
             left_out += 1
@@ -59,38 +57,9 @@ def load_prompts(request: Request) -> Prompts:
     return Prompts(tuple(chosen[held:]), tuple(chosen[:held]), found, left_out)
 
 
-def _token_ids(file: TextFile, tokenizer: Any) -> Iterator[tuple[int, ...]]:
-    for row in read_rows(file):
-        for prompt in _prompts(row):
-            if isinstance(prompt, str):
-                ids = tokenizer(prompt, verbose=False)["input_ids"]
-            else:
-                ids = _chat(row.where, prompt, tokenizer, file)
-            if ids:
-                yield tuple(ids)
-
-
-def _prompts(row: Row) -> Sequence[str | Chat]:
-    """The prompts of one row: each line of a plain text; of a conversation all but an answer that ends it."""
-    if isinstance(row.value, Chat):
-        messages = row.value.messages
-        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        return [replace(row.value, messages=asked)] if asked else []
-    return [line for line in row.value.splitlines() if line.strip()] if row.section else [row.value]
-
-
-def _chat(where: str, chat: Chat, tokenizer: Any, file: TextFile) -> list[int]:
-    try:
-        text = render_chat(chat, tokenizer, add_generation_prompt=True)
-    except ValueError as error:
-        hint = "give a column of text, or a tokenizer with a chat template"
-        raise file.problem(f"holds chat messages ({where}) that cannot be read: {error}", hint) from error
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
 def _too_few(file: TextFile, found: int, left_out: int, longest: int) -> RecipeError:
     if not found:
-        return file.problem("holds no prompt", "give a file with prompts like those that will be served")
+        return file.problem(*NO_PROMPT)
     if left_out:
         message = (
             f"{left_out} of {found} prompts of {file.path} are longer than {longest} tokens, and two others are needed"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trtbuild.compress.journal import Journal
+from trtbuild.compress.request import Meter
 from trtbuild.compress.source import pick_device
 from trtbuild.training.answers import Answered, answer_all, end_tokens
 from trtbuild.training.batches import frequent_tokens
@@ -23,7 +22,7 @@ from trtbuild.training.prompts import Prompts, load_prompts
 from trtbuild.training.request import Request, parse_request, resume_key
 from trtbuild.training.room import disk_errors
 from trtbuild.training.target import convert, load_target
-from trtbuild.worker import Progress
+from trtbuild.worker import Clock, Progress
 
 _POINTS = 400  # of the loss curve
 _HOW = (
@@ -32,26 +31,6 @@ _HOW = (
     "token is the answer's; `accepted`: those before it are too; `held_out`: prompts that were never learned from, "
     "`learned`: as many that were"
 )
-
-
-class _Progress:
-    """Counts work whose parts are answers, steps and measured answers, each one unit."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-        self.seconds: dict[str, float] = {}
-
-    def advance(self, units: int, what: str) -> None:
-        """Report `units` more; the last unit is kept for the end."""
-        self._done = min(self._done + units, self._total - 1)
-        self._progress(self._done, self._total, what)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Take the time of a phase."""
-        started = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - started, 3)
 
 
 def run(raw: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -77,13 +56,13 @@ def _run(request: Request, progress: Progress) -> dict[str, Any]:
     prompts = load_prompts(request)
     learned, held = len(prompts.learned), len(prompts.held_out)
     steps = request.epochs * -(-learned // request.batch_size)
-    meter = _Progress(progress, learned + 3 * held + steps + 1)
+    meter, clock = Meter(progress, learned + 3 * held + steps + 1), Clock()
     meter.advance(0, "load the model")
-    with meter.phase("load"):
+    with clock.phase("load"):
         model = load_target(request, device)
     key = resume_key(request, device)
     journal = Journal(request.work, key)
-    with meter.phase("answers"):
+    with clock.phase("answers"):
         answered, resumed = answer_all(
             model,
             [*prompts.learned, *prompts.held_out],
@@ -92,25 +71,25 @@ def _run(request: Request, progress: Progress) -> dict[str, Any]:
             journal,
             lambda count: meter.advance(count, "prompts answered"),
         )
-    training, tensors = _train(model, answered[:learned], request, key, meter)
-    with meter.phase("measure"):
+    training, tensors = _train(model, answered[:learned], request, key, meter, clock)
+    with clock.phase("measure"):
         acceptance = _measure(model, tensors, answered, prompts, request, meter)
     write(tensors, model, request)
     shutil.rmtree(request.work)
     progress(1, 1, "done")
-    return _result(request, prompts, answered, training, acceptance, meter, resumed)
+    return _result(request, prompts, answered, training, acceptance, clock.seconds, resumed)
 
 
 def _train(
-    model: Any, answered: Sequence[Answered], request: Request, key: str, meter: _Progress
+    model: Any, answered: Sequence[Answered], request: Request, key: str, meter: Meter, clock: Clock
 ) -> tuple[Training, dict[str, Tensor]]:
     reduced = request.draft_vocab_size not in (None, 0, model.config.vocab_size)
     draft_tokens = frequent_tokens(answered, request.draft_vocab_size or 0) if reduced else None
-    with meter.phase("convert"):
+    with clock.phase("convert"):
         learning: nn.Module = convert(model, request, draft_tokens)
     training = Training(model, learning, answered, request, key)
     meter.advance(training.resumed, "steps of an earlier run")
-    with meter.phase("train"):
+    with clock.phase("train"):
         training.run(lambda what: meter.advance(1, what))
     return training, exported(learning)
 
@@ -121,7 +100,7 @@ def _measure(
     answered: Sequence[Answered],
     prompts: Prompts,
     request: Request,
-    meter: _Progress,
+    meter: Meter,
 ) -> dict[str, Any]:
     """Acceptance on the held-out prompts, and on as many of those that were learned from."""
     draft = _draft(model, tensors, request)
@@ -161,7 +140,7 @@ def _result(
     answered: Sequence[Answered],
     training: Training,
     acceptance: dict[str, Any],
-    meter: _Progress,
+    seconds: dict[str, float],
     resumed: int,
 ) -> dict[str, Any]:
     notes = []
@@ -183,7 +162,7 @@ def _result(
         "loss": _curve(training.losses),
         "acceptance": acceptance,
         "how": _HOW,
-        "seconds": meter.seconds,
+        "seconds": seconds,
         "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu",
         "notes": notes,
     }  # fmt: skip

@@ -111,25 +111,12 @@ class ModelDrafter:
         for index in sorted(range(len(made)), key=lambda place: made[place].behind):
             one = made[index]
             state = one.mirror.state
-            if budget <= 0 or not self._hold(state, len(state.token_ids) + one.growing.ask.count - 1):
+            if budget <= 0 or not self._tables.hold(state, len(state.token_ids) + one.growing.ask.count - 1):
                 continue
             end = min(len(state.token_ids), state.num_computed + budget)
             chunks[index] = Chunk(state, state.num_computed, end, is_last=end == len(state.token_ids))
             budget -= end - state.num_computed
         return chunks
-
-    def _hold(self, state: Sequence, tokens: int) -> bool:
-        """Hold the blocks of so many tokens, if they are there."""
-        shared = [] if state.block_table else self._tables.known_prefix(state)
-        missing = self._tables.blocks_for(tokens) - len(state.block_table) - len(shared)
-        blocks = self._tables.blocks
-        if missing + len(shared) - blocks.num_held(shared) > blocks.num_free:
-            return False
-        if not state.block_table:
-            self._tables.start(state, shared, missing)
-        elif missing > 0:
-            self._tables.extend(state, missing)
-        return True
 
     def _choose(self, drafting: list[_Drafting], logits: torch.Tensor) -> None:
         """Put the next token of each request behind its draft, from `logits` [requests, V of the draft model]."""

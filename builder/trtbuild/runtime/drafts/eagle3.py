@@ -120,11 +120,8 @@ class Eagle3Drafter:
             return None
         state = seen.state
         tokens = state.num_computed + len(seen.places) + growing.ask.count - 1
-        missing = self._tables.blocks_for(tokens) - len(state.block_table)
-        if missing > self._tables.blocks.num_free:
+        if not self._tables.hold(state, tokens):
             return None
-        if missing > 0:
-            self._tables.extend(state, missing)
         # The newest token ends the text, so that every place has one behind it.
         token_ids = [sequence.token_ids[place + 1] for place in seen.places]
         feed = _Feed(growing, state, state.num_computed, token_ids, torch.cat(seen.features), seen.places)
