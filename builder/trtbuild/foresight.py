@@ -16,7 +16,7 @@ from trtbuild.errors import CompatibilityError, Problem
 from trtbuild.llm_speculation import TAKES_DRAFT
 from trtbuild.plan import Plan
 from trtbuild.recipe_file import LoadedRecipe
-from trtbuild.releases import lines
+from trtbuild.releases import line_of
 from trtbuild.source import local_path
 from trtbuild.support import refused_scaling
 from trtbuild.trtllm_engine_drafts import DRAFT_TARGET
@@ -69,18 +69,18 @@ def refuse_unconvertible(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) 
 
 def refuse_scaling(version: str, config: Mapping[str, Any]) -> None:
     """Refuse a rotary embedding that engines of a release do not compute."""
-    line = next(line for line in lines() if line.has(version))
-    problem = refused_scaling(line, (config.get("rotary_scaling") or {}).get("type"))
+    problem = refused_scaling(line_of(version), (config.get("rotary_scaling") or {}).get("type"))
     if problem is not None:
         raise CompatibilityError(problem, "use a later runtime.version, or runtime.kind: trtllm")
 
 
 def _refuse_draft(plan: Plan, loaded: LoadedRecipe, draft: Draft | None) -> None:
     """Refuse a draft that the engine step would refuse too: its tokens, and for the LLM API how it is stored."""
-    if draft is None or loaded.recipe.speculative.draft is None:
+    place = loaded.recipe.speculative.draft
+    if draft is None or place is None:
         return
     engine = plan.step("engine").parameters
-    directory = local_path(loaded, loaded.recipe.speculative.draft or "", at="speculative.draft")
+    directory = local_path(loaded, place, at="speculative.draft")
     tokenizer = _tokenizer(plan, loaded)
     problem = None if tokenizer is None else other_tokens(tokenizer, directory)
     if problem is not None:

@@ -236,12 +236,13 @@ def _nearest(wanted: Version) -> list[str]:
 
 def _release(version: str) -> Release:
     container = next((container for container in containers() if container.tensorrt_llm == version), None)
-    return Release(version=version, line=_line_of(version), container=container)
+    return Release(version=version, line=line_of(version), container=container)
 
 
 def _of_container(container: Container) -> Release:
-    return Release(version=container.tensorrt_llm, line=_line_of(container.tensorrt_llm), container=container)
+    return Release(version=container.tensorrt_llm, line=line_of(container.tensorrt_llm), container=container)
 
 
-def _line_of(version: str) -> Line:
-    return next(line for line in lines() if line.holds(Version(version)))
+def line_of(version: str) -> Line:
+    """The release line that holds a version."""
+    return next(line for line in lines() if line.has(version))

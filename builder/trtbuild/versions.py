@@ -12,7 +12,7 @@ from trtbuild.compat import facts
 from trtbuild.console import table
 from trtbuild.llm_schema import load_schema, schema_header, schema_names
 from trtbuild.model_classes import class_lists
-from trtbuild.releases import Container, Line, containers, lines
+from trtbuild.releases import Container, Line, containers, line_of, lines
 from trtbuild.schema_changes import changes
 
 UNKNOWN = "unknown"
@@ -194,7 +194,7 @@ def _in_fours(title: str, names: list[str]) -> list[list[str]]:
 
 
 def _line(container: Container) -> Line:
-    return next(line for line in lines() if line.has(container.tensorrt_llm))
+    return line_of(container.tensorrt_llm)
 
 
 def _schema(line: Line) -> str:
