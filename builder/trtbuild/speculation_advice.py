@@ -28,9 +28,14 @@ class Candidate:
 
     @property
     def family(self) -> str:
-        """The name of the method with what it matches."""
-        size = self.section.get("max_matching_ngram_size")
-        return self.method if size is None else f"{self.method}, {size} matched"
+        """The name of its family."""
+        return family(self.section)
+
+
+def family(section: Mapping[str, Any]) -> str:
+    """The name of a section's method with what it matches."""
+    method, size = str(section["method"]), section.get("max_matching_ngram_size")
+    return method if size is None else f"{method}, {size} matched"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +105,8 @@ def advise(rows: Sequence[Measured], noise: Mapping[int, float | None]) -> Advic
     families = dict.fromkeys(row.candidate.family for row in rows)
     plans = [
         plan
-        for family in families
-        if (plan := _plan([row for row in rows if row.candidate.family == family], batches, thresholds)) is not None
+        for name in families
+        if (plan := _plan([row for row in rows if row.candidate.family == name], batches, thresholds)) is not None
     ]
     if not plans:
         none, ones = dict.fromkeys(batches, 0), dict.fromkeys(batches, 1.0)
@@ -157,7 +162,7 @@ def _sentence(plan: _Plan, thresholds: Mapping[int, float], off_from: int | None
         for batch, length in plan.lengths.items()
         if length
     )
-    name = Candidate(plan.section, 0).family
+    name = family(plan.section)
     if off_from is None:
         return f"best: {name}: {gains}"
     need = thresholds[off_from]

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from trtbuild.speculation_advice import family, requests
+
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP, _BELOW = 230, 190, 50, 78, 56, 44
 _COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e")
 _FONT = 'font-family="sans-serif" font-size="11"'
@@ -20,7 +22,7 @@ def draw(study: Mapping[str, Any]) -> str:
         study: as `Study.to_json` gives it.
     """
     rows: Sequence[Mapping[str, Any]] = study["rows"]
-    color = dict(zip(dict.fromkeys(map(_family, rows)), _COLORS * 3, strict=False))
+    color = dict(zip(dict.fromkeys(map(family, rows)), _COLORS * 3, strict=False))
     first = min((row["batch"] for row in rows), default=1)
     panels = [
         *(_Panel.of_batch(plain, rows, study["advice"]) for plain in study["without_drafts"]),
@@ -60,20 +62,14 @@ class _Panel:
         level = None if advice is None else dict(advice["thresholds"])[batch]
         chosen = None
         if advice is not None and advice["section"] is not None and dict(advice["lengths"])[batch]:
-            chosen = _family(advice["section"]), dict(advice["lengths"])[batch]
-        what = "1 request" if batch == 1 else f"{batch} requests"
-        return cls(f"speed-up, {what}", points, level, chosen)
+            chosen = family(advice["section"]), dict(advice["lengths"])[batch]
+        return cls(f"speed-up, {requests(batch)}", points, level, chosen)
 
     @classmethod
     def of_steps(cls, rows: Sequence[Mapping[str, Any]]) -> _Panel:
         """The tokens of a step."""
         batch = rows[0]["batch"] if rows else 1
-        return cls(
-            f"tokens a step, {'1 request' if batch == 1 else f'{batch} requests'}",
-            _points(rows, "tokens_per_step"),
-            None,
-            None,
-        )
+        return cls(f"tokens a step, {requests(batch)}", _points(rows, "tokens_per_step"), None, None)
 
     def drawn(self, left: float, color: Mapping[str, str]) -> Iterator[str]:
         """The panel with its left edge at `left`."""
@@ -124,13 +120,8 @@ def _points(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[int,
     points: dict[str, dict[int, float]] = {}
     for row in rows:
         if row[name] is not None:
-            points.setdefault(_family(row), {})[row["max_draft_len"]] = row[name]
+            points.setdefault(family(row), {})[row["max_draft_len"]] = row[name]
     return points
-
-
-def _family(row: Mapping[str, Any]) -> str:
-    size = row.get("max_matching_ngram_size")
-    return str(row["method"]) if size is None else f"{row['method']}, {size} matched"
 
 
 def _title(study: Mapping[str, Any]) -> str:
