@@ -13,6 +13,7 @@ from trtbuild.eagle3_draft import Eagle3, loaded_name, required
 from trtbuild.medusa_draft import MedusaHeads
 from trtbuild.model import ModelFacts
 from trtbuild.recipe_speculative import Speculative
+from trtbuild.recipe_training import Train
 
 TRAINABLE = ("medusa", "eagle3")
 USUAL_HEADS = 3
@@ -28,19 +29,18 @@ EAGLE_CONFIG: dict[str, Any] = {
 
 def planned_draft(section: Speculative, facts: ModelFacts) -> Draft | None:
     """The draft that the recipe wants trained; None where it wants none, or of a method that trains nothing."""
-    if section.train is None or section.method not in TRAINABLE:
+    wanted = section.train
+    if wanted is None or section.method not in TRAINABLE:
         return None
     if section.method == "medusa":
-        return Draft(medusa=planned_medusa(section, facts))
-    return Draft(eagle3=planned_eagle3(section, facts))
+        return Draft(medusa=_medusa(wanted, facts))
+    return Draft(eagle3=_eagle3(wanted, planned_captured(section, facts), facts))
 
 
-def planned_medusa(section: Speculative, facts: ModelFacts) -> MedusaHeads:
-    """The heads that the recipe wants trained."""
-    wanted = section.train
+def _medusa(wanted: Train, facts: ModelFacts) -> MedusaHeads:
     return MedusaHeads(
-        num_heads=(wanted and wanted.num_heads) or USUAL_HEADS,
-        num_layers=wanted.num_layers if wanted else 1,
+        num_heads=wanted.num_heads or USUAL_HEADS,
+        num_layers=wanted.num_layers,
         hidden_size=facts.hidden_size,
         vocab_size=facts.vocab_size,
     )
@@ -55,10 +55,13 @@ def usual_captured(layers: int) -> tuple[int, ...]:
     return tuple(sorted({min(1, layers - 1), max(0, layers // 2 - 1), max(0, layers - 4)}))
 
 
-def planned_eagle3(section: Speculative, facts: ModelFacts) -> Eagle3:
-    """The draft that the recipe wants trained: layers like the model's own."""
-    captured = section.eagle3_layers_to_capture or usual_captured(facts.num_layers)
-    wanted = section.train
+def planned_captured(section: Speculative, facts: ModelFacts) -> tuple[int, ...]:
+    """The layers of the model that the draft of EAGLE-3 will read, in order."""
+    return tuple(sorted(set(section.eagle3_layers_to_capture or usual_captured(facts.num_layers))))
+
+
+def _eagle3(wanted: Train, captured: tuple[int, ...], facts: ModelFacts) -> Eagle3:
+    """A draft with layers like the model's own."""
     draft = Eagle3(
         architecture="LlamaForCausalLMEagle3",
         model_type="llama",
@@ -66,17 +69,17 @@ def planned_eagle3(section: Speculative, facts: ModelFacts) -> Eagle3:
         target_hidden_size=facts.hidden_size,
         intermediate_size=facts.intermediate_size or 4 * facts.hidden_size,
         vocab_size=facts.vocab_size,
-        draft_vocab_size=(wanted and wanted.draft_vocab_size) or facts.vocab_size,
-        num_layers=wanted.num_layers if wanted else 1,
+        draft_vocab_size=wanted.draft_vocab_size or facts.vocab_size,
+        num_layers=wanted.num_layers,
         num_attention_heads=facts.num_attention_heads,
         num_key_value_heads=facts.num_key_value_heads,
         head_dim=facts.head_dim,
         context_length=facts.context_length,
-        captured=tuple(sorted(set(captured))),
+        captured=captured,
         eagle_config=EAGLE_CONFIG,
         fc_norm=False,
         quant_algo=None,
         shapes={},
     )
-    shapes = required(draft, len(set(captured)))
+    shapes = required(draft, len(captured))
     return replace(draft, shapes={loaded_name(name, draft.num_layers): shape for name, shape in shapes.items()})

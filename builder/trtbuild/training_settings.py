@@ -8,7 +8,7 @@ from typing import Any
 from trtbuild.errors import Problem
 from trtbuild.model import ModelFacts
 from trtbuild.plan import Step
-from trtbuild.planned_draft import TRAINABLE, USUAL_HEADS, planned_eagle3
+from trtbuild.planned_draft import TRAINABLE, USUAL_HEADS, planned_captured
 from trtbuild.setting_values import Settings
 
 PROMPTS_ROLE = "prompts"
@@ -79,7 +79,7 @@ def _eagle3(settings: Settings, facts: ModelFacts) -> None:
     if drafted is not None and drafted > facts.vocab_size:
         message = f"{drafted} is more than the model's vocabulary of {facts.vocab_size}"
         settings.problem(at, message, "use less, or remove it to draft every token")
-    captured = planned_eagle3(settings.recipe.speculative, facts).captured or ()
+    captured = planned_captured(settings.recipe.speculative, facts)
     at = "speculative.eagle3_layers_to_capture"
     if len(captured) < 2:
         settings.problem(at, f"{list(captured)}: a draft is trained on two layers or more", "name more layers")
@@ -113,10 +113,10 @@ def _parameters(settings: Settings, facts: ModelFacts) -> dict[str, Any]:
         *("column", "samples", "held_out", "max_seq_len", "max_answer_tokens", "epochs", "batch_size"),
         *("learning_rate", "num_layers", *_OWN[method], "seed"),
     )
-    captured = planned_eagle3(settings.recipe.speculative, facts).captured if method == "eagle3" else None
+    captured = list(planned_captured(settings.recipe.speculative, facts)) if method == "eagle3" else None
     return {
         "method": method,
         "format": settings["compress.format"],
         "trust_remote_code": settings["model.trust_remote_code"],
-        "captured": None if captured is None else list(captured),
+        "captured": captured,
     } | {name: settings[f"{_AT}.{name}"] for name in names}
