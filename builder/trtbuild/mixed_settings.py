@@ -20,7 +20,7 @@ COMPRESSED_FORMATS = ("int4_awq", "int4_gptq", "fp8")
 _VLLM_GROUPS = (32, 64, 128)
 _AUTO = ("target_bits", "auto_formats", "auto_method")
 _DEFAULT_TARGET_BITS = 5.0
-_NEW = ("target_bits", "auto_formats", "auto_method", "overrides", "checkpoint")
+_NEW = (*_AUTO, "overrides", "checkpoint")
 
 
 def take_mixed(settings: Settings) -> None:

@@ -25,7 +25,7 @@ STEP = "speculate"
 _ROUNDS = 3
 _LOUD = 0.2  # runs that differ by more hide what speculation brings
 _NUMERICS = ("device", "compute_dtype", "weights")
-_LIMITS = ("max_batch_size", "max_num_tokens", "max_seq_len", "enable_chunked_prefill", "capacity_scheduler_policy")
+_LIMITS = ("max_num_tokens", "max_seq_len", "enable_chunked_prefill", "capacity_scheduler_policy")
 ELSEWHERE = (
     "acceptance and tokens a step hold for greedy answers of {kind} too; seconds do not, they were not measured there"
 )
@@ -127,7 +127,7 @@ def _refuse(asked: Asked, kind: str) -> None:
 
 def _request(possible: Possible, asked: Asked, model: Path, taken: Sequence[int], *, timed: bool) -> dict[str, Any]:
     plan = possible.embedded.plan
-    engine = {name: plan.value(f"runtime.{name}") for name in (*_NUMERICS, *_LIMITS[1:])}
+    engine = {name: plan.value(f"runtime.{name}") for name in (*_NUMERICS, *_LIMITS)}
     cache = plan.value("compress.kv_cache")
     return {
         "model": str(model),
@@ -209,10 +209,11 @@ def write_advice(loaded: LoadedRecipe, asked: Asked, advice: Advice) -> str:
         section = {name: value for name, value in section.items() if name != "draft"} | {"train": train}
     if section is None and loaded.recipe.speculative.method == "none":
         return f"{asked.recipe} is left as it is: it drafts nothing"
-    text = with_section(loaded.text, "speculative", section or {"method": "none"})
+    written = section or {"method": "none"}
+    text = with_section(loaded.text, "speculative", written)
     prepare_loaded(parse_recipe(text, loaded.path, asked.overrides))
     write_atomic(asked.recipe.resolve(), text)
-    gone = sorted(set(loaded.document.get("speculative") or {}) - set(section or {"method": "none"}))
+    gone = sorted(set(loaded.document.get("speculative") or {}) - set(written))
     lost = f"; removed: {', '.join(f'speculative.{name}' for name in gone)}" if gone else ""
     return f"{asked.recipe}: speculative is written{lost}"
 

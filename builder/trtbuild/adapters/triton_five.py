@@ -25,7 +25,7 @@ LAYOUT, TOKENS = "ensemble", "tokens"
 ENGINE_MODEL, DRAFT_MODEL = "tensorrt_llm", "tensorrt_llm_draft"
 _EXECUTED = (ENGINE_MODEL, DRAFT_MODEL)
 _BLS, _LINE = "tensorrt_llm_bls", "engine_line"
-MODELS = ("ensemble", "postprocessing", "preprocessing", ENGINE_MODEL, "tensorrt_llm_bls")
+MODELS = ("ensemble", "postprocessing", "preprocessing", ENGINE_MODEL, _BLS)
 _EMBEDDED = "embedded"
 _CANCELLATION_CHECK_PERIOD_MS = 50
 # Threads of the BLS model: enough to fill the engine and to keep its queue from running dry.
@@ -150,12 +150,12 @@ def _agreement(models: Mapping[str, Model]) -> list[Problem]:
         if model.config.max_batch_size != engine.config.max_batch_size:
             message = f"max_batch_size is {model.config.max_batch_size}, and {engine.name} has "
             problems.append(model.problem(f"{message}{engine.config.max_batch_size}", "make them equal"))
-        if model.name == "tensorrt_llm_bls" and bool(model.config.model_transaction_policy.decoupled) != decoupled:
+        if model.name == _BLS and bool(model.config.model_transaction_policy.decoupled) != decoupled:
             message = f"decoupled is {boolean(not decoupled)}, and {engine.name} has {boolean(decoupled)}"
             problems.append(model.problem(message, "a chain streams if and only if its engine does: make them equal"))
         for name in ("runtime", "streaming", "max_seq_len", "max_input_tokens", "max_output_tokens", "tokenizer_dir"):
             problems += _differs(model, models, name)
-    bls = models.get("tensorrt_llm_bls")
+    bls = models.get(_BLS)
     problems += triton_draft.check(models) if DRAFT_MODEL in models else []
     return problems + ([] if bls is None else _bls(bls, models))
 
@@ -236,7 +236,7 @@ def _models(spec: RepositorySpec) -> dict[str, _Written]:
         "preprocessing": base | tokenizer | {"add_special_tokens": "true"} | no_images | limits,
         "postprocessing": base | tokenizer | {"skip_special_tokens": "true"},
         "ensemble": base,
-        "tensorrt_llm_bls": base | streams | bls,
+        _BLS: base | streams | bls,
     }
     made = {
         name: _Written(

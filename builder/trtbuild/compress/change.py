@@ -55,7 +55,7 @@ def change_layer(
         run = loops(GPTQ_PASSES[:1], kept=False)
         solved = quantize_by_gptq(frame, selection, request, run, layers=1, parts=[name])
         if not last:
-            loops(sparsify.PASSES[1:]).finish()
+            loops(GPTQ_PASSES[1:]).finish()
     elif request.quantized:
         _quantize(frame, selection, request, loops)
     return {selection.compressed[module]: error for module, error in solved.errors.items()}

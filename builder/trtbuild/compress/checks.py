@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from trtbuild.compress.blocks import TensorBlocks
+from trtbuild.compress.export import HF_QUANT_CONFIG
 from trtbuild.compress.groups import FUSED_BY_ENGINES
 from trtbuild.compress.metadata import read_json
 from trtbuild.compress.request import Request
@@ -113,7 +114,7 @@ def _check_every_matrix(
     alone = matrices - set(quantized)
     refuse("not quantized, although no exclude pattern names it", alone - selection.uncompressed)
     # The exporter lists in its config what it has left alone; readers skip exactly that.
-    listed = read_json(request.output / "hf_quant_config.json")["quantization"]["exclude_modules"]
+    listed = read_json(request.output / HF_QUANT_CONFIG)["quantization"]["exclude_modules"]
     covered = {name for name in matrices if any(fnmatchcase(name, pattern) for pattern in listed)}
     refuse("named in exclude_modules, although it is quantized", covered & set(quantized))
     refuse("not quantized, and exclude_modules does not say so", alone - covered)
