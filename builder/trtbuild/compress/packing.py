@@ -77,8 +77,7 @@ def pack(file: TextFile, tokenizer: Any, length: int, *, needed: int) -> Pool:
         if len(ids) >= limit:
             break
     _refuse_nothing(file, ids)
-    windows = [prefix + tuple(ids[start : start + body]) for start in range(0, len(ids) - body + 1, body)]
-    return Pool(windows, len(ids), len(starts), prefix, frozenset(found), starts)
+    return Pool(full_windows(ids, prefix, body), len(ids), len(starts), prefix, frozenset(found), starts)
 
 
 def lay_out(file: TextFile, tokenizer: Any, length: int, *, needed: int) -> Pool:
@@ -98,6 +97,16 @@ def lay_out(file: TextFile, tokenizer: Any, length: int, *, needed: int) -> Pool
             break
     _refuse_nothing(file, windows or ([0] if short else []))
     return Pool(windows, tokens, len(windows) + short, prefix, frozenset(), short=short)
+
+
+def full_windows(ids: Sequence[int], prefix: tuple[int, ...], body: int) -> list[tuple[int, ...]]:
+    """`ids` in full windows of `body` tokens, each with the prefix before it; what is left over at the end goes."""
+    return [prefix + tuple(ids[start : start + body]) for start in range(0, len(ids) - body + 1, body)]
+
+
+def begun(prefix: tuple[int, ...], ids: Sequence[int]) -> tuple[int, ...]:
+    """`ids` with the prefix before them, which chat templates may have written themselves."""
+    return tuple(ids) if tuple(ids[: len(prefix)]) == prefix else prefix + tuple(ids)
 
 
 def text_prefix(tokenizer: Any) -> tuple[int, ...]:
@@ -128,8 +137,7 @@ def sample_length(tokens: int, length: int) -> int:
 
 
 def _fitted(prefix: tuple[int, ...], ids: list[int], length: int) -> tuple[int, ...]:
-    begun = prefix and tuple(ids[: len(prefix)]) == prefix  # chat templates write BOS themselves
-    whole = tuple(ids) if begun else prefix + tuple(ids)
+    whole = begun(prefix, ids)
     return whole[: sample_length(len(whole), length)]
 
 

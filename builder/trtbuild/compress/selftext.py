@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ import torch
 
 from trtbuild.compress.chat import Chat, render_chat
 from trtbuild.compress.journal import Journal
-from trtbuild.compress.packing import Pool, sample_length, text_prefix
+from trtbuild.compress.packing import Pool, begun, full_windows, sample_length, text_prefix
 from trtbuild.compress.request import Request
+from trtbuild.compress.source import pick_device
 from trtbuild.compress.textdata import CalibrationSpec, Samples, draw, load_tokenizer
 from trtbuild.compress_memory import SELF_GROUP, sampling_bytes, show_bytes
 from trtbuild.errors import CompatibilityError, HostError, Problem, RecipeError
@@ -72,10 +73,10 @@ def self_samples(
 
     Raises:
         RecipeError: The whole model does not fit into compress.max_memory.
-        HostError: It does not fit into the memory that is free.
+        HostError: It does not fit into the memory that is free; a GPU is wanted and there is none.
         CompatibilityError: The embedded engine does not run this model.
     """
-    device = "cuda" if request.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = pick_device(request.device).type
     _refuse_too_large(request, facts, spec, device)
     tokenizer = load_tokenizer(request.tokenizer, trust_remote_code=request.trust_remote_code)
     work.mkdir(parents=True, exist_ok=True)
@@ -179,7 +180,7 @@ def _group(writer: _Writer, first: int) -> list[list[int]]:
     asked = [[*_without_end(writer, texts[offset]), *writer.closing] for offset in talks]
     params = [_sampling(draws[offset], writer.length - len(text)) for offset, text in zip(talks, asked, strict=True)]
     texts |= dict(zip(talks, _continue(writer, asked, params), strict=True))
-    return [_begun(writer, texts[offset]) for offset in range(SELF_GROUP)]
+    return [list(begun(writer.prefix, texts[offset])[: writer.length]) for offset in range(SELF_GROUP)]
 
 
 def _sampling(draw_from: random.Random, room: int) -> SamplingParams:
@@ -201,12 +202,6 @@ def _continue(writer: _Writer, prompts: Sequence[Sequence[int]], params: Sequenc
 def _without_end(writer: _Writer, text: Sequence[int]) -> Sequence[int]:
     """A user's turn less the token that ends it: the template writes it again."""
     return text[:-1] if text[-1] in writer.engine.facts.eos_token_ids else text
-
-
-def _begun(writer: _Writer, text: list[int]) -> list[int]:
-    """A text with the prefix before it, which templates may have written themselves."""
-    begun = tuple(text[: len(writer.prefix)]) == writer.prefix
-    return text if begun else [*writer.prefix, *text][: writer.length]
 
 
 def _first_token(writer: _Writer, draw_from: random.Random) -> int:
@@ -233,9 +228,5 @@ def _pool(documents: Sequence[tuple[int, ...]], prefix: tuple[int, ...], spec: C
     for document in documents:
         starts.append(len(ids))
         ids += document[len(prefix) :]
-    windows = [prefix + tuple(part) for part in _full_parts(ids, body)][: spec.count]
+    windows = full_windows(ids, prefix, body)[: spec.count]
     return Pool(windows, tokens, len(documents), prefix, frozenset(), starts)
-
-
-def _full_parts(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (ids[start : start + size] for start in range(0, len(ids) - size + 1, size))
