@@ -147,19 +147,22 @@ def _tally(counts: dict[str, list[int]], name: str, experts: int, tokens: int) -
         if left[0] <= 0:
             return
         left[0] -= len(chosen)
-        seen = counts.setdefault(name, [0] * experts)
-        for index, number in enumerate(torch.bincount(chosen.flatten(), minlength=experts).tolist()[:experts]):
-            seen[index] += number
+        _add(counts.setdefault(name, [0] * experts), chosen)
 
     return count
 
 
 def _counter(counts: list[int]) -> Callable[[nn.Module, Any], None]:
     def count(module: nn.Module, args: Any) -> None:  # noqa: ARG001  the signature of a hook
-        for index, seen in enumerate(torch.bincount(args[1].flatten(), minlength=len(counts)).tolist()[: len(counts)]):
-            counts[index] += seen
+        _add(counts, args[1])
 
     return count
+
+
+def _add(counts: list[int], chosen: torch.Tensor) -> None:
+    """Count how often each expert is chosen [T, k]."""
+    for index, seen in enumerate(torch.bincount(chosen.flatten(), minlength=len(counts)).tolist()[: len(counts)]):
+        counts[index] += seen
 
 
 def idle_experts(counts: dict[str, list[int]]) -> list[str]:

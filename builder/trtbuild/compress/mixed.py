@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from trtbuild.compress.calibrate import Loop, count_expert_tokens, idle_experts
+from trtbuild.compress.calibrate import Loop
 from trtbuild.compress.quantize import (
     check_quantizers,
     format_config,
@@ -53,34 +53,30 @@ def _mixed_passes(formats: Iterable[str], request: Request) -> tuple[tuple[str, 
 
 def quantize_layers(
     model: nn.Module, selection: Selection, request: Request, loop: Loop | None, *, layers: int
-) -> list[str]:
+) -> None:
     """Quantize `model` in place, each selected layer in its format; see `quantize`, which does it for one format."""
     if not selection.mixed:
-        return quantize(model, selection, request, loop, layers=layers)
+        quantize(model, selection, request, loop, layers=layers)
+        return
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.algorithms import QuantRecipe
 
     mtq.quantize(model, {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": None})
-    with count_expert_tokens(model) as counts:
-        if request.kv_cache != "none":
-            mtq.set_quantizer_by_cfg(model, kv_config(request.kv_cache))
-            mtq.calibrate(model, "max", loop)
-            _switch_kv(model, enabled=False)
-        QuantRecipe.disable_folding_pqs_to_weights()
-        try:
-            found = [
-                _calibrate(model, selection, request, loop, name) for name in sorted(set(selection.formats.values()))
-            ]
-            for quantizers in found:
-                _put(model, quantizers)
-        finally:
-            QuantRecipe.fold_pqs_to_weights(model)
-    idle = idle_experts(counts) if loop is not None else []
+    if request.kv_cache != "none":
+        mtq.set_quantizer_by_cfg(model, kv_config(request.kv_cache))
+        mtq.calibrate(model, "max", loop)
+        _switch_kv(model, enabled=False)
+    QuantRecipe.disable_folding_pqs_to_weights()
+    try:
+        found = [_calibrate(model, selection, request, loop, name) for name in sorted(set(selection.formats.values()))]
+        for quantizers in found:
+            _put(model, quantizers)
+    finally:
+        QuantRecipe.fold_pqs_to_weights(model)
     share_input_scales(model)
     if request.kv_cache != "none":
         _switch_kv(model, enabled=True)
     check_quantizers(model, selection, request.kv_cache, layers=layers)
-    return idle
 
 
 def _calibrate(

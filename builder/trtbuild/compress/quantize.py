@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trtbuild.compress.calibrate import Loop, count_expert_tokens, idle_experts
+from trtbuild.compress.calibrate import Loop
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.errors import CompatibilityError, ToolError
@@ -48,8 +48,8 @@ def format_passes(name: str, kv_cache: str) -> tuple[tuple[str, int], ...]:
     return AWQ_PASSES if is_searched(name) else FP8_PASSES
 
 
-def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loop | None, *, layers: int) -> list[str]:
-    """Quantize `model` in place as the request says; return the experts that no calibration token reached.
+def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loop | None, *, layers: int) -> None:
+    """Quantize `model` in place as the request says.
 
     Args:
         model: The whole model, or one with a single decoder layer.
@@ -65,12 +65,9 @@ def quantize(model: nn.Module, selection: Selection, request: Request, loop: Loo
     import modelopt.torch.quantization as mtq
 
     algorithm = insert_quantizers(model, selection, request)
-    with count_expert_tokens(model) as counts:
-        mtq.calibrate(model, algorithm, loop)
-    idle = idle_experts(counts) if loop is not None else []
+    mtq.calibrate(model, algorithm, loop)
     share_input_scales(model)
     check_quantizers(model, selection, request.kv_cache, layers=layers)
-    return idle
 
 
 def insert_quantizers(model: nn.Module, selection: Selection, request: Request) -> Any:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from trtbuild.compress.calibrate import calibration_loop, layer_list
+from trtbuild.compress.calibrate import calibration_loop, count_expert_tokens, idle_experts, layer_list
 from trtbuild.compress.copying import copy_checkpoint
 from trtbuild.compress.request import Meter, Request
 from trtbuild.compress.selection import Selection, select
@@ -99,12 +99,15 @@ def _solve(
 def _quantize(
     model: nn.Module, selection: Selection, request: Request, ids: Sequence[Sequence[int]], meter: Meter
 ) -> list[str]:
+    """Return the experts that no calibration token reached."""
     from trtbuild.compress.mixed import passes, quantize_layers
 
     steps = passes(request, selection)
     run = calibration_loop(ids, meter, steps) if steps else None
     layers: int = model.config.get_text_config().num_hidden_layers
-    return quantize_layers(model, selection, request, run, layers=layers)
+    with count_expert_tokens(model) as counts:
+        quantize_layers(model, selection, request, run, layers=layers)
+    return idle_experts(counts) if run is not None else []
 
 
 def _weights(model: nn.Module, selection: Selection) -> dict[str, torch.Tensor]:
