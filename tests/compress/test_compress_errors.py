@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from compress_requests import make_request, silent
+from compress_requests import CALIBRATION, make_request, silent
 from safetensors.torch import load_file, save_file
 
 from tiny import save_checkpoint
-from trtbuild.compress import sparsify
+from trtbuild.compress import by_layer, sparsify
+from trtbuild.compress.checks import check_export
+from trtbuild.compress.request import parse_request
 from trtbuild.compress.run import run
-from trtbuild.compress.source import read_tensors
+from trtbuild.compress.selection import select
+from trtbuild.compress.skeleton import NotStreamableError
+from trtbuild.compress.source import load_source, read_tensors
 from trtbuild.errors import ArtifactError, CompatibilityError, RecipeError, ToolError
 from trtbuild.runtime.checkpoint_files import weight_files
 
@@ -210,6 +214,90 @@ def test_a_weight_that_is_not_pruned_does_not_ship(
     message = rf"{MODULES}.weight \(1 of 2,048 groups\): not 2:4, only [\d,]+ of [\d,]+ groups have at most two"
     with pytest.raises(ToolError, match=message):
         run(request, silent)
+
+
+def test_a_model_that_cannot_be_taken_layer_by_layer(sources: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    def refuse(*args: object) -> None:
+        raise NotStreamableError("its layers hang together")
+
+    monkeypatch.setattr(by_layer, "compress_by_layer", refuse)
+    wishes: list[tuple[dict[str, Any], str]] = [
+        ({"checkpoint": "compressed-tensors"}, "compressed-tensors is written layer by layer, which fails here: its"),
+        ({"max_memory": 1 << 40}, "compress.max_memory: this model cannot be compressed layer by layer: its layers"),
+    ]
+    for changes, message in wishes:
+        with pytest.raises(CompatibilityError, match=message):
+            run(make_request(sources("qwen3"), tmp_path / "refused", format="fp8", **changes), silent)
+    source = save_checkpoint(tmp_path / "source", "qwen3_moe", overrides={"num_experts": 16})
+    request = make_request(source, tmp_path / "out", format="fp8", calibration=CALIBRATION | {"count": 1, "length": 16})
+    whole, idle = run(request, silent)["notes"]
+    assert whole == "the whole model was held in memory: its layers hang together"
+    assert re.match(r"\d+ experts saw no calibration token: model.layers.0.mlp.experts.\d+, ", idle)
+
+
+DAMAGE: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "codes that are no numbers": (
+        {"format": "fp8"},
+        lambda tensors: tensors[f"{MODULES}.weight"].view(torch.uint8)[0].fill_(0xFF),
+        "q_proj.weight: holds NaN codes",
+    ),
+    "a scale of zero": (
+        {"format": "fp8"},
+        lambda tensors: tensors[f"{MODULES}.weight_scale"].zero_(),
+        "q_proj.weight_scale: scales must be positive and finite",
+    ),
+    "an exponent that is no number": (
+        {"format": "mxfp8"},
+        lambda tensors: tensors[f"{MODULES}.weight_scale"].fill_(255),
+        "q_proj.weight_scale: scales must be finite",
+    ),
+    "input scales that differ": (
+        {"format": "fp8"},
+        lambda tensors: tensors[f"{MODULES}.input_scale"].mul_(2),
+        "k_proj.input_scale, .*q_proj.input_scale, .*v_proj.input_scale: engines load them as one matrix",
+    ),
+    "a matrix in bf16": (
+        {"format": "fp8"},
+        lambda tensors: tensors.update({f"{MODULES}.weight": tensors[f"{MODULES}.weight"].to(torch.bfloat16)}),
+        "q_proj: not quantized, although compress.exclude does not name it",
+    ),
+    "a matrix that nobody knows": (
+        {"format": "fp8"},
+        lambda tensors: tensors.update({"model.stray.weight": torch.zeros(2, 2)}),
+        "model.stray: not quantized, although no exclude pattern names it",
+    ),
+    "a norm that is gone": (
+        {"format": "fp8"},
+        lambda tensors: tensors.pop("model.norm.weight"),
+        "model.norm.weight: in the source, but not exported",
+    ),
+    "a scale that is gone": (
+        {"format": "fp8"},
+        lambda tensors: tensors.pop(f"{MODULES}.input_scale"),
+        "q_proj.input_scale: missing from the export",
+    ),
+    "KV scales that are gone": (
+        {"format": "fp8", "kv_cache": "fp8"},
+        lambda tensors: tensors.pop("model.layers.0.self_attn.k_proj.k_scale"),
+        "ModelOpt's export has 2 k_scale for 3 layers",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_export_does_not_ship(
+    changes: dict[str, Any], damage: Any, message: str, compress: Any, sources: Any, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(compress("qwen3", **changes)[0], tmp_path / "out"))
+    (shard,) = output.glob("*.safetensors")
+    tensors = load_file(shard)
+    damage(tensors)
+    save_file(tensors, shard)
+    request = parse_request(make_request(sources("qwen3"), output, **changes))
+    source = read_tensors(request.source)
+    selection = select(load_source(request, torch.device("cpu")), source, request)
+    with pytest.raises(ToolError, match=message):
+        check_export(request, selection, source)
 
 
 FULL_DISK = """
