@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from trtbuild.layer_size import LayerSize
-from trtbuild.weight_formats import WEIGHT_FORMATS, is_searched, is_solved, needs_text
+from trtbuild.weight_formats import WEIGHT_FORMATS, is_smoothed, is_solved, needs_text
 
 _IMPORTED = 700_000_000  # Python with torch, transformers and ModelOpt, and a tokenizer
 _COPYING = 450_000_000  # with torch alone
@@ -48,6 +48,11 @@ class Demand:
         return tuple(name for name in (self.format, *self.more_formats) if name != "none")
 
     @property
+    def single(self) -> str:
+        """The weight format where there is one alone, whichever field names it; else none."""
+        return self.formats[0] if len(set(self.formats)) == 1 else "none"
+
+    @property
     def compressed(self) -> bool:
         """Whether a layer is loaded at all."""
         return bool(self.formats) or self.kv_cache != "none" or self.sparsity_method is not None
@@ -56,14 +61,13 @@ class Demand:
     def straight(self) -> bool:
         """Whether weights are coded from file to file, and no layer is ever loaded."""
         plain = self.kv_cache == "none" and self.sparsity_method is None and not self.experts
-        return plain and self.format in STRAIGHT_FORMATS and len(set(self.formats)) == 1
+        return plain and self.format in STRAIGHT_FORMATS and self.single == self.format
 
     @property
     def streams(self) -> int:
         """How many kinds of hidden states go from layer to layer."""
         quantized = any(needs_text(name, self.kv_cache) for name in self.formats or ("none",))
-        single = self.formats[0] if len(set(self.formats)) == 1 else "none"
-        twice = is_searched(single) and not is_solved(single) and self.kv_cache != "none"
+        twice = is_smoothed(self.single) and self.kv_cache != "none"
         return int(self.sparsity_method == "sparsegpt" or quantized) + twice
 
     @property
@@ -84,7 +88,7 @@ class Demand:
         # The layer, its coded or bf16 form and that of the one before, which is yet to be written, and what is computed
         # with the largest matrix at once.
         weights = (_FLOAT + 2 * coded) * layer.parameters + scratch * layer.matrix
-        solved = self.sparsity_method == "sparsegpt" or is_solved(self.format)
+        solved = self.sparsity_method == "sparsegpt" or is_solved(self.single)
         hessians = self._solving if solved else 0
         widest = max(layer.matrix // max(self.hidden_size, 1), self.hidden_size)
         running = _FLOAT * self.length * (8 * self.hidden_size + 4 * widest)

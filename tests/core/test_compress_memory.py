@@ -65,6 +65,7 @@ def test_what_a_compression_needs_more() -> None:
     solving = 4 * (LAYER.squared_inputs + 2 * 512**2)
     assert demand(sparsity_method="sparsegpt").smallest == demand().smallest + solving + 20 * LAYER.matrix
     assert demand(format="int4_gptq").smallest == demand(format="int4_awq").smallest + solving
+    assert demand(format="none", more_formats=("int4_gptq",)).smallest == demand(format="int4_gptq").smallest
     assert [demand(**changes).streams for changes in (
         {}, {"format": "none"}, {"sparsity_method": "sparsegpt"}, {"sparsity_method": "magnitude"},
         {"format": "int4_awq", "kv_cache": "fp8"}, {"format": "none", "sparsity_method": "sparsegpt"},

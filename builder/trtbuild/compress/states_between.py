@@ -10,7 +10,7 @@ import torch
 
 from trtbuild.compress.request import Request
 from trtbuild.compress.states import States
-from trtbuild.weight_formats import is_searched
+from trtbuild.weight_formats import is_smoothed
 
 PRUNED, CACHED = "pruned", "cached"
 _ON_DEVICE_BYTES = 4 << 30  # hidden states before and behind a layer
@@ -47,7 +47,7 @@ class StatesBetween:
         request = self.request
         if not self.lengths or not request.calibrated:
             return ()
-        twice = is_searched(request.single) and not request.solved and not request.mixed
+        twice = is_smoothed(request.single) and not request.mixed
         return (PRUNED, CACHED) if request.kv_cache != "none" and twice else (PRUNED,)
 
     @property
