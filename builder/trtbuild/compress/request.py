@@ -31,7 +31,7 @@ class AutoFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One compression; `calibration` has the keys data, column, count, length and seed.
+    """One compression; `calibration` has the keys data, column, split, count, length, packing and seed.
 
     `work` is where unfinished files lie, and `key` names the bytes of all inputs; None where nobody else keeps them.
     `max_memory` is a bound in bytes on the memory of the process. `overrides` are patterns of module names with the

@@ -65,6 +65,11 @@ class Stream:
         meter: Told after every layer and sample.
         states: The hidden states of the samples.
         batches: Which samples run at once, in their order.
+        ahead: Read the next layer while one is computed.
+        errors: What SparseGPT or GPTQ did to the output of every layer that it changed, by names in files.
+        unsmoothed: Layers without smoothing, by names in files; in the form of compressed-tensors.
+        experts: Calibration tokens, by the name of the experts module.
+        resumed: Decoder layers that an earlier run had finished.
     """
 
     request: Request
@@ -76,11 +81,11 @@ class Stream:
     meter: Meter
     states: StatesBetween
     batches: Sequence[Batch]
-    ahead: bool = True  # read the next layer while one is computed
-    errors: dict[str, float] = field(default_factory=dict)  # of every layer that SparseGPT or GPTQ changed
-    unsmoothed: list[str] = field(default_factory=list)  # by names in files; in the form of compressed-tensors
-    experts: dict[str, list[int]] = field(default_factory=dict)  # calibration tokens, by the name of the experts module
-    resumed: int = 0  # decoder layers that an earlier run had finished
+    ahead: bool = True
+    errors: dict[str, float] = field(default_factory=dict)
+    unsmoothed: list[str] = field(default_factory=list)
+    experts: dict[str, list[int]] = field(default_factory=dict)
+    resumed: int = 0
     _calls: Mapping[tuple[int, int], Sequence[Call]] = field(default_factory=dict)
     _journal: Journal | None = None
     _direct: bool = False
