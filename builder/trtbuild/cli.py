@@ -20,6 +20,9 @@ from trtbuild.weight_formats import WEIGHT_FORMATS
 _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 _SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Change one value of the recipe.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_VERSION = click.option(
+    "--version", metavar="V", help="TensorRT-LLM's version or a container's tag [default: the newest container]."
+)
 _PORT = click.IntRange(0, 65535)
 _HOST, _INTERRUPTED = 6, 130
 
@@ -67,13 +70,13 @@ def main() -> None:
 @main.command()
 @click.argument("model", metavar="MODEL_DIR", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("recipe.yaml"), show_default=True)
-@click.option("--format", "weight_format", type=click.Choice(["none", *WEIGHT_FORMATS]), default="fp8")
+@click.option(
+    "--format", "weight_format", type=click.Choice(["none", *WEIGHT_FORMATS]), default="fp8", show_default=True
+)
 @click.option(
     "--runtime", type=click.Choice(["embedded", "trtllm", "trtllm-engine"]), default="embedded", show_default=True
 )
-@click.option(
-    "--version", metavar="V", help="TensorRT-LLM's version or a container's tag [default: the newest container]."
-)
+@_VERSION
 @click.option("--gpu", metavar="GPU", help="The GPU that will serve, for example H100; trtllm-engine needs one.")
 def init(model: Path, output: Path, **choices: Any) -> None:
     """Write a commented recipe that fits the model and the runtime, and builds as it is."""
@@ -258,9 +261,7 @@ def _log_beside(package: Path, verb: str) -> Path:
 @click.option(
     "--to", "kind", type=click.Choice(["trtllm", "trtllm-engine", "embedded"]), default="trtllm", show_default=True
 )
-@click.option(
-    "--version", metavar="V", help="TensorRT-LLM's version or a container's tag [default: the newest container]."
-)
+@_VERSION
 @click.option("--model", metavar="MODEL", help="The original checkpoint, where SOURCE does not say it.")
 @click.option("--gpu", metavar="GPU", help="The GPU that will serve, for example H100.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("recipe.yaml"), show_default=True)

@@ -7,15 +7,13 @@ scales and smoothing follow from the format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trtbuild.convert.formats import Format, Quantized
 from trtbuild.convert.plan import Output, Piece, Span, numbers, ones
 from trtbuild.convert.source import Source
 from trtbuild.convert.values import caster, rescaler
-
-Axis = Callable[[int], int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,6 @@ from typing import Any
 from trtbuild.errors import ArtifactError
 
 METHODS = ("ngram", "draft_target", "medusa", "eagle3")
-# Where the draft's own checkpoint lies below the engine directory.
-DRAFT_DIRECTORY = "draft"
 TAKES_DRAFT = ("draft_target", "medusa", "eagle3")
 
 
