@@ -9,7 +9,7 @@ from trtbuild import compat
 from trtbuild.draft import DRAFT_ROLE, Draft
 from trtbuild.eagle3_draft import Eagle3, few, misfits
 from trtbuild.errors import Problem
-from trtbuild.llm_speculation_refusals import length_refusals
+from trtbuild.llm_speculation_refusals import length_refusals, missing_draft
 from trtbuild.medusa_draft import MedusaHeads, medusa_misfits, tree_problems
 from trtbuild.model import ModelFacts
 from trtbuild.setting_values import Settings
@@ -116,9 +116,8 @@ def speculation_refusals(settings: Settings, facts: ModelFacts) -> Iterable[Prob
     if section.draft_len_schedule is not None and section.max_concurrency is not None:
         message = f"{section.max_concurrency}: draft_len_schedule says from how many requests on nothing is drafted"
         yield Problem("speculative.max_concurrency", message, "remove one of the two")
-    if method in TAKES_DRAFT and section.draft is None and section.train is None:
-        what = "a draft model" if method == "draft_target" else "a draft that was trained for the model"
-        yield Problem(_DRAFT, f"is missing, and {method} needs {what}", "name its directory")
+    if method in TAKES_DRAFT:
+        yield from missing_draft(section)
     yield from _choices(settings)
     draft = settings.draft or Draft()
     if draft.facts is not None:

@@ -30,6 +30,7 @@ from trtbuild.llm_speculation_conflicts import conflicts
 from trtbuild.llm_validate import unknown_argument
 from trtbuild.model import ModelFacts
 from trtbuild.model_classes import refused_class
+from trtbuild.recipe_speculative import Speculative
 from trtbuild.releases import Release
 from trtbuild.setting_values import Settings
 from trtbuild.support import speculative_method
@@ -79,12 +80,8 @@ def speculation_refusals(settings: Settings, facts: ModelFacts, release: Release
         return
     yield from _fields(settings, schema, method)
     yield from length_refusals(settings)
-    if method in TAKES_DRAFT and recipe.speculative.draft is None and recipe.speculative.train is None:
-        what = "a draft model" if method == "draft_target" else "a draft that was trained for the model"
-        hint = (
-            "name its directory" if method == "draft_target" else "name its directory, or train it (speculative.train)"
-        )
-        yield Problem(_DRAFT, f"is missing, and {method} needs {what}", hint)
+    if method in TAKES_DRAFT:
+        yield from missing_draft(recipe.speculative)
     if method == "draft_target":
         yield from _draft_model(settings, facts, release)
     elif method == "eagle3":
@@ -102,6 +99,16 @@ def _fields(settings: Settings, schema: Schema, method: str) -> Iterable[Problem
             continue
         message, hint = unknown_argument(schema, f"{SECTION}.{name}", name, known)
         yield Problem(f"speculative.{name}", f"{message} ({key})", hint)
+
+
+def missing_draft(section: Speculative) -> Iterable[Problem]:
+    """A method that takes a draft, without a draft and without one to train."""
+    if section.draft is not None or section.train is not None:
+        return
+    what, hint = "a draft that was trained for the model", "name its directory, or train it (speculative.train)"
+    if section.method == "draft_target":
+        what, hint = "a draft model", "name its directory"
+    yield Problem(_DRAFT, f"is missing, and {section.method} needs {what}", hint)
 
 
 def length_refusals(settings: Settings) -> Iterable[Problem]:
