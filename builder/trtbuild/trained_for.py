@@ -78,6 +78,8 @@ def _parsed(document: Mapping[str, Any]) -> TrainedFor:
     if fields.pop("schema_version") != _SCHEMA_VERSION:
         raise ValueError("another version")
     captured = fields.pop("captured")
+    if not isinstance(fields["weights"], str):
+        raise TypeError("no digest")
     return TrainedFor(**fields, captured=None if captured is None else tuple(captured))
 
 

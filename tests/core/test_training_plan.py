@@ -211,9 +211,10 @@ def test_a_draft_of_another_model_of_the_same_sizes_is_refused_by_its_digest(tin
     refuse_other_weights(ours.plan, ours.loaded, [FileEntry("renamed.safetensors", 7, "c" * 64)])
     with pytest.raises(CompatibilityError, match=r"was trained for another model of the same sizes \(weights "):
         refuse_other_weights(ours.plan, ours.loaded, [FileEntry("model.safetensors", 7, "e" * 64)])
-    (tmp_path / "draft" / RECORD).write_text("{}")
-    with pytest.raises(ArtifactError, match=r"says not for which model the draft was trained; train it again"):
-        read_record(tmp_path / "draft")
+    for damaged in ({}, record_json(record(tiny_llama)) | {"weights": 5}):
+        (tmp_path / "draft" / RECORD).write_text(canonical_json(damaged))
+        with pytest.raises(ArtifactError, match=r"says not for which model the draft was trained; train it again"):
+            read_record(tmp_path / "draft")
     (tmp_path / "draft" / RECORD).unlink()
     refuse_other_weights(ours.plan, ours.loaded, [])  # a draft that trtbuild has not trained
 
