@@ -27,7 +27,7 @@ from trtbuild.errors import ToolError
 from trtbuild.safetensors_header import TensorInfo
 from trtbuild.weight_formats import is_searched, takes_group
 
-_Form = tuple[str, tuple[int, ...]]  # type and shape of a tensor
+Form = tuple[str, tuple[int, ...]]  # type and shape of a tensor
 _SHOWN = 3
 _E4M3_NAN = 127  # less the sign
 _E8M0_NAN = 255
@@ -140,27 +140,23 @@ def _check_layer(
     expected = expected_tensors(name_of_format, out, into, request.group_size or into)
     if is_searched(name_of_format) and f"{layer}.pre_quant_scale" in infos:
         expected["pre_quant_scale"] = ("BF16", (into,))
-    for leaf, (dtype, shape) in expected.items():
+    for leaf, form in expected.items():
         name = f"{layer}.{leaf}"
-        info = infos.get(name)
-        if info is None:
-            refuse("missing from the export", {name})
-        elif (info.dtype, info.shape) != (dtype, shape):
-            refuse(f"{info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}", {name})
-        elif leaf != "weight":
+        check_form(name, infos, form)
+        if leaf != "weight":
             check_scale(name, values[name])
     codes = values.blocks(f"{layer}.weight") if weight.dtype == "F8_E4M3" else iter(())
     if any(int((block.view(torch.uint8) & _E4M3_NAN).max()) == _E4M3_NAN for block in codes):
         refuse("holds NaN codes", {f"{layer}.weight"})
 
 
-def expected_tensors(name: str, out: int, into: int, group: int) -> dict[str, _Form]:
+def expected_tensors(name: str, out: int, into: int, group: int) -> dict[str, Form]:
     """Type and shape of every tensor that a layer [out, into] must have in a format; AWQ's smoothing may be absent."""
-    one: _Form = ("F32", ())
-    rows: _Form = ("F32", (out,))
-    fp8: _Form = ("F8_E4M3", (out, into))
-    int4: dict[str, _Form] = {"weight": ("U8", (out // 2, into)), "weight_scale": ("F32", (out, into // group))}
-    fp4: dict[str, _Form] = {
+    one: Form = ("F32", ())
+    rows: Form = ("F32", (out,))
+    fp8: Form = ("F8_E4M3", (out, into))
+    int4: dict[str, Form] = {"weight": ("U8", (out // 2, into)), "weight_scale": ("F32", (out, into // group))}
+    fp4: dict[str, Form] = {
         "weight": ("U8", (out, into // 2)),
         "weight_scale": ("F8_E4M3", (out, into // 16)),
         "weight_scale_2": one,
@@ -168,7 +164,7 @@ def expected_tensors(name: str, out: int, into: int, group: int) -> dict[str, _F
     blocks: tuple[int, ...] = (out // 128, 1, into // 128, 1)
     if blocks == (1, 1, 1, 1):
         blocks = ()  # the exporter drops the sides of whatever has one element
-    table: dict[str, dict[str, _Form]] = {
+    table: dict[str, dict[str, Form]] = {
         "fp8": {"weight": fp8, "weight_scale": one, "input_scale": one},
         "fp8_per_channel_per_token": {"weight": fp8, "weight_scale": rows},
         "fp8_block": {"weight": fp8, "weight_scale": ("F32", blocks)},
@@ -195,6 +191,15 @@ def _logical_shape(name: str, info: TensorInfo) -> tuple[int, ...]:
     if info.dtype != "U8":
         return info.shape
     return (info.shape[0] * 2, info.shape[1]) if takes_group(name) else (info.shape[0], info.shape[1] * 2)
+
+
+def check_form(name: str, infos: Mapping[str, TensorInfo], form: Form) -> None:
+    """Refuse a tensor that is missing, or of another type or shape."""
+    info, (dtype, shape) = infos.get(name), form
+    if info is None:
+        refuse("missing from the export", {name})
+    elif (info.dtype, info.shape) != form:
+        refuse(f"{info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}", {name})
 
 
 def check_scale(name: str, scale: torch.Tensor) -> None:

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
-from trtbuild.compress.checks import Checked, Values, check_scale, check_source_is_covered, refuse
+from trtbuild.compress.checks import Checked, Form, Values, check_form, check_scale, check_source_is_covered, refuse
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.compress.source import read_tensors
 from trtbuild.safetensors_header import TensorInfo
 from trtbuild.weight_formats import is_packed_int4
 
-_Form = tuple[str, tuple[int, ...]]
 _LEAVES = ("weight_packed", "weight_shape", "weight_scale", "input_scale", "pre_quant_scale")
 
 
@@ -34,13 +33,9 @@ def check_compressed(request: Request, selection: Selection, source: Mapping[str
     }
     scales = {name for name in infos if name.rpartition(".")[2] in _LEAVES}
     refuse("no part of a compressed-tensors checkpoint of these layers", scales - expected.keys())
-    for name, (dtype, shape) in expected.items():
-        info = infos.get(name)
-        if info is None:
-            refuse("missing from the export", {name})
-        elif (info.dtype, info.shape) != (dtype, shape):
-            refuse(f"{info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}", {name})
-        elif name.endswith("_scale"):
+    for name, form in expected.items():
+        check_form(name, infos, form)
+        if name.endswith("_scale"):
             check_scale(name, values[name])
     packed = {name for name, chosen in formats.items() if is_packed_int4(chosen)}
     matrices = {name.removesuffix(".weight") for name, info in infos.items() if len(info.shape) >= 2} - set(expected)
@@ -70,7 +65,7 @@ def _shape(layer: str, infos: Mapping[str, TensorInfo], source: Mapping[str, Ten
     return plain.shape if plain is not None else (0, 0)
 
 
-def _forms(name: str, shape: tuple[int, ...], request: Request) -> dict[str, _Form]:
+def _forms(name: str, shape: tuple[int, ...], request: Request) -> dict[str, Form]:
     out, into = shape
     if is_packed_int4(name):
         return {
