@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_checkpoint
 from trtbuild.compress import by_layer, sparsify
 from trtbuild.compress.checks import check_export
+from trtbuild.compress.compressed_checks import check_compressed
 from trtbuild.compress.request import parse_request
 from trtbuild.compress.run import run
 from trtbuild.compress.selection import select
@@ -241,6 +242,16 @@ DAMAGE: dict[str, tuple[dict[str, Any], Any, str]] = {
         lambda tensors: tensors[f"{MODULES}.weight"].view(torch.uint8)[0].fill_(0xFF),
         "q_proj.weight: holds NaN codes",
     ),
+    "codes that are no numbers, in the other form": (
+        {"format": "fp8", "checkpoint": "compressed-tensors"},
+        lambda tensors: tensors[f"{MODULES}.weight"].view(torch.uint8)[0].fill_(0x7F),
+        "q_proj.weight: holds NaN codes",
+    ),
+    "a scale that is gone, in the other form": (
+        {"format": "fp8", "checkpoint": "compressed-tensors"},
+        lambda tensors: tensors.pop(f"{MODULES}.weight_scale"),
+        "q_proj.weight_scale: missing from the export",
+    ),
     "a scale of zero": (
         {"format": "fp8"},
         lambda tensors: tensors[f"{MODULES}.weight_scale"].zero_(),
@@ -296,8 +307,9 @@ def test_a_damaged_export_does_not_ship(
     request = parse_request(make_request(sources("qwen3"), output, **changes))
     source = read_tensors(request.source)
     selection = select(load_source(request, torch.device("cpu")), source, request)
+    check = check_compressed if request.checkpoint == "compressed-tensors" else check_export
     with pytest.raises(ToolError, match=message):
-        check_export(request, selection, source)
+        check(request, selection, source)
 
 
 FULL_DISK = """

@@ -145,9 +145,8 @@ def _check_layer(
         check_form(name, infos, form)
         if leaf != "weight":
             check_scale(name, values[name])
-    codes = values.blocks(f"{layer}.weight") if weight.dtype == "F8_E4M3" else iter(())
-    if any(int((block.view(torch.uint8) & _E4M3_NAN).max()) == _E4M3_NAN for block in codes):
-        refuse("holds NaN codes", {f"{layer}.weight"})
+    if weight.dtype == "F8_E4M3":
+        check_codes(f"{layer}.weight", values)
 
 
 def expected_tensors(name: str, out: int, into: int, group: int) -> dict[str, Form]:
@@ -200,6 +199,12 @@ def check_form(name: str, infos: Mapping[str, TensorInfo], form: Form) -> None:
         refuse("missing from the export", {name})
     elif (info.dtype, info.shape) != form:
         refuse(f"{info.dtype} {list(info.shape)}, must be {dtype} {list(shape)}", {name})
+
+
+def check_codes(name: str, values: Values) -> None:
+    """Refuse FP8 codes that are no numbers."""
+    if any(int((block.view(torch.uint8) & _E4M3_NAN).max()) == _E4M3_NAN for block in values.blocks(name)):
+        refuse("holds NaN codes", {name})
 
 
 def check_scale(name: str, scale: torch.Tensor) -> None:

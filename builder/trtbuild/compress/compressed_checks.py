@@ -6,7 +6,16 @@ from collections.abc import Mapping
 
 import torch
 
-from trtbuild.compress.checks import Checked, Form, Values, check_form, check_scale, check_source_is_covered, refuse
+from trtbuild.compress.checks import (
+    Checked,
+    Form,
+    Values,
+    check_codes,
+    check_form,
+    check_scale,
+    check_source_is_covered,
+    refuse,
+)
 from trtbuild.compress.request import Request
 from trtbuild.compress.selection import Selection
 from trtbuild.compress.source import read_tensors
@@ -20,8 +29,8 @@ def check_compressed(request: Request, selection: Selection, source: Mapping[str
     """Check every tensor of the request's output; `source` describes the tensors that it was made from.
 
     Raises:
-        ToolError: Names the tensor: missing, of a wrong type or shape, with an unusable scale, not pruned, or no part
-            of this form.
+        ToolError: Names the tensor: missing, of a wrong type or shape, with an unusable scale or code, not pruned, or
+            no part of this form.
     """
     infos = read_tensors(request.output)
     values = Values(request.output, infos)
@@ -37,6 +46,8 @@ def check_compressed(request: Request, selection: Selection, source: Mapping[str
         check_form(name, infos, form)
         if name.endswith("_scale"):
             check_scale(name, values[name])
+        elif name.endswith(".weight"):
+            check_codes(name, values)
     packed = {name for name, chosen in formats.items() if is_packed_int4(chosen)}
     matrices = {name.removesuffix(".weight") for name, info in infos.items() if len(info.shape) >= 2} - set(expected)
     plain = {name for name in matrices if name not in formats}
