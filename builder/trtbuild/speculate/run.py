@@ -42,7 +42,7 @@ def run(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         raise ArtifactError(message, f"raise it above {_ANSWER}")
     prompts = read_prompts(Path(request["prompts"]), tokenizer, count=request["count"], longest=longest)
     batches, left_out = _fitting(request, max(map(len, prompts.ids)))
-    sections = [_section(each) for each in request["candidates"]]
+    sections = [SpeculativeConfig.of(each) for each in request["candidates"]]
     progress(0, 1, "loading the model")
     with Bench(model, _config(request, batches[-1], max(map(len, prompts.ids))), sections) as bench:
         order, results = list(range(len(sections))), []
@@ -97,13 +97,6 @@ def _requests(batch: int) -> str:
 def _speed_up(found: BatchResult, candidate: int) -> float:
     row = found.rows.get(candidate)
     return max(row.speed_ups) if row else 0.0
-
-
-def _section(said: Mapping[str, Any]) -> SpeculativeConfig:
-    section = SpeculativeConfig.of(dict(said), "request")
-    if section is None:
-        raise ArtifactError("a candidate is empty")
-    return section
 
 
 def _fitting(request: Mapping[str, Any], longest: int) -> tuple[list[int], list[str]]:
