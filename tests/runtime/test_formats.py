@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from trtbuild.errors import ArtifactError
-from trtbuild.runtime.checkpoint_files import TensorSource
+from trtbuild.errors import ArtifactError, CompatibilityError
+from trtbuild.runtime.checkpoint_files import TensorSource, read_quantization
 from trtbuild.runtime.checkpoint_fill import replace_linear
 from trtbuild.runtime.codes import (
     pack_e2m1,
@@ -215,3 +217,26 @@ def test_a_damaged_layer_is_named(algorithm: str, name: str, wrong: torch.Tensor
     damaged = {key: value for key, value in whole.items() if key != name} | ({} if wrong is None else {name: wrong})
     with pytest.raises(ArtifactError, match=sentence):
         put(algorithm, damaged)
+
+
+@pytest.mark.parametrize("layers", [None, [], {}, {"layer": "FP8"}])
+def test_a_mixed_checkpoint_says_the_format_of_its_layers(tmp_path: Path, layers: Any) -> None:
+    section = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": section}))
+    with pytest.raises(ArtifactError, match="quantized_layers names no layer and its format"):
+        read_quantization(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [
+        ({}, "compressed-tensors without config_groups"),
+        ({"a": {"weights": {"type": "int", "num_bits": 4, "strategy": "group"}}}, "is not computed here"),
+        ({"a": {"weights": {"type": "int", "num_bits": 8, "strategy": "channel"}}}, "is not computed here"),
+    ],
+)
+def test_compressed_tensors_of_other_schemes_are_refused(tmp_path: Path, groups: dict[str, Any], sentence: str) -> None:
+    section = {"quant_method": "compressed-tensors", "config_groups": groups}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
+    with pytest.raises(CompatibilityError, match=sentence):
+        read_quantization(tmp_path)
