@@ -48,8 +48,7 @@ def test_ngram_has_the_vendor_s_defaults_and_the_recipe_s_values(tiny_llama: Pat
         "max_matching_ngram_size": 2, "is_keep_all": False, "is_use_oldest": True, "is_public_pool": True,
     }  # fmt: skip
     # What the plan says is what the engine reads, through JSON.
-    section = SpeculativeConfig.of(json.loads(json.dumps(said)), "engine.json")
-    assert section is not None
+    section = SpeculativeConfig.of(json.loads(json.dumps(said)))
     assert [section.length_at(batch) for batch in (1, 7, 8, 15, 16, 99)] == [4, 4, 2, 2, 0, 0]
     assert planned(tiny_llama, tmp_path).step("engine").parameters.get("speculative") is None
 
@@ -154,8 +153,7 @@ def test_medusa_heads(tiny_llama: Path, tmp_path: Path) -> None:
     plan = planned(tiny_llama, tmp_path, *asked, "choices=[[0], [1], [0, 2]]")
     said = plan.step("engine").parameters["speculative"]
     assert said == plain | {"choices": [[0], [1], [0, 2]]}
-    section = SpeculativeConfig.of(json.loads(json.dumps(said)), "engine.json")
-    assert section is not None
+    section = SpeculativeConfig.of(json.loads(json.dumps(said)))
     assert section.choices == ((0,), (1,), (0, 2))
     assert "max_draft_len: 3: the draft has 2 heads" in refused(tiny_llama, tmp_path, *asked, "max_draft_len=3")
     for choices, sentence in (

@@ -67,6 +67,15 @@ def test_an_engine_is_loaded_by_its_file(checkpoint: Callable[..., Path]) -> Non
         ({"kv_cache": {"pages": 3}}, (
             "unknown key kv_cache.pages; allowed are dtype, tokens_per_block, max_tokens, free_gpu_memory_fraction, "
             "enable_block_reuse; build the package again with this version of trtbuild")),
+        ({"speculative": []}, "speculative is [], not an object with a method; build the package again"),
+        ({"speculative": {"method": "ngram", "draft": 5}}, (
+            "speculative.draft: 5 is no name of a directory; build the package again")),
+        ({"speculative": {"method": "ngram", "draft_len_schedule": [1]}}, (
+            "speculative.draft_len_schedule: [1] is no list of lists of 2; build the package again")),
+        ({"speculative": {"method": "ngram", "draft_len_schedule": [[1, 2, 3]]}}, (
+            "speculative.draft_len_schedule: [[1, 2, 3]] is no list of lists of 2; build the package again")),
+        ({"speculative": {"method": "medusa", "draft": "draft", "choices": 5}}, (
+            "speculative.choices: 5 is no list of lists; build the package again")),
     ],
     ids=lambda value: str(value)[:30],
 )  # fmt: skip

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from runtime.fp8 import fp8_checkpoint
 from runtime.oracle import own_drafts
 from runtime.test_speculation import FREE, TIGHT, make_prompts, run
 from trtbuild.errors import ArtifactError, CompatibilityError
-from trtbuild.runtime import Engine, SamplingParams, SpeculativeConfig
+from trtbuild.runtime import Engine, EngineConfig, KvCacheConfig, SamplingParams, SpeculativeConfig
+from trtbuild.runtime.drafts.load import draft_bytes
+from trtbuild.runtime.model import ModelRunner
 
 Load = Callable[..., Engine]
 SECTION = SpeculativeConfig("draft_target", max_draft_len=4, draft="draft")
@@ -113,3 +116,19 @@ def test_drafts_that_do_not_fit(engine: Load, checkpoint: Callable[..., Path], p
         engine(speculative=SECTION)
     with pytest.raises(CompatibilityError, match="the draft has a vocabulary of 400, and the model's has 320"):
         engine(path=pair(checkpoint("llama", vocab_size=400)), speculative=SECTION)
+
+
+def test_free_memory_is_shared_with_the_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are set aside, and of the rest its cache gets its share; a GPU is not asked."""
+    (tmp_path / "draft").mkdir()
+    for name, size in (("a.safetensors", 150), ("b.safetensors", 50), ("config.json", 1000)):
+        (tmp_path / "draft" / name).write_bytes(bytes(size))
+    section = SpeculativeConfig("draft_target", draft="draft", draft_kv_cache_share=0.25)
+    cache = KvCacheConfig(max_tokens=None, free_gpu_memory_fraction=0.5)
+    drafting, plain = EngineConfig(kv_cache=cache, speculative=section), EngineConfig(kv_cache=cache)
+    assert (draft_bytes(tmp_path, drafting), draft_bytes(tmp_path, plain)) == (200, 0)
+    runner = object.__new__(ModelRunner)
+    runner.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 9999))
+    assert runner._tokens_in_free_memory(10, drafting, 200) == 30
+    assert runner._tokens_in_free_memory(10, plain, 0) == 50

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from trtbuild.errors import ArtifactError, CompatibilityError
+from trtbuild.runtime.checkpoint_files import TensorSource, read_quantization
+from trtbuild.runtime.checkpoint_fill import replace_linear
 from trtbuild.runtime.codes import (
     pack_e2m1,
     power_of_two,
@@ -168,3 +173,70 @@ def test_caches_hold_what_the_description_says(form: str) -> None:
         assert np.allclose(found.numpy() * exact, wanted, rtol=1e-12, atol=0)
         assert np.abs(wanted - given.numpy()).max() > 1e-3
     assert torch.equal(pools.read(slice(3, 5))[0], pools.read(torch.tensor([3, 4]))[0])
+
+
+NAN_E4M3 = torch.full((OUT, INTO // 16), float("nan")).to(E4M3)
+DAMAGED: list[tuple[str, str, torch.Tensor | None, str]] = [
+    ("W8A16", "weight", codes(OUT // 2, INTO), r"layer: shape \[128, 128\] in the files, \[256, 128\] in the model"),
+    ("W8A16", "weight_scale", scales(OUT - 1), r"layer.weight_scale: shape \[255\] does not fit \[256, 128\]"),
+    ("W8A16", "weight_scale", torch.zeros(OUT), "layer.weight_scale: scales must be positive and finite"),
+    ("FP8_PB_WO", "weight_scale", scales(2, 1, 2, 1), r"layer.weight_scale: shape \[2, 1, 2, 1\] does not fit"),
+    ("W4A16_AWQ", "weight_scale", scales(OUT, 3), r"layer.weight_scale: shape \[256, 3\] does not fit"),
+    ("W4A16_AWQ", "pre_quant_scale", scales(INTO - 1), r"layer.pre_quant_scale: shape \[127\], not \[128\]"),
+    ("NVFP4", "weight_scale", NAN_E4M3[:, ::2], r"layer.weight_scale: shape \[256, 4\] does not fit"),
+    ("NVFP4", "weight_scale", NAN_E4M3, "layer.weight_scale: scales must be positive and finite"),
+    ("NVFP4", "weight_scale_2", torch.zeros(()), "layer.weight_scale_2"),
+    ("NVFP4", "input_scale", torch.tensor(float("inf")), "layer.input_scale"),
+    ("NVFP4", "input_scale", None, "layer.input_scale"),
+    ("MXFP8", "weight_scale", torch.full((OUT, INTO // 32), 255, dtype=torch.uint8), "scales must be finite"),
+]
+
+
+class InMemory:
+    """Tensors in the place of files."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensor = tensors.__getitem__
+
+
+def put(algorithm: str, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A model whose one layer is coded by these tensors."""
+    model = torch.nn.Module()
+    model.layer = torch.nn.Linear(INTO, OUT, bias=False)
+    places = {f"layer.{name}": name for name in tensors}
+    source = TensorSource(InMemory(tensors), places)  # type: ignore[arg-type]
+    cpu = torch.device("cpu")
+    replace_linear(model, "layer", algorithm, source, dtype=torch.float32, form="packed", device=cpu)
+    return model
+
+
+@pytest.mark.parametrize(("algorithm", "name", "wrong", "sentence"), DAMAGED)
+def test_a_damaged_layer_is_named(algorithm: str, name: str, wrong: torch.Tensor | None, sentence: str) -> None:
+    whole = stored(algorithm)
+    assert isinstance(put(algorithm, whole).layer, CodedLinear)
+    damaged = {key: value for key, value in whole.items() if key != name} | ({} if wrong is None else {name: wrong})
+    with pytest.raises(ArtifactError, match=sentence):
+        put(algorithm, damaged)
+
+
+@pytest.mark.parametrize("layers", [None, [], {}, {"layer": "FP8"}])
+def test_a_mixed_checkpoint_says_the_format_of_its_layers(tmp_path: Path, layers: Any) -> None:
+    section = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": section}))
+    with pytest.raises(ArtifactError, match="quantized_layers names no layer and its format"):
+        read_quantization(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [
+        ({}, "compressed-tensors without config_groups"),
+        ({"a": {"weights": {"type": "int", "num_bits": 4, "strategy": "group"}}}, "is not computed here"),
+        ({"a": {"weights": {"type": "int", "num_bits": 8, "strategy": "channel"}}}, "is not computed here"),
+    ],
+)
+def test_compressed_tensors_of_other_schemes_are_refused(tmp_path: Path, groups: dict[str, Any], sentence: str) -> None:
+    section = {"quant_method": "compressed-tensors", "config_groups": groups}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": section}))
+    with pytest.raises(CompatibilityError, match=sentence):
+        read_quantization(tmp_path)

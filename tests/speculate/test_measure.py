@@ -15,6 +15,7 @@ from trtbuild.runtime import EngineConfig, KvCacheConfig, SpeculativeConfig
 from trtbuild.speculate.bench import Bench, Run
 from trtbuild.speculate.measure import measure_batch
 from trtbuild.speculate.prompts import read_prompts, refuse_file
+from trtbuild.speculate.run import run
 
 PROMPTS = [tuple([*range(10 + 7 * start, 18 + 7 * start)] * 3) for start in range(4)]
 
@@ -84,7 +85,7 @@ class FakeRuns:
 
 def test_the_fastest_run_again_and_each_stands_between_runs_without_drafts() -> None:
     fake = FakeRuns([9.0, 20.0, 8.0, 15.0, 7.0, 6.0])
-    found = measure_batch(fake, PROMPTS, 1, range(6), seconds=3600, on_run=lambda _: None)
+    found = measure_batch(fake, PROMPTS, 1, range(6), seconds=3600, on_run=lambda _: None, rounds=3)
     assert {index: len(row.runs) for index, row in found.rows.items()} == {0: 3, 1: 3, 2: 3, 3: 3, 4: 1, 5: 1}
     assert found.rows[1].to_json()["speed_up"] == pytest.approx(2.0)
     assert found.noise == 0
@@ -96,8 +97,14 @@ def test_the_fastest_run_again_and_each_stands_between_runs_without_drafts() -> 
 def test_a_time_that_is_over_leaves_candidates_out_and_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 10))
     monkeypatch.setattr("trtbuild.speculate.measure.monotonic", lambda: next(clock))
-    found = measure_batch(FakeRuns([9.0] * 6), PROMPTS, 1, range(6), seconds=35, on_run=lambda _: None)
+    found = measure_batch(FakeRuns([9.0] * 6), PROMPTS, 1, range(6), seconds=35, on_run=lambda _: None, rounds=3)
     assert (sorted(found.rows), found.missed) == ([0, 1, 2], 3)
+
+
+def test_a_length_without_room_for_an_answer_is_the_recipe_s_fault(tiny_llama: Path) -> None:
+    request = {"limit_s": 60, "model": str(tiny_llama), "engine": {"trust_remote_code": False, "max_seq_len": 64}}
+    with pytest.raises(RecipeError, match=r"runtime\.max_seq_len: 64 leaves no room for answers of 64 tokens"):
+        run(request, lambda *_: None)
 
 
 def test_a_drafter_that_fails_ends_the_measurement(tiny_llama: Path) -> None:

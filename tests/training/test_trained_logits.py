@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from training_requests import make_request
 
+from trtbuild.runtime.drafts.medusa import heads_of
+from trtbuild.runtime.drafts.tensors import Taker
 from trtbuild.training import run as step
 from trtbuild.training.answers import Answered
-from trtbuild.training.drafting import EagleDraft, Seen, eagle_logits, look, medusa_logits
+from trtbuild.training.drafting import EagleDraft, Seen, eagle_logits, look
 from trtbuild.training.export import served_names
 from trtbuild.training.measure import eagle_draft, measure
 from trtbuild.training.request import Request, parse_request
@@ -81,9 +83,10 @@ def test_medusa_heads_compute_what_modelopt_trains(tiny_llama: Path, tmp_path: P
     tensors = shaken(convert(model, asked, None))
     with torch.no_grad():
         trained = model(input_ids=IDS[None]).medusa_logits
-    found = medusa_logits(tensors, 2, 2, look(model, IDS, None).hidden)
-    for ours, theirs in zip(found, trained, strict=True):
-        torch.testing.assert_close(ours, theirs[0], rtol=1e-4, atol=1e-4)
+    heads = heads_of(Taker(tmp_path, tensors, model.lm_head.weight), 2, 2, tuple(model.lm_head.weight.shape))
+    hidden = look(model, IDS, None).hidden
+    for head, theirs in zip(heads, trained, strict=True):
+        torch.testing.assert_close(head.logits(hidden), theirs[0], rtol=1e-4, atol=1e-4)
 
 
 def test_only_the_draft_learns(tiny_llama: Path, tmp_path: Path) -> None:

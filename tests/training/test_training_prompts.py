@@ -13,7 +13,7 @@ from training_requests import make_request
 from trtbuild.compress.journal import Journal
 from trtbuild.compress.textdata import load_tokenizer
 from trtbuild.errors import RecipeError
-from trtbuild.training.answers import Answered, _until_end, answer_all, end_tokens
+from trtbuild.training.answers import Answered, _until_end, answer_all
 from trtbuild.training.batches import IGNORED, frequent_tokens, make_batch, schedule
 from trtbuild.training.prompts import Prompts, load_prompts
 from trtbuild.training.request import parse_request
@@ -102,13 +102,9 @@ def test_the_target_answers_greedily_and_a_journal_keeps_it(tiny_llama: Path, tm
     assert (again, resumed) == (found, 10)
 
 
-def test_an_answer_ends_with_its_first_end(tmp_path: Path) -> None:
+def test_an_answer_ends_with_its_first_end() -> None:
     assert _until_end([5, 2, 2, 2], (2, 3)) == [5, 2]
     assert _until_end([5, 6], (2,)) == [5, 6]
-    config = type("Config", (), {"eos_token_id": 7})
-    assert end_tokens(tmp_path, config) == (7,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    assert end_tokens(tmp_path, config) == (3, 4)
 
 
 def test_a_batch_foresees_answers_alone() -> None:

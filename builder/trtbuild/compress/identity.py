@@ -22,8 +22,6 @@ def resume_key(
 ) -> str:
     """A digest of the request, its inputs, the libraries, and how this host computes.
 
-    Sums are split among threads and vector units, so that another number of them may end in other last bits.
-
     Args:
         request: Its places do not matter; its `key` names the source's bytes where it is given.
         source: The tensors of the source.
@@ -34,7 +32,7 @@ def resume_key(
         {
             "revision": COMPRESS_REVISION,
             "libraries": {name: version_of(name) for name in _LIBRARIES},
-            "host": _host(device),
+            "host": host_facts(device),
             "request": {
                 "key": request.key,
                 "format": request.format,
@@ -55,7 +53,11 @@ def resume_key(
     )
 
 
-def _host(device: torch.device) -> dict[str, Any]:
+def host_facts(device: torch.device) -> dict[str, Any]:
+    """How this host computes.
+
+    Sums are split among threads and vector units, so that another number of them may end in other last bits.
+    """
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "capability": list(torch.cuda.get_device_capability())}
     return {

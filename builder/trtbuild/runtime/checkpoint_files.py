@@ -73,8 +73,10 @@ def read_quantization(directory: Path) -> QuantizationFacts:
 def _mixed(directory: Path, section: Mapping[str, Any], kv_cache: Any, exclude: Any) -> QuantizationFacts:
     """A checkpoint whose `quantized_layers` say the format of each."""
     listed = section.get("quantized_layers")
-    if not isinstance(listed, dict) or not listed:
-        raise ArtifactError(f"{directory}: quant_algo is {MIXED}, but quantized_layers names no layer", REBUILD)
+    if not isinstance(listed, dict) or not listed or not all(isinstance(entry, dict) for entry in listed.values()):
+        raise ArtifactError(
+            f"{directory}: quant_algo is {MIXED}, but quantized_layers names no layer and its format", REBUILD
+        )
     layers = {}
     for name, entry in listed.items():
         known = _known(directory, entry.get("quant_algo"), entry.get("group_size"), kv_cache, exclude)

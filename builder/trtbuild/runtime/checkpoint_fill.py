@@ -50,7 +50,7 @@ def _stored(
     rows, columns = weight.shape
     _check_shape(layer, (rows * numerics.rows, columns * numerics.columns), shape)
     stored = {"weight": weight}
-    for name, (_, lies) in numerics.scales.items():
+    for name, lies in numerics.scales.items():
         place = f"{layer}.{name}"
         scale = _required(source, place, device)
         if not _fits(scale, lies, shape, GROUP_SIZES.get(algorithm)):

@@ -46,7 +46,7 @@ def _algorithm(group: Mapping[str, Any], where: Path) -> tuple[str, int | None]:
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
     kind = (weights.get("type"), weights.get("num_bits"), weights.get("strategy"))
     plain = weights.get("symmetric", True) and not weights.get("actorder")
-    if kind == ("int", 4, "group") and not inputs and plain:
+    if kind == ("int", 4, "group") and weights.get("group_size") and not inputs and plain:
         return "W4A16_AWQ", int(weights["group_size"])
     if kind == ("float", 8, "tensor") and inputs and inputs.get("strategy") == "tensor" and not inputs.get("dynamic"):
         return "FP8", None

@@ -80,10 +80,11 @@ class EngineConfig:
         kv_cache = data.pop("kv_cache", {})
         if not isinstance(kv_cache, dict):
             raise ArtifactError(f"{path}: kv_cache is {kv_cache!r}, not an object", "build the package again")
-        speculative = SpeculativeConfig.of(data.pop("speculative", None), str(path))
+        section = data.pop("speculative", None)
         _refuse_unknown(path, data, cls, "")
         _refuse_unknown(path, kv_cache, KvCacheConfig, "kv_cache.")
         try:
+            speculative = None if section is None else SpeculativeConfig.of(section)
             return cls(kv_cache=KvCacheConfig(**kv_cache), speculative=speculative, **data)
         except ArtifactError as error:
             raise ArtifactError(f"{path}: {error.message}", error.hint) from error

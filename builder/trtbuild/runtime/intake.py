@@ -40,7 +40,7 @@ class Intake:
             vocab_size=runner.vocab_size,
             capacity=runner.num_blocks * runner.block_size,
             chunk_limit=runner.chunk_limit,
-            end_ids=_end_ids(engine_dir, runner.hf_config),
+            end_ids=read_end_ids(engine_dir, runner.hf_config),
         )
 
     def check(self, prompt: tuple[int, ...], params: SamplingParams) -> None:
@@ -101,7 +101,12 @@ class Intake:
         return sequence
 
 
-def _end_ids(engine_dir: Path, hf_config: Any) -> frozenset[int]:
+def read_end_ids(engine_dir: Path, hf_config: Any) -> frozenset[int]:
+    """The tokens that end a text: those of generation_config.json, else of config.json.
+
+    Raises:
+        ArtifactError: generation_config.json cannot be read.
+    """
     path = engine_dir / "generation_config.json"
     found = None
     if path.is_file():

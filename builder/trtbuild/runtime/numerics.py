@@ -18,6 +18,8 @@ import torch
 from trtbuild.runtime.codes import (
     E2M1_MAX,
     E4M3_MAX,
+    MX_BLOCK,
+    NVFP4_BLOCK,
     expand_int4,
     power_of_two,
     round_mx,
@@ -43,7 +45,7 @@ class Numerics:
         weight: The type of the codes in files, in safetensors' words.
         rows: Outputs in one stored row.
         columns: Inputs in one stored element.
-        scales: Each scale of the weights: its type in files, and how it lies.
+        scales: How each scale of the weights lies.
         matrix: The matrix [O, I] that inputs are multiplied by.
         outer: The scale of the weights that multiplies the sums: one number, or one for each output.
         input: What becomes of an input [T, I] under ``input_scale`` (1 where files have none): the numbers that are
@@ -53,7 +55,7 @@ class Numerics:
     """
 
     weight: str
-    scales: Mapping[str, tuple[str, str]]
+    scales: Mapping[str, str]
     matrix: Callable[[Tensors, torch.dtype], torch.Tensor]
     outer: Callable[[Tensors], torch.Tensor] | None = None
     input: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]] | None = None
@@ -135,29 +137,34 @@ def _to_mxfp4(x: torch.Tensor, _: torch.Tensor) -> _Input:
     return round_mx(x, E2M1_MAX), None
 
 
-_ROW_SCALES = {"weight_scale": ("F32", ROWS)}
-_GROUP_SCALES = {"weight_scale": ("F32", GROUPS)}
-_NVFP4_SCALES = {"weight_scale": ("F8_E4M3", GROUPS), "weight_scale_2": ("F32", ONE)}
-_MX_SCALES = {"weight_scale": ("U8", GROUPS)}
-_NVFP4 = Numerics("U8", _NVFP4_SCALES, _nvfp4, _second, _to_nvfp4, input_scale=True, columns=2, smoothed=True)
+_ROW_SCALES = {"weight_scale": ROWS}
+_GROUP_SCALES = {"weight_scale": GROUPS}
+_TWO_SCALES = _GROUP_SCALES | {"weight_scale_2": ONE}
+_NVFP4 = Numerics("U8", _TWO_SCALES, _nvfp4, _second, _to_nvfp4, input_scale=True, columns=2, smoothed=True)
 
 # By `quant_algo` in upper case.
 NUMERICS: Mapping[str, Numerics] = {
-    "FP8": Numerics("F8_E4M3", {"weight_scale": ("F32", ONE)}, _codes, _first, _to_e4m3, input_scale=True),
+    "FP8": Numerics("F8_E4M3", {"weight_scale": ONE}, _codes, _first, _to_e4m3, input_scale=True),
     "FP8_PER_CHANNEL_PER_TOKEN": Numerics("F8_E4M3", _ROW_SCALES, _codes, _first, _tokens_to_e4m3),
-    "FP8_PB_WO": Numerics("F8_E4M3", {"weight_scale": ("F32", TILES)}, _tiles),
+    "FP8_PB_WO": Numerics("F8_E4M3", {"weight_scale": TILES}, _tiles),
     "W8A8_SQ_PER_CHANNEL": Numerics("I8", _ROW_SCALES, _codes, _first, _to_int8, input_scale=True, smoothed=True),
     "W8A16": Numerics("I8", _ROW_SCALES, _codes, _first),
     "W4A16_AWQ": Numerics("U8", _GROUP_SCALES, _int4, rows=2, smoothed=True),
     "W4A8_AWQ": Numerics(
-        "U8", _GROUP_SCALES | {"weight_scale_2": ("F32", ONE)}, _int4_in_e4m3, _second, _to_e4m3,
+        "U8", _TWO_SCALES, _int4_in_e4m3, _second, _to_e4m3,
         input_scale=True, rows=2, smoothed=True,
     ),
     "NVFP4": _NVFP4,
     "NVFP4_AWQ": _NVFP4,
-    "W4A16_NVFP4": Numerics("U8", _NVFP4_SCALES, _nvfp4, _second, columns=2),
-    "MXFP4": Numerics("U8", _MX_SCALES, _mxfp4, None, _to_mxfp4, columns=2),
-    "MXFP8": Numerics("F8_E4M3", _MX_SCALES, _mxfp8, None, _to_mxfp8),
+    "W4A16_NVFP4": Numerics("U8", _TWO_SCALES, _nvfp4, _second, columns=2),
+    "MXFP4": Numerics("U8", _GROUP_SCALES, _mxfp4, None, _to_mxfp4, columns=2),
+    "MXFP8": Numerics("F8_E4M3", _GROUP_SCALES, _mxfp8, None, _to_mxfp8),
 }  # fmt: skip
 # Groups whose size the format fixes; that of INT4 shows in the shape of its scales.
-GROUP_SIZES: Mapping[str, int] = {"NVFP4": 16, "NVFP4_AWQ": 16, "W4A16_NVFP4": 16, "MXFP4": 32, "MXFP8": 32}
+GROUP_SIZES: Mapping[str, int] = {
+    "NVFP4": NVFP4_BLOCK,
+    "NVFP4_AWQ": NVFP4_BLOCK,
+    "W4A16_NVFP4": NVFP4_BLOCK,
+    "MXFP4": MX_BLOCK,
+    "MXFP8": MX_BLOCK,
+}

@@ -121,3 +121,16 @@ class Sequence:
             total_accepted_draft_tokens=self.accepted if self.drafted else None,
             total_draft_tokens=self.drafted or None,
         )
+
+
+def blank_sequence(request_id: int) -> Sequence:
+    """A drafter's own sequence of a request, without tokens; what is wanted of the answer does not concern it."""
+    return Sequence(
+        request_id=request_id,
+        prompt_len=0,
+        token_ids=[],
+        params=SamplingParams(),
+        end_ids=frozenset(),
+        stop_ids=frozenset(),
+        rng=random.Random(0),  # noqa: S311 - never drawn from
+    )

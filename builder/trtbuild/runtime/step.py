@@ -69,14 +69,14 @@ def finish_step(chunks: list[Chunk], step: StepLogits) -> list[StepResult]:
     results: list[StepResult] = [
         (one, Output(finished=True, finish_reason="length", metrics=one.metrics())) for one in scored
     ]
-    generating = [(chunk.sequence, rows.stop - 1) for chunk, rows in ready if chunk.sequence.logits is None]
+    generating = [(chunk, rows) for chunk, rows in ready if chunk.sequence.logits is None]
     if not generating:
         return results
-    if any(chunk.draft is not None for chunk, _ in ready):
-        return results + verify([pair for pair in ready if pair[0].sequence.logits is None], step.logits)
-    last = [row for _, row in generating]
+    if any(chunk.draft is not None for chunk, _ in generating):
+        return results + verify(generating, step.logits)
+    last = [rows.stop - 1 for _, rows in generating]
     logits = step.logits if len(last) == step.logits.shape[0] else step.logits[last]
-    sequences = [sequence for sequence, _ in generating]
+    sequences = [chunk.sequence for chunk, _ in generating]
     for sequence, choice in zip(sequences, choose(logits, sequences), strict=True):
         results.append((sequence, advance(sequence, choice)))
     return results

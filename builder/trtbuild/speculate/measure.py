@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from trtbuild.speculate.bench import Run, TokenIds
 
-ROUNDS = 3
 _BETWEEN = 3
 _AGAIN = 4
 _MOST_TOKENS, _FEWEST_TOKENS, _WARM_TOKENS = 64, 16, 4
@@ -99,7 +98,7 @@ def measure_batch(
     *,
     seconds: float,
     on_run: Callable[[str], None],
-    rounds: int = ROUNDS,
+    rounds: int,
 ) -> BatchResult:
     """Measure the candidates, those that `order` names first before the others, in about `seconds`."""
     ends = monotonic() + seconds

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trtbuild.compress.textdata import load_tokenizer
-from trtbuild.errors import ArtifactError
+from trtbuild.errors import Problem, RecipeError
 from trtbuild.runtime import EngineConfig, KvCacheConfig, SpeculativeConfig
 from trtbuild.speculate.bench import Bench
 from trtbuild.speculate.measure import BatchResult, measure_batch
@@ -29,7 +29,7 @@ def run(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         progress: called with (runs done, runs expected, what).
 
     Raises:
-        RecipeError: the prompts are wrong, or too long.
+        RecipeError: the prompts are wrong, or too long, or no prompt leaves room for an answer.
         ArtifactError, CompatibilityError, HostError: the model or the draft cannot be loaded.
         ToolError: drafting has failed.
     """
@@ -38,11 +38,11 @@ def run(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     tokenizer = load_tokenizer(model, trust_remote_code=engine["trust_remote_code"])
     longest = engine["max_seq_len"] - _ANSWER
     if longest < 1:
-        message = f"runtime.max_seq_len: {engine['max_seq_len']} leaves no room for answers of {_ANSWER} tokens"
-        raise ArtifactError(message, f"raise it above {_ANSWER}")
+        message = f"{engine['max_seq_len']} leaves no room for answers of {_ANSWER} tokens"
+        raise RecipeError([Problem("runtime.max_seq_len", message, f"raise it above {_ANSWER}")])
     prompts = read_prompts(Path(request["prompts"]), tokenizer, count=request["count"], longest=longest)
     batches, left_out = _fitting(request, max(map(len, prompts.ids)))
-    sections = [_section(each) for each in request["candidates"]]
+    sections = [SpeculativeConfig.of(each) for each in request["candidates"]]
     progress(0, 1, "loading the model")
     with Bench(model, _config(request, batches[-1], max(map(len, prompts.ids))), sections) as bench:
         order, results = list(range(len(sections))), []
@@ -97,13 +97,6 @@ def _requests(batch: int) -> str:
 def _speed_up(found: BatchResult, candidate: int) -> float:
     row = found.rows.get(candidate)
     return max(row.speed_ups) if row else 0.0
-
-
-def _section(said: Mapping[str, Any]) -> SpeculativeConfig:
-    section = SpeculativeConfig.of(dict(said), "request")
-    if section is None:
-        raise ArtifactError("a candidate is empty")
-    return section
 
 
 def _fitting(request: Mapping[str, Any], longest: int) -> tuple[list[int], list[str]]:

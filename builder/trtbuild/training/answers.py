@@ -6,10 +6,8 @@ on behind it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,15 +83,3 @@ def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
     """An answer without the padding behind its end."""
     ends = (place for place, token in enumerate(ids) if token in end_ids)
     return ids[: next(ends, len(ids) - 1) + 1]
-
-
-def end_tokens(checkpoint: Path, config: Any) -> tuple[int, ...]:
-    """The tokens that end a text: those of generation_config.json, else of config.json, as in the embedded engine."""
-    path, found = checkpoint / "generation_config.json", None
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    if found is None:
-        found = getattr(config, "eos_token_id", None)
-    if found is None:
-        return ()
-    return (found,) if isinstance(found, int) else tuple(found)

@@ -1,9 +1,8 @@
-"""What an exported draft proposes, computed as the runtimes compute it, from its tensors alone.
+"""What an exported draft of EAGLE-3 proposes, computed as the runtimes compute it, from its tensors alone.
 
-Medusa: every head reads the target's last hidden state (NVIDIA/TensorRT-LLM tensorrt_llm/models/medusa/model.py
-@02499765). EAGLE-3: the first step reads the captured layers through `fc`, each later one the draft's own hidden state
-before its last norm; embeddings and hidden states are normalized apart and stand side by side (`Eagle3DecoderLayer`,
-see `eagle3_draft`).
+Every place of a sequence at once, which no runtime needs. The first step reads the captured layers through `fc`, each
+later one the draft's own hidden state before its last norm; embeddings and hidden states are normalized apart and stand
+side by side (`Eagle3DecoderLayer`, see `eagle3_draft`).
 """
 
 from __future__ import annotations
@@ -48,20 +47,6 @@ def look(model: Any, ids: Tensor, captured: tuple[int, ...] | None) -> Seen:
             handle.remove()
     joined = torch.cat([outputs[layer][0] for layer in captured], dim=-1) if captured else None
     return Seen(hidden, joined)
-
-
-def medusa_logits(tensors: _Tensors, heads: int, layers: int, hidden: Tensor) -> list[Tensor]:
-    """The logits of every head after each token, [tokens, vocabulary] each."""
-    found = []
-    for head in range(heads):
-        state = hidden
-        for layer in range(layers):
-            name = f"{head}.{layer}.linear"
-            state = state + functional.silu(
-                functional.linear(state, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
-            )
-        found.append(functional.linear(state, tensors[f"{head}.{layers}.weight"]))
-    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

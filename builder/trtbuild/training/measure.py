@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trtbuild.runtime.drafts.medusa import Head
 from trtbuild.training.answers import Answered
-from trtbuild.training.drafting import EagleDraft, Seen, eagle_logits, look, medusa_logits
+from trtbuild.training.drafting import EagleDraft, Seen, eagle_logits, look
 from trtbuild.training.request import Request
 
 Draft = Callable[[Seen, Tensor], list[Tensor]]
@@ -82,12 +83,11 @@ def _equal(model: Any, draft: Draft, one: Answered, request: Request, advance: C
     return torch.stack(columns, dim=1).cpu()
 
 
-def medusa_draft(tensors: dict[str, Tensor], request: Request) -> Draft:
+def medusa_draft(heads: Sequence[Head]) -> Draft:
     """Each head's likeliest token after every place."""
 
     def propose(seen: Seen, _: Tensor) -> list[Tensor]:
-        logits = medusa_logits(tensors, request.num_heads, request.num_layers, seen.hidden)
-        return [each.argmax(-1) for each in logits]
+        return [head.logits(seen.hidden).argmax(-1) for head in heads]
 
     return propose
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trtbuild.compress.identity import host_facts
 from trtbuild.manifest import digest_json
 
 _SAVE_SECONDS = 60.0
@@ -64,13 +65,6 @@ def parse_request(raw: Mapping[str, Any]) -> Request:
 
 
 def resume_key(request: Request, device: torch.device) -> str:
-    """A digest of everything that decides the result, and of how this host computes.
-
-    Sums are split among threads and vector units, so that another number of them may end in other last bits.
-    """
+    """A digest of everything that decides the result, and of how this host computes."""
     fields = {name: value for name, value in asdict(request).items() if name not in _PLACES}
-    if device.type == "cuda":
-        host: dict[str, Any] = {"device": torch.cuda.get_device_name(device)}
-    else:
-        host = {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
-    return digest_json({"request": fields, "host": host})
+    return digest_json({"request": fields, "host": host_facts(device)})

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from trtbuild.compress.journal import Journal
 from trtbuild.compress.request import Meter
 from trtbuild.compress.source import pick_device
-from trtbuild.training.answers import Answered, answer_all, end_tokens
+from trtbuild.runtime.drafts.medusa import heads_of
+from trtbuild.runtime.drafts.tensors import Taker
+from trtbuild.runtime.intake import read_end_ids
+from trtbuild.training.answers import Answered, answer_all
 from trtbuild.training.batches import frequent_tokens
 from trtbuild.training.drafting import EagleDraft
 from trtbuild.training.export import exported, write
@@ -66,7 +69,7 @@ def _run(request: Request, progress: Progress) -> dict[str, Any]:
         answered, resumed = answer_all(
             model,
             [*prompts.learned, *prompts.held_out],
-            end_tokens(request.checkpoint, model.config),
+            sorted(read_end_ids(request.checkpoint, model.config)),
             request.max_answer_tokens,
             journal,
             lambda count: meter.advance(count, "prompts answered"),
@@ -114,10 +117,11 @@ def _measure(
 
 def _draft(model: Any, tensors: dict[str, Tensor], request: Request) -> Draft:
     """What was exported, in the target's compute type."""
-    dtype = model.lm_head.weight.dtype
-    used = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+    like = model.lm_head.weight
     if request.method == "medusa":
-        return medusa_draft(used, request)
+        take = Taker(request.output, tensors, like)
+        return medusa_draft(heads_of(take, request.num_heads, request.num_layers, tuple(like.shape)))
+    used = {name: value.to(like.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
     config = model.eagle_config
     model.eagle_module._maybe_init_rope(device=model.device)  # noqa: SLF001 -- a resumed run may have taken no step
     draft = EagleDraft(

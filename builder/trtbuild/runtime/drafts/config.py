@@ -10,6 +10,7 @@ from trtbuild.errors import ArtifactError
 
 METHODS = ("ngram", "draft_target", "medusa", "eagle3")
 TAKES_DRAFT = ("draft_target", "medusa", "eagle3")
+_REBUILD = "build the package again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +53,11 @@ class SpeculativeConfig:
         share = self.draft_kv_cache_share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
             raise ArtifactError(f"speculative.draft_kv_cache_share: {share!r} is not from 0 to below 1")
+        if not isinstance(self.draft, str | None):
+            raise ArtifactError(f"speculative.draft: {self.draft!r} is no name of a directory", _REBUILD)
         if (self.draft is None) != (self.method not in TAKES_DRAFT):
             wants = "needs a draft" if self.draft is None else "takes no draft"
-            raise ArtifactError(f"speculative.draft: {self.draft!r}, and {self.method} {wants}", "build it again")
+            raise ArtifactError(f"speculative.draft: {self.draft!r}, and {self.method} {wants}", _REBUILD)
         if self.choices is not None:
             self._check_tree(self.choices)
         self._check_schedule()
@@ -81,28 +84,23 @@ class SpeculativeConfig:
             )
 
     @classmethod
-    def of(cls, said: Any, where: str) -> SpeculativeConfig | None:
-        """The section of engine.json, None where there is none.
+    def of(cls, said: Any) -> SpeculativeConfig:
+        """The section of engine.json.
 
         Raises:
             ArtifactError: it is no object, or a key or value is not allowed.
         """
-        if said is None:
-            return None
         known = [each.name for each in fields(cls)]
         if not isinstance(said, Mapping) or "method" not in said:
-            raise ArtifactError(f"{where}: speculative is {said!r}, not an object with a method", "build it again")
+            raise ArtifactError(f"speculative is {said!r}, not an object with a method", _REBUILD)
         unknown = sorted(set(said) - set(known))
         if unknown:
             raise ArtifactError(
-                f"{where}: unknown key speculative.{unknown[0]}; allowed are {', '.join(known)}",
+                f"unknown key speculative.{unknown[0]}; allowed are {', '.join(known)}",
                 "build the package again with this version of trtbuild",
             )
-        schedule = said.get("draft_len_schedule")
-        pairs = None if schedule is None else tuple((batch, length) for batch, length in schedule)
-        choices = said.get("choices")
-        paths = None if choices is None else tuple(map(tuple, choices))
-        return cls(**{**said, "draft_len_schedule": pairs, "choices": paths})
+        nested = {"draft_len_schedule": _nested(said, "draft_len_schedule", 2), "choices": _nested(said, "choices")}
+        return cls(**{**said, **nested})
 
     def length_at(self, requests: int) -> int:
         """How many tokens are drafted while this many requests run."""
@@ -110,6 +108,18 @@ class SpeculativeConfig:
             return 0
         reached = [pair for pair in sorted(self.draft_len_schedule or ()) if pair[0] <= requests]
         return reached[-1][1] if reached else self.max_draft_len
+
+
+def _nested(said: Mapping[str, Any], name: str, size: int | None = None) -> tuple[tuple[Any, ...], ...] | None:
+    """A list of lists, each of `size` elements where that is given, as tuples."""
+    value = said.get(name)
+    if value is None:
+        return None
+    listed = isinstance(value, list | tuple) and all(isinstance(one, list | tuple) for one in value)
+    if not listed or (size is not None and any(len(one) != size for one in value)):
+        what = "lists" if size is None else f"lists of {size}"
+        raise ArtifactError(f"speculative.{name}: {value!r} is no list of {what}", _REBUILD)
+    return tuple(map(tuple, value))
 
 
 def _is_count(value: object, least: int) -> bool:

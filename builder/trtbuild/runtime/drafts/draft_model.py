@@ -7,7 +7,6 @@ token, which the draft model never fed back.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -17,9 +16,8 @@ from trtbuild.runtime.config import EngineConfig
 from trtbuild.runtime.drafts.draft import Ask, Draft
 from trtbuild.runtime.drafts.growing import Growing, grow
 from trtbuild.runtime.model import ModelRunner
-from trtbuild.runtime.sampling_params import SamplingParams
 from trtbuild.runtime.scheduler import Chunk
-from trtbuild.runtime.sequence import Sequence
+from trtbuild.runtime.sequence import Sequence, blank_sequence
 from trtbuild.runtime.step_logits import StepLogits
 from trtbuild.runtime.tables import BlockTables
 
@@ -97,7 +95,7 @@ class ModelDrafter:
     def _mirror(self, sequence: Sequence) -> _Mirror:
         mirror = self._mirrors.get(sequence.request_id)
         if mirror is None:
-            mirror = self._mirrors[sequence.request_id] = _Mirror(_sequence(sequence.request_id))
+            mirror = self._mirrors[sequence.request_id] = _Mirror(blank_sequence(sequence.request_id))
         mirror.follow(sequence.token_ids)
         return mirror
 
@@ -134,16 +132,3 @@ def _last_rows(chunks: dict[int, Chunk], step: StepLogits) -> torch.Tensor:
 def _newest(one: _Drafting) -> Chunk:
     length = len(one.mirror.state.token_ids)
     return Chunk(one.mirror.state, length - 1, length, is_last=True)
-
-
-def _sequence(request_id: int) -> Sequence:
-    """A mirror without tokens; what a request wants of its answer does not concern it."""
-    return Sequence(
-        request_id=request_id,
-        prompt_len=0,
-        token_ids=[],
-        params=SamplingParams(),
-        end_ids=frozenset(),
-        stop_ids=frozenset(),
-        rng=random.Random(0),  # noqa: S311 - never drawn from
-    )

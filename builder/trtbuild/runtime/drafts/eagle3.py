@@ -7,7 +7,6 @@ the model itself took blocks from the prefix cache, the draft sees the text from
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
@@ -19,9 +18,8 @@ from trtbuild.runtime.drafts.draft import Ask, Draft
 from trtbuild.runtime.drafts.eagle3_model import Eagle3Model
 from trtbuild.runtime.drafts.growing import Growing, grow
 from trtbuild.runtime.places import segment_of, slots_of
-from trtbuild.runtime.sampling_params import SamplingParams
 from trtbuild.runtime.scheduler import Chunk
-from trtbuild.runtime.sequence import Sequence
+from trtbuild.runtime.sequence import Sequence, blank_sequence
 from trtbuild.runtime.step_logits import StepLogits
 from trtbuild.runtime.tables import BlockTables
 
@@ -97,7 +95,7 @@ class Eagle3Drafter:
             sequence, count = chunk.sequence, chunk.end - chunk.start
             right = count - chunk.num_drafted + (0 if chunk.draft is None else chunk.draft.accepted)
             if not sequence.finished and sequence.logits is None:
-                seen = self._seen.setdefault(sequence.request_id, _Seen(_state(sequence.request_id)))
+                seen = self._seen.setdefault(sequence.request_id, _Seen(blank_sequence(sequence.request_id)))
                 seen.take(chunk.start, features[row : row + right])
             row += count
 
@@ -147,16 +145,3 @@ class Eagle3Drafter:
 def _behind(feed: _Feed, hidden: torch.Tensor) -> _Feed:
     """The place behind the last one of `feed`, which reads the draft's own hidden state [1, H] and newest token."""
     return _Feed(feed.growing, feed.state, feed.end, feed.growing.tokens[-1:], hidden, [feed.places[-1] + 1])
-
-
-def _state(request_id: int) -> Sequence:
-    """A sequence that holds blocks and nothing else."""
-    return Sequence(
-        request_id=request_id,
-        prompt_len=0,
-        token_ids=[],
-        params=SamplingParams(),
-        end_ids=frozenset(),
-        stop_ids=frozenset(),
-        rng=random.Random(0),  # noqa: S311 - never drawn from
-    )

@@ -23,7 +23,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from trtbuild.errors import ArtifactError, CompatibilityError
 from trtbuild.runtime.attention import Options, PagedLayer, Step
-from trtbuild.runtime.drafts.tensors import Taker, read_config, read_tensors
+from trtbuild.runtime.checkpoint_files import read_json
+from trtbuild.runtime.drafts.tensors import Taker, read_tensors
 from trtbuild.runtime.kv_cache import LayerCache
 
 _MIDLAYER = re.compile(r"^midlayer\.(\d+\.)?")
@@ -60,7 +61,7 @@ class Eagle3Model:
             CompatibilityError: the draft is for another model, or of a kind that is not computed here.
         """
         target: Any = model
-        config, tensors = read_config(directory), read_tensors(directory)
+        config, tensors = read_json(directory / "config.json"), read_tensors(directory)
         tensors = {
             _MIDLAYER.sub(lambda found: f"layers.{found[1] or '0.'}", name): one for name, one in tensors.items()
         }

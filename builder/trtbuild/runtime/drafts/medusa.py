@@ -18,9 +18,10 @@ import torch
 from torch.nn import functional
 
 from trtbuild.errors import ArtifactError, CompatibilityError
+from trtbuild.runtime.checkpoint_files import read_json
 from trtbuild.runtime.drafts.draft import Ask, Draft
 from trtbuild.runtime.drafts.growing import Growing, grow
-from trtbuild.runtime.drafts.tensors import Taker, read_config, read_tensors
+from trtbuild.runtime.drafts.tensors import Taker, read_tensors
 from trtbuild.runtime.scheduler import Chunk
 from trtbuild.runtime.sequence import Sequence
 from trtbuild.runtime.step_logits import StepLogits
@@ -49,7 +50,7 @@ def read_heads(directory: Path, like: torch.Tensor, vocab_size: int) -> list[Hea
         ArtifactError: a file or tensor is missing, damaged or of another shape.
         CompatibilityError: the heads are for another model.
     """
-    config, tensors = read_config(directory), read_tensors(directory, _PREFIX)
+    config, tensors = read_json(directory / "config.json"), read_tensors(directory, _PREFIX)
     said = config.get("medusa")
     nested = said if isinstance(said, dict) else {}
     heads = config.get("medusa_num_heads", nested.get("num_medusa_heads"))
@@ -64,7 +65,16 @@ def read_heads(directory: Path, like: torch.Tensor, vocab_size: int) -> list[Hea
             f"model has {vocab_size} and {hidden}",
             "use heads that were trained for this model",
         )
-    take = Taker(directory, tensors, like)
+    return heads_of(Taker(directory, tensors, like), heads, layers, (vocab_size, hidden))
+
+
+def heads_of(take: Taker, heads: int, layers: int, sizes: tuple[int, int]) -> list[Head]:
+    """The heads, each of so many layers, whose tensors `take` gives; `sizes` are (V, H).
+
+    Raises:
+        ArtifactError: a tensor is missing or of another shape.
+    """
+    vocab_size, hidden = sizes
     return [
         Head(
             [

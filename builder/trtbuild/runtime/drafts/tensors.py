@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,21 +10,6 @@ from safetensors import safe_open
 from trtbuild.errors import ArtifactError
 
 _REBUILD = "build the package again, or train the draft again"
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The draft's config.json.
-
-    Raises:
-        ArtifactError: it is missing or no object.
-    """
-    try:
-        found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{directory / 'config.json'}: cannot be read ({error})", _REBUILD) from error
-    if not isinstance(found, dict):
-        raise ArtifactError(f"{directory / 'config.json'}: holds no object", _REBUILD)
-    return found
 
 
 def read_tensors(directory: Path, prefix: str = "") -> dict[str, torch.Tensor]:
